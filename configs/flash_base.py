@@ -1,0 +1,24 @@
+"""DeepSeek-V4-Flash-Base: Flash before post-training, with its experts in FP8.
+
+Reproduces: the base checkpoint, whose routed experts are FP8 and whose scales are all float32.
+Expected: the model of flash.py, and nearly twice its bytes.
+Hardware: its weights fill 290 GB; `v4jax inspect` needs a laptop and a second.
+Command: v4jax inspect flash_base
+"""
+
+import dataclasses
+
+from v4jax.config import ModelConfig
+from v4jax.named_configs import get_config as named_config
+
+FP8 = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "scale_fmt": "float32",
+    "weight_block_size": [128, 128],
+}
+
+
+def get_config() -> ModelConfig:
+    return dataclasses.replace(named_config("flash"), expert_dtype=None, quantization=FP8)

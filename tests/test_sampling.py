@@ -1,0 +1,179 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from v4jax.errors import InputError
+from v4jax.infer import sampling
+from v4jax.infer.sampling import Sampling
+
+OUT = -np.inf
+sample = jax.jit(sampling.sample)
+filter_top_k = jax.jit(sampling.filter_top_k)
+filter_top_p = jax.jit(sampling.filter_top_p)
+filter_min_p = jax.jit(sampling.filter_min_p)
+row_keys = jax.jit(sampling.row_keys, static_argnums=1)
+
+
+def log(*probabilities):
+    return jnp.log(jnp.array([probabilities], jnp.float32))
+
+
+def kept(logits_BV):
+    """The token ids that a filter left, of the only row."""
+    return np.flatnonzero(np.isfinite(np.asarray(logits_BV)[0])).tolist()
+
+
+def draw(logits_V, setting, draws=20_000, seed=0):
+    """How often each token is drawn."""
+    keys_B = row_keys(jax.random.key(seed), draws, 0)
+    logits_BV = jnp.tile(jnp.asarray(logits_V).reshape(1, -1), (draws, 1))
+    tokens_B = sample(logits_BV, keys_B, setting)
+    assert tokens_B.dtype == jnp.int32
+    return np.bincount(np.asarray(tokens_B), minlength=logits_BV.shape[1])
+
+
+def assert_frequencies(counts, probabilities):
+    """Pearson's chi-square; the limit is passed by chance once in ten thousand seeds."""
+    expected = np.array(probabilities) * counts.sum()
+    assert (counts[expected == 0] == 0).all()
+    seen = expected > 0
+    chi_square = ((counts - expected)[seen] ** 2 / expected[seen]).sum()
+    freedom = seen.sum() - 1
+    assert chi_square < freedom + 3.8 * np.sqrt(2 * freedom) + 10
+
+
+def test_greedy_takes_the_largest_and_of_equals_the_lowest_id():
+    logits_BV = jnp.array([[0.0, 3.0, 3.0, 1.0], [2.0, 2.0, 2.0, 2.0], [-5.0, -4.0, -9.0, -1.0]])
+    keys_B = row_keys(jax.random.key(0), 3, 0)
+    assert sample(logits_BV, keys_B, Sampling()).tolist() == [1, 0, 3]
+
+
+def test_greedy_ignores_the_filters():
+    logits_BV = log(0.4, 0.6)
+    keys_B = row_keys(jax.random.key(0), 1, 0)
+    setting = Sampling(temperature=0.0, top_k=1, top_p=0.1, min_p=1.0)
+    assert sample(logits_BV, keys_B, setting).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "expected"),
+    [(1, [2]), (2, [0, 2]), (3, [0, 2, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])],
+)
+def test_top_k(top_k, expected):
+    assert kept(filter_top_k(log(0.3, 0.1, 0.4, 0.2), top_k)) == expected
+
+
+def test_top_k_of_equals_keeps_the_lowest_ids():
+    logits_BV = jnp.array([[1.0, 0.0, 1.0, -1.0, 1.0]])
+    assert kept(filter_top_k(logits_BV, 2)) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("top_p", "expected"),
+    [
+        (1e-9, [2]),
+        (0.39, [2]),
+        (0.41, [0, 2]),
+        (0.69, [0, 2]),
+        (0.71, [0, 2, 3]),
+        (1.0, [0, 1, 2, 3]),
+    ],
+)
+def test_top_p_keeps_the_fewest_tokens_with_that_mass(top_p, expected):
+    assert kept(filter_top_p(log(0.3, 0.1, 0.4, 0.2), top_p)) == expected
+
+
+def test_top_p_is_reached_by_an_equal_mass():
+    assert kept(filter_top_p(log(0.25, 0.5, 0.125, 0.125), 0.75)) == [0, 1]
+
+
+def test_top_p_of_equals_keeps_the_lowest_ids():
+    assert kept(filter_top_p(jnp.zeros((1, 8)), 0.5)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("min_p", "expected"), [(0.24, [0, 1, 2, 3]), (0.3, [0, 2, 3]), (0.6, [0, 2]), (1.0, [2])]
+)
+def test_min_p_is_relative_to_the_likeliest(min_p, expected):
+    assert kept(filter_min_p(log(0.3, 0.1, 0.4, 0.2), min_p)) == expected
+
+
+def test_filters_leave_the_logits_they_keep_as_they_are():
+    logits_BV = jnp.array([[1.0, -2.0, 3.0]])
+    np.testing.assert_array_equal(filter_top_k(logits_BV, 2), [[1.0, OUT, 3.0]])
+
+
+@pytest.mark.parametrize("values", [5, 40, 100_000])
+def test_top_k_and_top_p_agree_with_sorting(values):
+    """Few different values make many ties, also across the sign of zero."""
+    rng = np.random.default_rng(values)
+    logits_BV = (rng.integers(-values, values, (6, 501)) / 7.0).astype(np.float32)
+    order_BV = np.argsort(-logits_BV, axis=-1, kind="stable")
+    rank_BV = np.argsort(order_BV, axis=-1, kind="stable")
+    for top_k in (1, 7, 500):
+        kept_BV = np.isfinite(filter_top_k(jnp.asarray(logits_BV), top_k))
+        np.testing.assert_array_equal(kept_BV, rank_BV < top_k)
+    mass_BV = np.exp(logits_BV.astype(np.float64) - logits_BV.max(axis=-1, keepdims=True))
+    mass_BV /= mass_BV.sum(axis=-1, keepdims=True)
+    sorted_BV = np.take_along_axis(mass_BV, order_BV, axis=-1)
+    before_BV = np.take_along_axis(np.cumsum(sorted_BV, axis=-1) - sorted_BV, rank_BV, axis=-1)
+    for top_p in (0.1, 0.77, 0.95):
+        kept_BV = np.isfinite(filter_top_p(jnp.asarray(logits_BV), top_p))
+        differ_BV = kept_BV != (before_BV < top_p)
+        # Where a token's mass begins within rounding of top_p, either answer is right.
+        np.testing.assert_array_less(np.abs(before_BV - top_p)[differ_BV], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (Sampling(temperature=1.0), [0.4, 0.3, 0.2, 0.1]),
+        (Sampling(temperature=0.5), [0.16 / 0.3, 0.09 / 0.3, 0.04 / 0.3, 0.01 / 0.3]),
+        (Sampling(temperature=1.0, top_k=3), [4 / 9, 3 / 9, 2 / 9, 0]),
+        (Sampling(temperature=1.0, top_p=0.6), [4 / 7, 3 / 7, 0, 0]),
+        (Sampling(temperature=1.0, min_p=0.45), [4 / 9, 3 / 9, 2 / 9, 0]),
+        # Of 0.4 and 0.3 alone the first has a mass of 0.57: top-p comes after top-k.
+        (Sampling(temperature=1.0, top_k=2, top_p=0.5), [1, 0, 0, 0]),
+        # At temperature 0.5 the first has 0.53: top-p comes after the temperature too.
+        (Sampling(temperature=0.5, top_p=0.5), [1, 0, 0, 0]),
+        (Sampling(temperature=1e-30), [1, 0, 0, 0]),
+    ],
+)
+def test_frequencies(setting, expected):
+    assert_frequencies(draw(log(0.4, 0.3, 0.2, 0.1), setting), expected)
+
+
+def test_a_draw_depends_on_its_seed_row_and_step_only():
+    logits_BV = jax.random.normal(jax.random.key(1), (5, 300))
+    setting = Sampling(temperature=2.0)
+    tokens = {}
+    for seed in (0, 1):
+        for step in (0, 1):
+            keys_B = row_keys(jax.random.key(seed), 5, step)
+            tokens[seed, step] = sample(logits_BV, keys_B, setting)
+            np.testing.assert_array_equal(
+                sample(logits_BV[:2], keys_B[:2], setting), tokens[seed, step][:2]
+            )
+    keys_B = row_keys(jax.random.key(0), 5, 0)
+    np.testing.assert_array_equal(sample(logits_BV, keys_B, setting), tokens[0, 0])
+    assert len({tuple(row.tolist()) for row in tokens.values()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        (Sampling(temperature=-0.1), "temperature is -0.1"),
+        (Sampling(temperature=np.nan), "temperature is nan"),
+        (Sampling(temperature=np.inf), "temperature is inf"),
+        (Sampling(top_k=-1), "top_k is -1"),
+        (Sampling(top_k=1.5), "top_k is 1.5"),
+        (Sampling(top_p=0.0), "top_p is 0.0"),
+        (Sampling(top_p=1.01), "top_p is 1.01"),
+        (Sampling(min_p=-0.1), "min_p is -0.1"),
+        (Sampling(min_p=2), "min_p is 2"),
+    ],
+)
+def test_values_out_of_range_are_named(setting, name):
+    with pytest.raises(InputError, match=name):
+        sampling.check(setting)

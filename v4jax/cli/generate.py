@@ -1,0 +1,242 @@
+"""Continue a prompt with a checkpoint's model.
+
+The text goes to stdout: the prompt and, token by token, what follows it. With several prompts each
+is printed at the end, under a header. Where there is no tokenizer the ids are printed instead, in
+the form that --prompt_ids takes. What was loaded and how fast it went goes to stderr.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from v4jax import checkpoint
+from v4jax.errors import InputError
+from v4jax.infer.generate import Generation, generate
+from v4jax.infer.tokenizer import Tokenizer
+from v4jax.quant import QTensor
+
+FLAGS = flags.FLAGS
+
+DEFAULT_PROMPT = "def "  # the embedded checkpoint knows Python best
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def define_flags():
+    """Declares the flags of this subcommand."""
+    flags.DEFINE_string("checkpoint", "nano", "Checkpoint directory, or the name of a packaged one")
+    flags.DEFINE_multi_string(
+        "prompt", [], f"Text to continue; repeat it for a batch (default: {DEFAULT_PROMPT!r})"
+    )
+    flags.DEFINE_multi_string(
+        "prompt_ids", [], "Token ids to continue, as 1,2,3, in place of --prompt; may repeat"
+    )
+    flags.DEFINE_integer("max_new_tokens", 64, "Tokens to make for each prompt, at most")
+    flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token each time")
+    flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens with this much probability")
+    flags.DEFINE_integer("top_k", 0, "Draw from this many most likely tokens; 0: from all")
+    flags.DEFINE_float("min_p", 0.0, "Leave out tokens less likely than this times the likeliest")
+    flags.DEFINE_integer("seed", 0, "The same seed draws the same tokens")
+    flags.DEFINE_string(
+        "stop_ids", None, "Token ids that end the text, as 1,2; '' for none (default: the model's)"
+    )
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Activations (default: the model's)")
+    flags.DEFINE_enum(
+        "weights", "stored", ["stored", "bf16", "float32"], "How weights are kept in memory"
+    )
+    flags.DEFINE_enum("numerics", None, ["native"], "native: the official FP8 and FP4 rounding")
+    flags.DEFINE_integer("max_length", None, "Tokens of prompt and text that the cache can hold")
+    flags.DEFINE_enum("format", "text", ["text", "json"], "json: one object on stdout")
+
+
+def run() -> int:
+    """Loads, generates and prints; the exit status."""
+    report = None
+    try:
+        directory = checkpoint.locate(FLAGS.checkpoint)
+        tokenizer = _find_tokenizer(directory)
+        prompts = _read_prompts(tokenizer)
+        stop_ids = None if FLAGS.stop_ids is None else _parse_ids("stop_ids", FLAGS.stop_ids)
+        model, params = checkpoint.load(
+            directory, dtype=FLAGS.dtype, weights=FLAGS.weights, numerics=FLAGS.numerics
+        )
+        _say(_describe(FLAGS.checkpoint, model, params))
+        report = _Report(tokenizer, prompts, FLAGS.format)
+        report.finish(_generate(model, params, prompts, stop_ids, report.add))
+    except KeyboardInterrupt:
+        if report is not None:
+            report.finish(report.so_far())
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it exits, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return 0
+
+
+def _generate(model, params, prompts, stop_ids, on_token):
+    if stop_ids is None:
+        eos = model.config.eos_token_id
+        stop_ids = () if eos is None else eos
+    return generate(
+        model,
+        params,
+        prompts,
+        max_new_tokens=FLAGS.max_new_tokens,
+        temperature=FLAGS.temperature,
+        seed=FLAGS.seed,
+        top_p=FLAGS.top_p,
+        top_k=FLAGS.top_k,
+        min_p=FLAGS.min_p,
+        stop_ids=stop_ids,
+        max_length=FLAGS.max_length,
+        on_token=on_token,
+    )
+
+
+class _Report:
+    """Prints the tokens as they come and the summary at the end."""
+
+    def __init__(self, tokenizer, prompts, form):
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._json = form == "json"
+        self._streams = not self._json and len(prompts) == 1
+        self._text = tokenizer.stream() if tokenizer else None
+        self._tokens = [[] for _ in prompts]
+        self._started = time.perf_counter()
+        self._times = []
+        if self._streams:
+            _write(self._show(prompts[0]))
+
+    def add(self, row, token):
+        self._times.append(time.perf_counter())
+        self._tokens[row].append(token)
+        if self._streams:
+            _write(self._text.add(token) if self._text else f",{token}")
+
+    def so_far(self) -> Generation:
+        """The result of a generation that was cut short, its times counted from outside."""
+        first = self._times[0] if self._times else time.perf_counter()
+        after_first = sum(max(len(tokens) - 1, 0) for tokens in self._tokens)
+        return Generation(
+            tokens=self._tokens,
+            finish_reason=["interrupted"] * len(self._prompts),
+            prompt_tokens=[len(prompt) for prompt in self._prompts],
+            compile_seconds=0.0,
+            time_to_first_token=first - self._started,
+            tokens_per_second=after_first / (self._times[-1] - first) if after_first else 0.0,
+        )
+
+    def finish(self, result: Generation):
+        if self._json:
+            _write(json.dumps(self._as_json(result)) + "\n")
+        elif self._streams:
+            _write((self._text.flush() if self._text else "") + "\n")
+        else:
+            for row, (prompt, tokens) in enumerate(zip(self._prompts, result.tokens, strict=True)):
+                header = f"--- prompt {row} ({result.finish_reason[row]}) ---"
+                _write(f"{header}\n{self._show([*prompt, *tokens])}\n")
+        _say(_summary(result))
+
+    def _show(self, ids):
+        return self._tokenizer.decode(ids) if self._tokenizer else ",".join(map(str, ids))
+
+    def _as_json(self, result):
+        def texts(rows):
+            return [self._tokenizer.decode(ids) if self._tokenizer else None for ids in rows]
+
+        return {
+            "checkpoint": FLAGS.checkpoint,
+            "prompts": texts(self._prompts),
+            "prompt_ids": self._prompts,
+            "text": texts(result.tokens),
+            "tokens": result.tokens,
+            "finish_reason": result.finish_reason,
+            "prompt_tokens": result.prompt_tokens,
+            "new_tokens": [len(tokens) for tokens in result.tokens],
+            "compile_seconds": result.compile_seconds,
+            "time_to_first_token": result.time_to_first_token,
+            "tokens_per_second": result.tokens_per_second,
+        }
+
+
+def _summary(result: Generation) -> str:
+    new_tokens = sum(len(tokens) for tokens in result.tokens)
+    return (
+        f"{sum(result.prompt_tokens)} prompt tokens, {new_tokens} new tokens, compiled in "
+        f"{result.compile_seconds:.2f} s, first token after {result.time_to_first_token:.3f} s, "
+        f"{result.tokens_per_second:.1f} tokens/s, finished: {', '.join(result.finish_reason)}"
+    )
+
+
+def _describe(name, model, params) -> str:
+    """One line: name, parameters of the main model, layers, types they are stored in."""
+    main = {name: tree for name, tree in params["params"].items() if not name.startswith("mtp_")}
+    counts = {}
+    for leaf in jax.tree.leaves(main, is_leaf=_is_quantised):
+        kind = leaf.kind.upper() if _is_quantised(leaf) else str(leaf.dtype)
+        counts[kind] = counts.get(kind, 0) + _count(leaf)
+    kinds = sorted(counts, key=counts.get, reverse=True)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return (
+        f"{name}: {_short(sum(counts.values()), 'B').strip()} parameters, "
+        f"{len(model.config.layers)} layers, stored as {' + '.join(kinds)} in {_short(size, 'G')}B"
+    )
+
+
+def _is_quantised(leaf):
+    return isinstance(leaf, QTensor)
+
+
+def _count(leaf):
+    count = 1
+    for length in leaf.shape:
+        count *= length
+    return count
+
+
+def _short(number, billion) -> str:
+    """12345678 as "12.35 M"; `billion` is "B" for parameters and "G" for bytes."""
+    for factor, letter in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.2f} {letter}"
+    return f"{number} "
+
+
+def _find_tokenizer(directory) -> Tokenizer | None:
+    """The checkpoint's tokenizer; None if there is none and the prompts are ids."""
+    if FLAGS.prompt_ids and not (Path(directory) / "tokenizer.json").is_file():
+        return None
+    return Tokenizer(directory)
+
+
+def _read_prompts(tokenizer) -> list[list[int]]:
+    if FLAGS.prompt and FLAGS.prompt_ids:
+        raise InputError("--prompt and --prompt_ids are both given; expected one of them")
+    if FLAGS.prompt_ids:
+        return [_parse_ids("prompt_ids", ids) for ids in FLAGS.prompt_ids]
+    return [tokenizer.encode(text) for text in FLAGS.prompt or [DEFAULT_PROMPT]]
+
+
+def _parse_ids(flag, text) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError as error:
+        raise InputError(
+            f"--{flag} is {text!r}; expected whole numbers between commas, such as 1,2,3"
+        ) from error
+
+
+def _write(text):
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _say(line):
+    print(line, file=sys.stderr, flush=True)

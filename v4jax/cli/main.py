@@ -1,0 +1,195 @@
+"""The command `v4jax`: `v4jax SUBCOMMAND [flags]`, one module of this folder a subcommand.
+
+A subcommand's module has `define_flags()` and `run(*arguments) -> exit status`. It is imported when
+it is called, so that help and mistakes answer at once.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from v4jax.errors import InputError
+
+FLAGS = flags.FLAGS
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+@dataclasses.dataclass(frozen=True)
+class Subcommand:
+    """What help says of a subcommand; `arguments` are those that are not flags."""
+
+    module: str
+    summary: str
+    example: str
+    arguments: tuple[str, ...] = ()
+
+
+SUBCOMMANDS = {
+    "generate": Subcommand(
+        "v4jax.cli.generate",
+        "Continue a prompt with a checkpoint's model.",
+        'v4jax generate --prompt "def main():" --max_new_tokens 100',
+    ),
+    "inspect": Subcommand(
+        "v4jax.cli.inspect",
+        "Show a model's layers, parameters, bytes, KV cache and FLOPs; check a checkpoint.",
+        "v4jax inspect flash --context 131072",
+        ("DIR|NAME",),
+    ),
+    "convert": Subcommand(
+        "v4jax.cli.convert",
+        "Convert a checkpoint between the official layout and Orbax.",
+        "v4jax convert --source DeepSeek-V4-Flash --target flash-orbax --to orbax --verify",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; `argv` starts with the program's name."""
+    name, *rest = (list(sys.argv if argv is None else argv) + [""])[1:]
+    if name in ("--help", "-h", "help", ""):
+        print(_help(), file=sys.stdout if name else sys.stderr)
+        return 0 if name else BAD_INPUT
+    if name not in SUBCOMMANDS:
+        expected = ", ".join(SUBCOMMANDS)
+        return _complain("v4jax", f"there is no command {name!r}; expected one of {expected}")
+    return _run(name, rest[:-1])
+
+
+def _run(name, args):
+    command = SUBCOMMANDS[name]
+    program = f"v4jax {name}"
+    try:
+        module = importlib.import_module(command.module)
+        with _flags_of(module) as own_flags:
+            if {"--help", "-h"} & set(args):
+                print(_command_help(name, own_flags))
+                return 0
+            try:
+                arguments = FLAGS([program, *args])[1:]
+                _check_count(command.arguments, arguments)
+            except flags.Error as error:
+                return _complain(program, f"{_flag_error(error)}; see {program} --help")
+            return module.run(*arguments)
+    except InputError as error:
+        return _complain(program, str(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it exits, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+@contextlib.contextmanager
+def _flags_of(module):
+    """Declares a subcommand's flags for as long as it runs; yields their names in order."""
+    others = set(FLAGS)
+    FLAGS.set_gnu_getopt(True)  # flags may follow arguments
+    module.define_flags()
+    own = [name for name in FLAGS if name not in others]
+    try:
+        yield own
+    finally:
+        for name in own:
+            delattr(FLAGS, name)
+
+
+def _check_count(expected, found):
+    if len(found) < len(expected):
+        raise flags.Error(f"{expected[len(found)]} is missing")
+    if len(found) > len(expected):
+        raise flags.Error(f"there is an argument too many, {found[len(expected)]!r}")
+
+
+def _flag_error(error):
+    """absl's error as the house writes them: what, found, expected."""
+    text = " ".join(str(error).split()).rstrip(".")
+    match = re.match(r"flag --(\w+)=(.*?): ", text)
+    if match is None:
+        return text[:1].lower() + text[1:]
+    name, value = match.groups()
+    if value == "None":
+        return f"--{name} is missing; expected {_expected(FLAGS[name])}"
+    return f"--{name} is {value!r}; expected {_expected(FLAGS[name])}"
+
+
+def _expected(flag):
+    values = getattr(flag.parser, "enum_values", None)
+    if values:
+        return " or ".join(values)
+    return flag.parser.syntactic_help.replace("an integer", "a whole number") or "a value"
+
+
+def _complain(program, sentence):
+    print(f"{program}: {sentence}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _help():
+    width = max(map(len, SUBCOMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in SUBCOMMANDS.items()]
+    return "\n".join(
+        [
+            "Usage: v4jax COMMAND [flags]",
+            "",
+            "DeepSeek-V4 in JAX.",
+            "",
+            "Commands:",
+            *lines,
+            "",
+            "v4jax COMMAND --help says more.",
+        ]
+    )
+
+
+def _command_help(name, own_flags):
+    command = SUBCOMMANDS[name]
+    words = ["v4jax", name, *command.arguments]
+    heads = [_flag_head(FLAGS[flag]) for flag in own_flags]
+    width = max(map(len, heads), default=0)
+    lines = [
+        f"  {head:{width}}  {_flag_help(FLAGS[flag])}"
+        for head, flag in zip(heads, own_flags, strict=True)
+    ]
+    return "\n".join(
+        [
+            f"Usage: {' '.join(words)} [flags]",
+            "",
+            command.summary,
+            "",
+            "Flags:",
+            *lines,
+            "",
+            "Example:",
+            f"  {command.example}",
+        ]
+    )
+
+
+def _flag_head(flag):
+    values = getattr(flag.parser, "enum_values", None)
+    kind = "|".join(values) if values else {"int": "N", "float": "X"}.get(_type(flag), "TEXT")
+    return f"--{flag.name}" if flag.boolean else f"--{flag.name} {kind}"
+
+
+def _flag_help(flag):
+    has_default = flag.default not in (None, False, [], "") and "default" not in flag.help
+    return f"{flag.help} (default: {flag.default})" if has_default else flag.help
+
+
+def _type(flag):
+    return flag.flag_type().removeprefix("multi ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+"""The error that a person can mend: one sentence with what, where, expected, found and what to do."""
+
+
+class InputError(ValueError):
+    """Bad input from outside: a config, a file, a prompt, a flag.
+
+    The command line prints its message on one line and exits with status 2; anything else is our
+    own fault and keeps its traceback.
+    """

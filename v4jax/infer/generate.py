@@ -1,0 +1,332 @@
+"""Text generation: prefill in chunks, then one compiled decode step, again and again.
+
+Three small programs do the work: a chunk of prefill, the choice of a token, and a decode step (the
+model on one token a row, and the choice of the next). The model is a static argument of each, so
+that a second call with the same shapes compiles nothing. Prompts are padded to a few lengths and
+the cache is given a few sizes for the same reason.
+"""
+
+import dataclasses
+import functools
+import operator
+import time
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from v4jax.errors import InputError
+from v4jax.infer import sampling as sampling_lib
+
+PREFILL_CHUNK = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` made, one entry a prompt, and how long it took.
+
+    Attributes:
+      tokens: the new tokens only; the token that stopped a row is not among them.
+      finish_reason: "stop" (a stop token came) or "length" (`max_new_tokens` were made).
+      prompt_tokens: length of each prompt.
+      compile_seconds: time that tracing and compiling took, near 0 for shapes seen before; it is
+        not part of the other two.
+      time_to_first_token: seconds from the start of the prefill to the first token of every row.
+      tokens_per_second: tokens of all rows after their first, over the time after the first; 0.0
+        when there are none.
+    """
+
+    tokens: list[list[int]]
+    finish_reason: list[str]
+    prompt_tokens: list[int]
+    compile_seconds: float
+    time_to_first_token: float
+    tokens_per_second: float
+
+
+def generate(
+    model,
+    params,
+    prompts,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    stop_ids: int | Iterable[int] = (),
+    max_length: int | None = None,
+    prefill_chunk: int | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> Generation:
+    """Continues each prompt.
+
+    No row's tokens depend on the other rows. At temperature 0 they depend on the prompt only,
+    otherwise also on (seed, row): step n of row i draws with `fold_in(fold_in(key(seed), i), n)`.
+
+    Args:
+      model, params: as `v4jax.load` returns them.
+      prompts: token ids, a list or array a prompt, of any lengths; or one such list.
+      max_new_tokens: how many tokens to make for each prompt, at most.
+      temperature: 0 takes the most likely token; else logits are divided by it.
+      seed: 0 to 2^32 - 1; the same seed gives the same tokens.
+      top_p, top_k, min_p: filters of the distribution, in the order top-k, top-p, min-p (see
+        `v4jax/infer/sampling.py`); the defaults leave every token in.
+      stop_ids: token or tokens that end a row; by default none does, not even the model's own end
+        token (`model.config.eos_token_id`).
+      max_length: tokens of prompt and answer that the cache can hold; by default the longest
+        prompt and `max_new_tokens`, rounded up so that similar lengths share a compiled program.
+      prefill_chunk: tokens of each prompt that are read in one call of the model, 2048 by default.
+      on_token: called with (row, token) as soon as a token is known; not for stop tokens.
+
+    Returns:
+      A `Generation`.
+
+    Raises:
+      InputError: for prompts or settings out of range, and for logits that are not finite.
+    """
+    max_new_tokens = _whole_number("max_new_tokens", max_new_tokens, 1)
+    chunk = PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
+    chunk = _whole_number("prefill_chunk", chunk, 1)
+    seed = _whole_number("seed", seed, 0, 2**32 - 1)
+    setting = sampling_lib.check(sampling_lib.Sampling(temperature, top_k, top_p, min_p))
+    prompts = _read_prompts(prompts, model.config.vocab_size)
+    stop_ids = _read_stop_ids(stop_ids, model.config.vocab_size)
+    capacity = _cache_length(prompts, max_new_tokens, max_length, model.config)
+
+    # Tensors that are only carried along (DSpark drafts) stay out of the compiled programs, and
+    # numpy leaves go to the device once, not at every step.
+    variables = {name: tree for name, tree in params.items() if name != "carried"}
+    variables = jax.tree.map(jnp.asarray, variables)
+    chunks = _prefill_chunks(prompts, chunk, capacity)
+    decoder = _Decoder(model, variables, setting, jax.random.key(seed))
+    cache = model.init_cache(len(prompts), capacity)
+    compile_seconds = decoder.compile(chunks, cache, decode=max_new_tokens > 1)
+    answers = _Answers(len(prompts), stop_ids, on_token)
+    started = time.perf_counter()
+    first, last = _run(decoder, chunks, cache, answers, max_new_tokens)
+    after_first = sum(max(len(row) - 1, 0) for row in answers.tokens)
+    return Generation(
+        tokens=answers.tokens,
+        finish_reason=["stop" if stopped else "length" for stopped in answers.stopped],
+        prompt_tokens=[len(prompt) for prompt in prompts],
+        compile_seconds=compile_seconds,
+        time_to_first_token=first - started,
+        tokens_per_second=after_first / (last - first) if after_first else 0.0,
+    )
+
+
+def _run(decoder, chunks, cache, answers, max_new_tokens):
+    """Prefill and decode; the times at which the first and the last token were known."""
+    tokens_B, cache = decoder.prefill(chunks, cache)
+    answers.add(np.asarray(tokens_B), step=0)
+    first = time.perf_counter()
+    if max_new_tokens > 1 and not answers.finished:
+        tokens_B, cache = decoder.decode(tokens_B, cache, 1)
+        for step in range(1, max_new_tokens):
+            known_B = tokens_B
+            # The next step is under way before this one's tokens are read, so that the device
+            # never waits for the host. Its work is lost when these tokens end the last row.
+            if step + 1 < max_new_tokens:
+                tokens_B, cache = decoder.decode(tokens_B, cache, step + 1)
+            answers.add(np.asarray(known_B), step)
+            if answers.finished:
+                break
+    return first, time.perf_counter()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoder:
+    """The compiled programs with the arguments that stay the same."""
+
+    model: object
+    variables: dict
+    setting: sampling_lib.Sampling
+    key: jax.Array
+
+    def prefill(self, chunks, cache):
+        """The first token of each row, [B], and the cache that holds the prompts."""
+        logits_BV = self._no_logits(chunks)
+        for tokens_BT, lengths_B in chunks:
+            logits_BV, cache = _prefill(
+                self.model, self.variables, cache, tokens_BT, lengths_B, logits_BV
+            )
+        return _pick(logits_BV, self.setting, self.key, np.int32(0)), cache
+
+    def decode(self, tokens_B, cache, step):
+        """The token after `tokens_B` in each row, and the cache that holds `tokens_B` too."""
+        return _decode(
+            self.model, self.variables, cache, tokens_B, self.setting, self.key, np.int32(step)
+        )
+
+    def compile(self, chunks, cache, decode):
+        """Compiles what is needed, to keep it out of the other timings; the seconds it took."""
+        started = time.perf_counter()
+        logits_BV = self._no_logits(chunks)
+        for tokens_BT, lengths_B in {chunk[0].shape: chunk for chunk in chunks}.values():
+            arguments = (self.model, self.variables, cache, tokens_BT, lengths_B, logits_BV)
+            _prefill.lower(*arguments).compile()
+        step = np.int32(0)
+        _pick.lower(logits_BV, self.setting, self.key, step).compile()
+        if decode:
+            tokens_B = jnp.zeros(len(logits_BV), jnp.int32)
+            arguments = (self.model, self.variables, cache, tokens_B, self.setting, self.key, step)
+            _decode.lower(*arguments).compile()
+        return time.perf_counter() - started
+
+    def _no_logits(self, chunks):
+        rows = len(chunks[0][0])
+        return jnp.zeros((rows, self.model.config.vocab_size), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "logits_BV"))
+def _prefill(model, variables, cache, tokens_BT, lengths_B, logits_BV):
+    """One chunk; the logits of a row are those of the last chunk that holds some of it."""
+    out = model.apply(variables, tokens_BT, cache=cache, lengths=lengths_B, logits="last")
+    return jnp.where(lengths_B[:, None] > 0, out.logits[:, 0], logits_BV), out.cache
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def _decode(model, variables, cache, tokens_B, setting, key, step):
+    out = model.apply(variables, tokens_B[:, None], cache=cache, logits="last")
+    return _pick(out.logits[:, 0], setting, key, step), out.cache
+
+
+@jax.jit
+def _pick(logits_BV, setting, key, step):
+    """The next token of each row, [B]; -1 where the logits are not finite."""
+    keys_B = sampling_lib.row_keys(key, len(logits_BV), step)
+    tokens_B = sampling_lib.sample(logits_BV, keys_B, setting)
+    return jnp.where(jnp.isfinite(logits_BV).all(axis=-1), tokens_B, -1)
+
+
+class _Answers:
+    """The new tokens of each row so far, and which rows are done."""
+
+    def __init__(self, rows, stop_ids, on_token):
+        self.tokens = [[] for _ in range(rows)]
+        self.stopped = [False] * rows
+        self._stop_ids = stop_ids
+        self._on_token = on_token
+
+    @property
+    def finished(self):
+        return all(self.stopped)
+
+    def add(self, tokens_B, step):
+        """Takes one token a row; rows that are done stay as they are."""
+        for row, token in enumerate(tokens_B.tolist()):
+            if self.stopped[row]:
+                continue
+            if token < 0:
+                raise InputError(
+                    f"the logits of prompt {row} are not finite at new token {step}; expected "
+                    "finite numbers: look for NaN in the weights with `v4jax inspect --check`"
+                )
+            if token in self._stop_ids:
+                self.stopped[row] = True
+                continue
+            self.tokens[row].append(token)
+            if self._on_token is not None:
+                self._on_token(row, token)
+
+
+def _prefill_chunks(prompts, chunk, capacity):
+    """Cuts right-padded prompts into calls: a list of tokens [B, T] and their lengths [B].
+
+    Every chunk but the last has `chunk` tokens; the last is padded to one of a few lengths.
+    """
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths_B.max())
+    chunks = []
+    for start in range(0, longest, chunk):
+        width = min(_bucket(min(longest - start, chunk), 256), chunk, capacity - start)
+        tokens_BT = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in enumerate(prompts):
+            part = prompt[start : start + width]
+            tokens_BT[row, : len(part)] = part
+        chunks.append((tokens_BT, np.clip(lengths_B - start, 0, width)))
+    return chunks
+
+
+def _bucket(length, step):
+    """The length rounded up: to a power of two from 16, above `step` to its multiples."""
+    if length > step:
+        return -(-length // step) * step
+    return max(16, 1 << (length - 1).bit_length())
+
+
+def _cache_length(prompts, max_new_tokens, max_length, config):
+    """Tokens that the cache holds, checked against the longest prompt and the model."""
+    limit = config.max_position_embeddings
+    if max_length is not None:
+        max_length = _whole_number("max_length", max_length, 1)
+        if max_length > limit:
+            raise InputError(
+                f"max_length is {max_length}; expected at most the model's "
+                f"max_position_embeddings, {limit}"
+            )
+    name = "max_position_embeddings" if max_length is None else "max_length"
+    allowed = limit if max_length is None else max_length
+    row = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    needed = len(prompts[row]) + max_new_tokens
+    if needed > allowed:
+        raise InputError(
+            f"prompt {row} has {len(prompts[row])} tokens and max_new_tokens is {max_new_tokens}, "
+            f"{needed} together; expected at most {name} = {allowed}: shorten the prompt or lower "
+            "max_new_tokens" + ("" if max_length is None else ", or raise max_length")
+        )
+    return min(_bucket(needed, 1024), limit) if max_length is None else max_length
+
+
+def _read_prompts(prompts, vocab_size) -> list[np.ndarray]:
+    """One int32 vector a prompt, from a list of lists or arrays or from a single prompt."""
+    if isinstance(prompts, str) or not hasattr(prompts, "__getitem__"):
+        raise InputError(
+            f"prompts has type {type(prompts).__name__}; expected lists of token ids: encode text with "
+            "the checkpoint's tokenizer first"
+        )
+    if len(prompts) == 0:
+        raise InputError("there are no prompts; expected at least one list of token ids")
+    if isinstance(prompts[0], int | np.integer) or getattr(prompts, "ndim", 2) == 1:
+        prompts = [prompts]
+    return [_read_prompt(row, prompt, vocab_size) for row, prompt in enumerate(prompts)]
+
+
+def _read_prompt(row, prompt, vocab_size):
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # lists of different lengths inside
+        ids = np.asarray(prompt, dtype=object)
+    if ids.shape == (0,):
+        raise InputError(f"prompt {row} is empty; expected at least one token id")
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise InputError(
+            f"prompt {row} has shape {ids.shape} and type {ids.dtype}; expected a flat list of "
+            "whole numbers, the token ids"
+        )
+    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if outside.size:
+        place = int(outside[0])
+        raise InputError(
+            f"token {place} of prompt {row} is {ids[place]}; expected 0 to {vocab_size - 1}, the "
+            "model's vocabulary"
+        )
+    return ids.astype(np.int32)
+
+
+def _read_stop_ids(stop_ids, vocab_size) -> frozenset[int]:
+    stop_ids = stop_ids if isinstance(stop_ids, Iterable) else [stop_ids]
+    return frozenset(_whole_number("a stop id", token, 0, vocab_size - 1) for token in stop_ids)
+
+
+def _whole_number(name, value, lowest, highest=None):
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < lowest or (highest is not None and number > highest):
+        allowed = f"{lowest} or more" if highest is None else f"{lowest} to {highest}"
+        raise InputError(f"{name} is {value}; expected a whole number, {allowed}")
+    return number

@@ -1,0 +1,324 @@
+"""Sparse attention in plain XLA: blocks of queries, an online softmax over tiles of keys.
+
+A block of queries meets its window as one band of rows, then the entries: every tile that some
+query of the block may see, masked (`chosen` None, or few entries for each chosen one), or the
+chosen rows themselves, gathered a few queries at a time. Tiles beyond the block's range are not
+visited. Nothing of size T x S or T x K x H exists. The backward pass recomputes the probabilities
+from the saved log-sum-exp, in the same blocks.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+QUERY_BLOCK = 128
+ENTRY_TILE = 512
+# Masked tiles beat gathered rows while there are at most this many entries for each chosen one.
+MASKED_ENTRIES_PER_CHOICE = 4
+GATHERED_ELEMENTS = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the trace needs to know beside the arrays."""
+
+    scale: float
+    window: int
+    query_block: int
+
+
+def sparse_attention(
+    q_BTNH,
+    sink_N,
+    *,
+    scale,
+    window_BSH=None,
+    first_BT=None,
+    window=0,
+    entries_BCH=None,
+    low_BT=None,
+    high_BT=None,
+    chosen_BTK=None,
+):
+    """See api.sparse_attention."""
+    length = q_BTNH.shape[1]
+    plan = Plan(scale, window, min(QUERY_BLOCK, length))
+    padding = -length % plan.query_block
+    pad = functools.partial(_pad_axis_1, after=padding)
+    if window_BSH is not None:
+        older = window_BSH.shape[1] - length
+        short = max(window - 1 - older, 0)
+        window_BSH = _pad_axis_1(window_BSH, before=short, after=padding)
+        first_BT = pad(first_BT + short)
+    if entries_BCH is not None:
+        tile = min(ENTRY_TILE, entries_BCH.shape[1])
+        entries_BCH = _pad_axis_1(entries_BCH, after=-entries_BCH.shape[1] % tile)
+        low_BT, high_BT = pad(low_BT), pad(high_BT)
+        chosen_BTK = None if chosen_BTK is None else pad(chosen_BTK)
+    places = (first_BT, low_BT, high_BT, chosen_BTK)
+    out = _attend(plan, pad(q_BTNH), sink_N.astype(jnp.float32), window_BSH, entries_BCH, places)
+    return out[:, :length]
+
+
+def _pad_axis_1(x, before=0, after=0):
+    if not before and not after:
+        return x
+    return jnp.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
+    return _forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places)[0]
+
+
+def _forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
+    """Output [B,T,N,H] and log-sum-exp [B,T,N], both float32."""
+
+    def block(index):
+        q, start, here = _take_block(plan, index, q_BTNH, places)
+        carry = _start(q, sink_N)
+        if window_BSH is not None:
+            kv, mask = _band(plan, start, here, window_BSH, q_BTNH.shape[1])
+            carry = _absorb(plan, carry, q, kv, mask)
+        if entries_BCH is not None:
+            carry = _absorb_entries(plan, carry, q, entries_BCH, here)
+        top, total, acc = carry
+        return acc / total[..., None], top + jnp.log(total)
+
+    blocks = q_BTNH.shape[1] // plan.query_block
+    if blocks == 1:
+        return block(0)
+    out, lse = jax.lax.map(block, jnp.arange(blocks))  # [blocks, B, Q, ...]
+    return _join(out), _join(lse)
+
+
+def _join(x):
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _take_block(plan, index, q_BTNH, places):
+    start = index * plan.query_block
+
+    def take(x):
+        return jax.lax.dynamic_slice_in_dim(x, start, plan.query_block, axis=1)
+
+    return take(q_BTNH).astype(jnp.float32), start, jax.tree.map(take, places)
+
+
+def _start(q_BQNH, sink_N):
+    """The online softmax begins with the sink: its logit the maximum, weight 1, value 0."""
+    top = jnp.broadcast_to(sink_N[None, None], q_BQNH.shape[:3])
+    return top, jnp.ones_like(top), jnp.zeros_like(q_BQNH)
+
+
+def _scores(plan, q_BQNH, kv, mask):
+    """Masked scaled scores [B,Q,N,K]; kv [B,K,H] shared by the block or [B,Q,K,H] a query's own."""
+    equation = "bqnh,bkh->bqnk" if kv.ndim == 3 else "bqnh,bqkh->bqnk"
+    scores = jnp.einsum(equation, q_BQNH, kv) * plan.scale
+    return jnp.where(mask[:, :, None], scores, -jnp.inf)
+
+
+def _absorb(plan, carry, q_BQNH, kv, mask):
+    """One tile of keys into the online softmax."""
+    top, total, acc = carry
+    kv = kv.astype(jnp.float32)
+    scores = _scores(plan, q_BQNH, kv, mask)
+    new_top = jnp.maximum(top, scores.max(-1))
+    shrink = jnp.exp(top - new_top)
+    p = jnp.exp(scores - new_top[..., None])
+    equation = "bqnk,bkh->bqnh" if kv.ndim == 3 else "bqnk,bqkh->bqnh"
+    acc = acc * shrink[..., None] + jnp.einsum(equation, p, kv)
+    return new_top, total * shrink + p.sum(-1), acc
+
+
+def _band(plan, start, here, window_BSH, length):
+    """The rows that the block's windows cover, and which query sees which."""
+    first_BQ = here[0]
+    rows = plan.query_block + plan.window - 1
+    begin = start + window_BSH.shape[1] - length - (plan.window - 1)
+    kv = jax.lax.dynamic_slice_in_dim(window_BSH, begin, rows, axis=1)
+    offset = jnp.arange(rows)[None] - jnp.arange(plan.query_block)[:, None]
+    in_window = (offset >= 0) & (offset < plan.window)
+    row = begin + jnp.arange(rows)
+    return kv, in_window[None] & (row[None, None] >= first_BQ[..., None])
+
+
+def _gathers(entries_BCH, chosen):
+    if chosen is None:
+        return False
+    return entries_BCH.shape[1] > MASKED_ENTRIES_PER_CHOICE * chosen.shape[2]
+
+
+def _absorb_entries(plan, carry, q, entries_BCH, here):
+    _, low, high, chosen = here
+    if _gathers(entries_BCH, chosen):
+        return _absorb_gathered(plan, carry, q, entries_BCH, chosen)
+    picked = _picked(chosen, entries_BCH.shape[1])
+
+    def tile(index, carry):
+        kv, mask = _entry_tile(index, entries_BCH, low, high, picked)
+        return _absorb(plan, carry, q, kv, mask)
+
+    size = min(ENTRY_TILE, entries_BCH.shape[1])
+    if entries_BCH.shape[1] == size:
+        return tile(0, carry)
+    return jax.lax.fori_loop(*_tile_range(low, high, size), tile, carry)
+
+
+def _tile_range(low, high, size):
+    """The tiles that any query of the block may see."""
+    empty = high <= low
+    begin = jnp.min(jnp.where(empty, jnp.iinfo(jnp.int32).max, low)) // size
+    end = -(-jnp.max(jnp.where(empty, 0, high)) // size)
+    return begin, end
+
+
+def _picked(chosen_BQK, entries):
+    """Membership of each entry in a query's choice, [B,Q,C]."""
+    if chosen_BQK is None:
+        return None
+    batch, queries, _ = chosen_BQK.shape
+    b, t = jnp.arange(batch)[:, None, None], jnp.arange(queries)[None, :, None]
+    # Negative indices would wrap around: -1 goes past the end, where it is dropped.
+    index = jnp.where(chosen_BQK < 0, entries, chosen_BQK)
+    mask = jnp.zeros((batch, queries, entries), bool)
+    return mask.at[b, t, index].set(True, mode="drop")
+
+
+def _entry_tile(index, entries_BCH, low, high, picked):
+    size = min(ENTRY_TILE, entries_BCH.shape[1])
+    begin = index * size
+    kv = jax.lax.dynamic_slice_in_dim(entries_BCH, begin, size, axis=1)
+    entry = (begin + jnp.arange(size))[None, None]
+    mask = (entry >= low[..., None]) & (entry < high[..., None])
+    if picked is not None:
+        mask &= jax.lax.dynamic_slice_in_dim(picked, begin, size, axis=2)
+    return kv, mask
+
+
+def _gather_blocks(q, chosen, entries_BCH):
+    """How many equal parts of the query block keep the gathered rows under GATHERED_ELEMENTS."""
+    rows = q.shape[0] * chosen.shape[2] * entries_BCH.shape[2]
+    queries = q.shape[1]
+    parts = min(-(-queries * rows // GATHERED_ELEMENTS), queries)
+    while queries % parts:
+        parts += 1
+    return parts
+
+
+def _split(x, parts):
+    """[B,Q,...] -> [parts, B, Q/parts, ...]"""
+    return jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)
+
+
+def _rows(entries_BCH, chosen):
+    batch = jnp.arange(entries_BCH.shape[0])[:, None, None]
+    return entries_BCH[batch, jnp.maximum(chosen, 0)]
+
+
+def _absorb_gathered(plan, carry, q, entries_BCH, chosen):
+    def part(args):
+        carry, q, chosen = args
+        return _absorb(plan, carry, q, _rows(entries_BCH, chosen), chosen >= 0)
+
+    parts = _gather_blocks(q, chosen, entries_BCH)
+    if parts == 1:
+        return part((carry, q, chosen))
+    split = jax.tree.map(lambda x: _split(x, parts), (carry, q, chosen))
+    return jax.tree.map(_join, jax.lax.map(part, split))
+
+
+# Backward. ds = p * (dp - delta) with p = exp(s - lse), delta = sum(do * o) over H; the sink's
+# probability exp(sink - lse) has value 0, so its ds is -p * delta.
+
+
+def _attend_fwd(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
+    out, lse = _forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places)
+    return out, (q_BTNH, sink_N, window_BSH, entries_BCH, places, out, lse)
+
+
+def _attend_bwd(plan, saved, dout):
+    q_BTNH, sink_N, window_BSH, entries_BCH, places, out, lse = saved
+    delta_BTN = jnp.sum(dout * out, axis=-1)
+    dsink = -jnp.sum(jnp.exp(sink_N[None, None] - lse) * delta_BTN, axis=(0, 1))
+
+    def zeros(x):
+        return None if x is None else jnp.zeros(x.shape, jnp.float32)
+
+    def block(grads, index):
+        dwindow, dentries = grads
+        q, start, here = _take_block(plan, index, q_BTNH, places)
+        _, _, row = _take_block(plan, index, q_BTNH, (dout, delta_BTN, lse))
+        dq = jnp.zeros_like(q)
+        if window_BSH is not None:
+            kv, mask = _band(plan, start, here, window_BSH, q_BTNH.shape[1])
+            dq, dkv = _tile_grads(plan, dq, q, kv, mask, row)
+            begin = start + window_BSH.shape[1] - q_BTNH.shape[1] - (plan.window - 1)
+            dwindow = _add_rows(dwindow, dkv, begin)
+        if entries_BCH is not None:
+            dq, dentries = _entry_grads(plan, dq, q, entries_BCH, here, row, dentries)
+        return (dwindow, dentries), dq
+
+    blocks = q_BTNH.shape[1] // plan.query_block
+    grads = (zeros(window_BSH), zeros(entries_BCH))
+    (dwindow, dentries), dq = jax.lax.scan(block, grads, jnp.arange(blocks))
+
+    def like(grad, x):
+        return None if x is None else grad.astype(x.dtype)
+
+    grads = like(_join(dq), q_BTNH), dsink, like(dwindow, window_BSH), like(dentries, entries_BCH)
+    return *grads, jax.tree.map(lambda _: None, places)
+
+
+def _tile_grads(plan, dq, q, kv, mask, row):
+    """dq with one tile's part added, and the tile's dkv (as key and as value)."""
+    dout, delta, lse = row
+    kv = kv.astype(jnp.float32)
+    own = "bkh" if kv.ndim == 3 else "bqkh"
+    p = jnp.exp(_scores(plan, q, kv, mask) - lse[..., None])
+    dp = jnp.einsum(f"bqnh,{own}->bqnk", dout, kv)
+    ds = p * (dp - delta[..., None]) * plan.scale
+    dq = dq + jnp.einsum(f"bqnk,{own}->bqnh", ds, kv)
+    dkv = jnp.einsum(f"bqnk,bqnh->{own}", ds, q) + jnp.einsum(f"bqnk,bqnh->{own}", p, dout)
+    return dq, dkv
+
+
+def _add_rows(total, rows, begin):
+    old = jax.lax.dynamic_slice_in_dim(total, begin, rows.shape[1], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(total, old + rows, begin, axis=1)
+
+
+def _entry_grads(plan, dq, q, entries_BCH, here, row, dentries):
+    _, low, high, chosen = here
+    if _gathers(entries_BCH, chosen):
+        return _gathered_grads(plan, dq, q, entries_BCH, chosen, row, dentries)
+    picked = _picked(chosen, entries_BCH.shape[1])
+    size = min(ENTRY_TILE, entries_BCH.shape[1])
+
+    def tile(index, carry):
+        dq, dentries = carry
+        kv, mask = _entry_tile(index, entries_BCH, low, high, picked)
+        dq, dkv = _tile_grads(plan, dq, q, kv, mask, row)
+        return dq, _add_rows(dentries, dkv, index * size)
+
+    return jax.lax.fori_loop(*_tile_range(low, high, size), tile, (dq, dentries))
+
+
+def _gathered_grads(plan, dq, q, entries_BCH, chosen, row, dentries):
+    parts = _gather_blocks(q, chosen, entries_BCH)
+    batch = jnp.arange(q.shape[0])[:, None, None]
+
+    def part(dentries, args):
+        dq, q, chosen, row = args
+        dq, dkv = _tile_grads(plan, dq, q, _rows(entries_BCH, chosen), chosen >= 0, row)
+        return dentries.at[batch, jnp.maximum(chosen, 0)].add(dkv), dq
+
+    split = jax.tree.map(lambda x: _split(x, parts), (dq, q, chosen, row))
+    dentries, dq = jax.lax.scan(part, dentries, split)
+    return _join(dq), dentries
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

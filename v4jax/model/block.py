@@ -1,0 +1,83 @@
+"""One layer, and the unit of layers that a segment repeats."""
+
+import flax.linen as nn
+from jaxtyping import Array
+
+from v4jax.config import LayerSpec, ModelConfig
+from v4jax.model.attention import Attention
+from v4jax.model.cache import LayerCache
+from v4jax.model.context import Context
+from v4jax.model.hyper_connections import HyperConnection
+from v4jax.model.layers import Numerics, RMSNorm
+from v4jax.model.moe import MoE
+
+
+class Block(nn.Module):
+    """mHC around attention, mHC around the experts (architecture section 2)."""
+
+    config: ModelConfig
+    spec: LayerSpec
+    numerics: Numerics
+
+    def setup(self):
+        config, numerics = self.config, self.numerics
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.hc_attn = HyperConnection(config, numerics)
+        self.attn_norm = RMSNorm(d, eps, numerics)
+        self.attn = Attention(config, self.spec, numerics)
+        self.hc_ffn = HyperConnection(config, numerics)
+        self.ffn_norm = RMSNorm(d, eps, numerics)
+        self.ffn = MoE(config, self.spec, numerics)
+
+    def __call__(
+        self,
+        h_BTMD: Array,
+        context: Context,
+        cache: LayerCache | None = None,
+        layer: int | Array = 0,
+        replay: dict[str, Array] | None = None,
+    ):
+        """The streams after the layer, its new cache and auxiliary arrays by name.
+
+        Args:
+          h_BTMD: residual streams. context: the tokens' places.
+          cache, layer: the segment's buffers and which repeat this is.
+          replay: "router_experts" and "chosen" to use instead of the layer's own choices.
+        """
+        replay = replay or {}
+        u_BTD, mixing = self.hc_attn.pre(h_BTMD)
+        y_BTD, cache, aux = self.attn(
+            self.attn_norm(u_BTD), context, cache, layer, replay.get("chosen")
+        )
+        h_BTMD = self.hc_attn.post(y_BTD, h_BTMD, mixing)
+        u_BTD, ffn_mixing = self.hc_ffn.pre(h_BTMD)
+        y_BTD, routing = self.ffn(self.ffn_norm(u_BTD), context, replay.get("router_experts"))
+        h_BTMD = self.hc_ffn.post(y_BTD, h_BTMD, ffn_mixing)
+        aux = aux | routing
+        if "streams" in context.aux:
+            aux |= {"streams": h_BTMD}
+        if "mhc" in context.aux and mixing is not None:
+            aux |= {"mhc_attn": mixing[1], "mhc_ffn": ffn_mixing[1]}
+        return h_BTMD, cache, aux
+
+
+class Unit(nn.Module):
+    """The layers between two repeats of a segment, called in order."""
+
+    config: ModelConfig
+    specs: tuple[LayerSpec, ...]
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, carry, step, context: Context):
+        """A step of a scan over repeats: carry (streams, caches), step (index, replays)."""
+        h_BTMD, caches = carry
+        index, replays = step
+        kept, auxes = [], []
+        for i, spec in enumerate(self.specs):
+            block = Block(self.config, spec, self.numerics, name=f"block_{i}")
+            cache = None if caches is None else caches[i]
+            h_BTMD, cache, aux = block(h_BTMD, context, cache, index, replays[i])
+            kept.append(cache)
+            auxes.append(aux)
+        return (h_BTMD, None if caches is None else tuple(kept)), tuple(auxes)

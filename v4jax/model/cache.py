@@ -1,0 +1,188 @@
+"""The decode state: fixed-size buffers that go in and come out of `model.apply`.
+
+A layer keeps the last W - 1 window rows, the compressed entries so far (and the indexer's), and
+the compressor's last raw rows, enough to close a block or, with `rollback`, to open it again
+(architecture section 9). Rows of a batch have lengths of their own. Buffers of a scanned segment
+are stacked on a leading axis R; an unrolled layer has R = 1.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Int
+
+from v4jax import config as config_lib
+from v4jax.config import LayerSpec, ModelConfig
+from v4jax.errors import InputError
+
+
+@struct.dataclass
+class CompressorState:
+    """Entries [R,B,C,H] and the last raw rows [R,B,P,2*width]: c and gate + ape, float32."""
+
+    entries: Array
+    raw: Array
+
+
+@struct.dataclass
+class LayerCache:
+    """What one layer (R repeats of it) remembers; None where its kind has none.
+
+    window: [R,B,W-1+rollback,H], the newest row last. tokens: every token's row [R,B,max_length,H]
+    of a full-attention layer. main, index: the two compressors' states.
+    """
+
+    window: Array | None = None
+    tokens: Array | None = None
+    main: CompressorState | None = None
+    index: CompressorState | None = None
+
+
+@struct.dataclass
+class Cache:
+    """A batch's decode state.
+
+    lengths [B]: tokens seen. spare [B]: how many of them can still be rolled back. layers: for
+    every segment of the model a tuple of `LayerCache`, one a block of its unit.
+    """
+
+    lengths: Int[Array, "b"]
+    spare: Int[Array, "b"]
+    layers: dict[str, tuple[LayerCache, ...]]
+    max_length: int = struct.field(pytree_node=False)
+    max_rollback: int = struct.field(pytree_node=False)
+
+    def rollback(self, count: Int[Array, "b"] | int) -> "Cache":
+        """The cache as it was `count` tokens ago, a number for the batch or one for each row.
+
+        Raises:
+          InputError: more than `rollback` of `init_cache`, or than the row holds (checked when
+            the numbers are concrete).
+        """
+        count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), self.lengths.shape)
+        if not isinstance(self.spare, jax.core.Tracer) and not isinstance(count, jax.core.Tracer):
+            if bool(jnp.any((count > self.spare) | (count < 0))):
+                raise InputError(
+                    f"rollback by {count.tolist()} tokens and the rows can go back "
+                    f"{self.spare.tolist()}; make the cache with init_cache(..., rollback=N)"
+                )
+        return _roll_back(self, count)
+
+
+def _roll_back(cache, count):
+    def shift(rows):  # [R,B,P,...]: the row `count` places older moves to each place
+        moved = jax.vmap(lambda x, n: jnp.roll(x, n, axis=1), in_axes=(1, 0), out_axes=1)
+        return moved(rows, count)
+
+    def layer(state):
+        def raw(compressor):
+            return compressor and compressor.replace(raw=shift(compressor.raw))
+
+        window = None if state.window is None else shift(state.window)
+        return state.replace(window=window, main=raw(state.main), index=raw(state.index))
+
+    layers = {name: tuple(map(layer, blocks)) for name, blocks in cache.layers.items()}
+    return cache.replace(lengths=cache.lengths - count, spare=cache.spare - count, layers=layers)
+
+
+def init_cache(
+    config: ModelConfig,
+    batch: int,
+    max_length: int,
+    *,
+    rollback: int = 0,
+    dtype="float32",
+    min_repeats: int = 4,
+) -> Cache:
+    """An empty cache of `batch` rows of up to `max_length` tokens.
+
+    Args:
+      rollback: how many tokens `Cache.rollback` can take back.
+      dtype: type of kv rows and entries (raw compressor rows are float32).
+      min_repeats: the model's, so that the cache is cut into the same segments.
+
+    Raises:
+      InputError: a length or batch that is not positive, or beyond the model's positions.
+    """
+    for name, value in (("batch", batch), ("max_length", max_length)):
+        if value < 1:
+            raise InputError(f"cache {name} is {value}; expected 1 or more")
+    if max_length > config.max_position_embeddings:
+        raise InputError(
+            f"cache max_length is {max_length}, beyond the model's max_position_embeddings "
+            f"{config.max_position_embeddings}"
+        )
+    layers = {}
+    for segment in config_lib.segments(config.layers, min_repeats):
+        unit = config.layers[segment.start : segment.start + segment.period]
+        layers[segment.name] = tuple(
+            _init_layer(config, spec, (segment.repeats, batch), max_length, rollback, dtype)
+            for spec in unit
+        )
+    # Two arrays, not one twice: a donated buffer may stand in one place only.
+    lengths, spare = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32)
+    return Cache(lengths, spare, layers, max_length, rollback)
+
+
+def _init_layer(config, spec, lead, max_length, rollback, dtype):
+    h, z = config.head_dim, config.index_head_dim
+    if spec.attention == "full":
+        return LayerCache(tokens=jnp.zeros((*lead, max_length, h), dtype))
+    window = jnp.zeros((*lead, config.sliding_window - 1 + rollback, h), dtype)
+    if spec.attention == "window":
+        return LayerCache(window=window)
+
+    def compressor(width):
+        entries = -(-max_length // spec.ratio)
+        doubled = 2 if spec.overlap else 1
+        return CompressorState(
+            entries=jnp.zeros((*lead, entries, width), dtype),
+            raw=jnp.zeros((*lead, raw_rows(spec) + rollback, 2 * doubled * width), jnp.float32),
+        )
+
+    index = compressor(z) if spec.attention == "csa" else None
+    return LayerCache(window=window, main=compressor(h), index=index)
+
+
+def raw_rows(spec: LayerSpec) -> int:
+    """How many earlier raw rows a new token may need to close its block."""
+    return (2 if spec.overlap else 1) * spec.ratio - 1
+
+
+def shift_in(rows_BPX: Array, new_BTX: Array, count_B: Array) -> tuple[Array, Array]:
+    """Appends new rows, of which `count` are real: (all P+T rows, the last P real ones)."""
+    joined = jnp.concatenate([rows_BPX, new_BTX.astype(rows_BPX.dtype)], axis=1)
+    keep = rows_BPX.shape[1]
+    take = jax.vmap(lambda x, n: jax.lax.dynamic_slice_in_dim(x, n, keep, axis=0))
+    return joined, take(joined, count_B)
+
+
+def write_rows(buffer_RBCH, layer, rows_BKH, start_B, count_B):
+    """Writes rows[b, :count[b]] at buffer[layer, b, start[b]:], in place under jit."""
+    rows_BKH = rows_BKH.astype(buffer_RBCH.dtype)
+    size, length = buffer_RBCH.shape[2], rows_BKH.shape[1]
+    if length > size:
+        rows_BKH, length = rows_BKH[:, :size], size
+
+    def one(buffer, rows, start, count):  # [R,C,H], [K,H]
+        # The slice may not reach over the end, or it would be moved: it begins earlier instead.
+        first = jnp.minimum(start, size - length)
+        source = jnp.arange(length) + first - start
+        old = jax.lax.dynamic_slice(buffer, (layer, first, 0), (1, length, buffer.shape[2]))
+        new = rows[jnp.clip(source, 0, length - 1)]
+        fresh = (source >= 0) & (source < count)
+        merged = jnp.where(fresh[None, :, None], new[None], old)
+        return jax.lax.dynamic_update_slice(buffer, merged, (layer, first, 0))
+
+    return jax.vmap(one, in_axes=(1, 0, 0, 0), out_axes=1)(buffer_RBCH, rows_BKH, start_B, count_B)
+
+
+def read_layer(buffer_RBCH, layer):
+    """buffer[layer]: [B,C,H]."""
+    return jax.lax.dynamic_index_in_dim(buffer_RBCH, layer, axis=0, keepdims=False)
+
+
+def write_layer(buffer_RBPX, layer, rows_BPX):
+    """buffer with buffer[layer] replaced (the small rows: window and raw)."""
+    rows = rows_BPX.astype(buffer_RBPX.dtype)
+    return jax.lax.dynamic_update_index_in_dim(buffer_RBPX, rows, layer, axis=0)

@@ -1,0 +1,144 @@
+"""The compressor: blocks of m tokens pooled into one entry (architecture section 5)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from v4jax.config import LayerSpec, ModelConfig
+from v4jax.model import rope
+from v4jax.model.cache import CompressorState, read_layer, shift_in, write_layer
+from v4jax.model.context import Context
+from v4jax.model.layers import Numerics, Projection, RMSNorm, weight
+
+
+class Compressor(nn.Module):
+    """Pools x into entries of `width` channels, normed and rotated.
+
+    Each entry is a softmax-weighted sum, channel by channel, over the m tokens of its block; with
+    overlap over the block before as well, whose tokens bring their first `width` channels and the
+    block's own tokens their last.
+    """
+
+    config: ModelConfig
+    spec: LayerSpec
+    width: int
+    numerics: Numerics
+
+    def setup(self):
+        config, channels = self.config, self.width * (2 if self.spec.overlap else 1)
+        std = config.initializer_range
+        normal = nn.initializers.normal(std)
+        self.ape = weight(self, "ape", (self.spec.ratio, channels), (None, "compressed"), normal)
+        d = config.hidden_size
+        self.wkv = Projection(channels, d, ("compressed", "embed"), self.numerics, std)
+        self.wgate = Projection(channels, d, ("compressed", "embed"), self.numerics, std)
+        self.norm = RMSNorm(self.width, config.rms_norm_eps, self.numerics)
+
+    def __call__(self, x_BTD: Array, context: Context, state: CompressorState | None, layer):
+        """The entries whose blocks close in this call, [B,E,width].
+
+        Args:
+          x_BTD: the layer's input. context: its tokens' places.
+          state: the cache's raw rows, or None. layer: which repeat of the segment this is.
+
+        Returns:
+          Entries in the activation dtype and the raw rows for the next call (None uncached).
+          Cached, entry i is number start // m + i of its row; those past the last closed block
+          are garbage and are not to be kept.
+        """
+        raw_BTX = self._raw(x_BTD, context)
+        rows = None
+        if context.document is not None:
+            blocks, position = _packed_blocks(raw_BTX, context, self.spec)
+        elif state is None:
+            blocks, position = _whole_blocks(raw_BTX, self.spec)
+        else:
+            older = read_layer(state.raw, layer)
+            joined, last = shift_in(older, raw_BTX, context.count)
+            rows = write_layer(state.raw, layer, last)
+            blocks, position = _open_blocks(joined, context, older.shape[1], self.spec)
+        return self._finish(_pool(blocks, position, self.spec.overlap), position), rows
+
+    def _raw(self, x_BTD, context):
+        """c and gate + ape side by side, float32 [B,T,2*channels]."""
+        c = self.wkv.in_float32("btd,xd->btx", x_BTD)
+        gate = self.wgate.in_float32("btd,xd->btx", x_BTD)
+        ape = self.ape.astype(jnp.float32)[context.position % self.spec.ratio]
+        return jnp.concatenate([c, gate + ape], axis=-1)
+
+    def _finish(self, entries_BEH, position_BE):
+        entries = self.norm(self.numerics.round(entries_BEH))
+        frequency = rope.inverse_frequencies(self.config, compressing=True)
+        cos, sin = rope.rotations(frequency, position_BE)
+        return self.numerics.round(rope.rotate(entries, cos, sin))
+
+
+def _span(spec):
+    """Tokens that an entry pools."""
+    return spec.ratio * (2 if spec.overlap else 1)
+
+
+def _windows(rows_BPX, spec):
+    """Rows that begin at a block, cut into the spans of successive entries: [B,E,span,X]."""
+    batch, rows, channels = rows_BPX.shape
+    blocks = rows_BPX.reshape(batch, rows // spec.ratio, spec.ratio, channels)
+    if not spec.overlap:
+        return blocks
+    return jnp.concatenate([blocks[:, :-1], blocks[:, 1:]], axis=2)
+
+
+def _whole_blocks(raw_BTX, spec):
+    """Spans of a row that begins at position 0; positions [1,E] of their blocks' first tokens."""
+    entries = raw_BTX.shape[1] // spec.ratio
+    rows = raw_BTX[:, : entries * spec.ratio]
+    if spec.overlap:
+        rows = jnp.pad(rows, ((0, 0), (spec.ratio, 0), (0, 0)))
+    return _windows(rows, spec), spec.ratio * jnp.arange(entries, dtype=jnp.int32)[None]
+
+
+def _open_blocks(joined_BPX, context, older, spec):
+    """Spans of the blocks that close in this call, each row at its own offset."""
+    m, overlap = spec.ratio, spec.ratio if spec.overlap else 0
+    length = joined_BPX.shape[1] - older
+    entries = (length + m - 1) // m
+    number = context.start[:, None] // m + jnp.arange(entries, dtype=jnp.int32)[None]
+    first = m * (context.start // m) - overlap - context.start + older
+    joined_BPX = jnp.pad(joined_BPX, ((0, 0), (0, m), (0, 0)))
+    take = jax.vmap(
+        lambda rows, at: jax.lax.dynamic_slice_in_dim(rows, at, entries * m + overlap, axis=0)
+    )
+    return _windows(take(joined_BPX, first), spec), m * number
+
+
+def _packed_blocks(raw_BTX, context, spec):
+    """Spans of all documents' blocks in the order in which they close; garbage after the last."""
+    batch, length, _ = raw_BTX.shape
+    entries = length // spec.ratio
+    closed = jnp.cumsum(context.closes(spec.ratio), axis=1, dtype=jnp.int32)
+    wanted = jnp.arange(1, entries + 1)
+    last = jax.vmap(lambda row: jnp.searchsorted(row, wanted, method="scan_unrolled"))(closed)
+    last = jnp.minimum(last, length - 1).astype(jnp.int32)
+    row = last[..., None] + jnp.arange(1 - _span(spec), 1, dtype=jnp.int32)
+    blocks = raw_BTX[jnp.arange(batch)[:, None, None], jnp.maximum(row, 0)]
+    position = jnp.take_along_axis(context.position, last, axis=1)
+    return blocks, position - (spec.ratio - 1)
+
+
+def _pool(blocks_BEPX, position_BE, overlap):
+    """Softmax over a span's tokens of the gates, times c: float32 [B,E,width]."""
+    c, gate = jnp.split(blocks_BEPX, 2, axis=-1)
+    if overlap:
+        c, gate = _first_then_last(c), _first_then_last(gate)
+        span = gate.shape[2]
+        # A document's first block has none before it (c = 0 and gate = -inf there).
+        absent = (position_BE == 0)[..., None] & (jnp.arange(span) < span // 2)[None, None]
+        gate = jnp.where(absent[..., None], -jnp.inf, gate)
+    return jnp.sum(jax.nn.softmax(gate, axis=2) * c, axis=2)
+
+
+def _first_then_last(x):
+    """The earlier block's first half of the channels, then the own block's last half."""
+    earlier, own = jnp.split(x, 2, axis=2)
+    half = x.shape[-1] // 2
+    return jnp.concatenate([earlier[..., :half], own[..., half:]], axis=2)

@@ -1,0 +1,72 @@
+"""The weights of manifold-constrained hyper-connections (mHC, architecture section 3)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from v4jax.config import ModelConfig
+from v4jax.kernels.hyper_connections import api
+from v4jax.model.layers import Numerics, weight
+
+
+class HyperConnection(nn.Module):
+    """One sub-layer's mixing of the M residual streams. M = 1 is a plain residual, no weights."""
+
+    config: ModelConfig
+    numerics: Numerics
+
+    def setup(self):
+        m, d = self.config.hc_mult, self.config.hidden_size
+        if m == 1:
+            return
+        rows = (2 + m) * m
+        normal = nn.initializers.normal(self.config.initializer_range)
+        # The paper starts the dynamic part at 0.01, so that the static base dominates at first.
+        small = nn.initializers.constant(0.01)
+        self.fn = weight(self, "fn", (rows, m * d), ("hc", "hc_embed"), normal)
+        self.base = weight(self, "base", (rows,), ("hc",), nn.initializers.zeros)
+        self.scale = weight(self, "scale", (3,), (None,), small)
+
+    def pre(self, h_BTMD: Array):
+        """The sub-layer's input [B,T,D], rounded, and (post, comb) for `post`."""
+        if self.config.hc_mult == 1:
+            return h_BTMD[:, :, 0], None
+        config = self.config
+        u_BTD, post_BTM, comb_BTMM = api.pre(
+            h_BTMD,
+            self.fn.astype(jnp.float32),
+            self.base.astype(jnp.float32),
+            self.scale.astype(jnp.float32),
+            iterations=config.hc_sinkhorn_iters,
+            eps=config.hc_eps,
+            rms_eps=config.rms_norm_eps,
+        )
+        return self.numerics.round(u_BTD), (post_BTM, comb_BTMM)
+
+    def post(self, y_BTD: Array, h_BTMD: Array, mixing) -> Array:
+        """The streams after the sub-layer's output y, rounded."""
+        if mixing is None:
+            return self.numerics.round(h_BTMD + y_BTD[:, :, None])
+        return self.numerics.round(api.post(y_BTD, h_BTMD, *mixing))
+
+
+class HyperHead(nn.Module):
+    """The streams collapsed before the output head."""
+
+    config: ModelConfig
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, h_BTMD: Array) -> Array:
+        config = self.config
+        m, d = config.hc_mult, config.hidden_size
+        if m == 1:
+            return h_BTMD[:, :, 0]
+        normal = nn.initializers.normal(config.initializer_range)
+        small = nn.initializers.constant(0.01)
+        fn = weight(self, "fn", (m, m * d), ("hc", "hc_embed"), normal)
+        base = weight(self, "base", (m,), ("hc",), nn.initializers.zeros)
+        scale = weight(self, "scale", (1,), (None,), small)
+        fn, base, scale = (w.astype(jnp.float32) for w in (fn, base, scale))
+        y_BTD = api.head(h_BTMD, fn, base, scale, eps=config.hc_eps, rms_eps=config.rms_norm_eps)
+        return self.numerics.round(y_BTD)

@@ -1,0 +1,69 @@
+"""The lightning indexer of CSA layers: which compressed entries a query attends to (section 6)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from v4jax import quant
+from v4jax.config import LayerSpec, ModelConfig
+from v4jax.kernels.indexer_topk import api
+from v4jax.model import rope
+from v4jax.model.cache import CompressorState
+from v4jax.model.compressor import Compressor
+from v4jax.model.context import Context
+from v4jax.model.layers import Numerics, Projection
+
+
+class Indexer(nn.Module):
+    """Index queries, keys and head weights, and the choice made with them."""
+
+    config: ModelConfig
+    spec: LayerSpec
+    numerics: Numerics
+
+    def setup(self):
+        config, numerics = self.config, self.numerics
+        std, heads, width = config.initializer_range, config.index_n_heads, config.index_head_dim
+        self.wq_b = Projection(
+            heads * width, config.q_lora_rank, ("index_heads", "q_lora"), numerics, std
+        )
+        self.weights_proj = Projection(
+            heads, config.hidden_size, ("index_heads", "embed"), numerics, std, False
+        )
+        self.compressor = Compressor(config, self.spec, width, numerics)
+
+    def keys(self, x_BTD: Array, context: Context, state: CompressorState | None, layer):
+        """This call's new index keys [B,E,Z] and the compressor's raw rows."""
+        entries, rows = self.compressor(x_BTD, context, state, layer)
+        return self._rotate_and_quantize(entries), rows
+
+    def queries(self, x_BTD: Array, q_lat_BTL: Array, turn) -> tuple[Array, Array]:
+        """Index queries [B,T,I,Z] and their heads' weights [B,T,I]."""
+        config, round_ = self.config, self.numerics.round
+        q = self.wq_b("btl,xl->btx", q_lat_BTL)
+        q = q.reshape(*q.shape[:2], config.index_n_heads, config.index_head_dim)
+        cos, sin = (angle[:, :, None] for angle in turn)
+        q = self._rotate_and_quantize(round_(rope.rotate(q, cos, sin)))
+        factor = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
+        weight = self.weights_proj("btd,id->bti", x_BTD).astype(jnp.float32) * factor
+        return q, round_(weight)
+
+    def choose(self, q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk: int) -> Array:
+        """The chosen entries, int32 [B,T,min(topk, C)], -1 where there are fewer."""
+        return api.indexer_topk(
+            q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk, chain=self.numerics.native
+        )
+
+    def scores(self, q_BTIZ, weight_BTI, keys_BCZ) -> Array:
+        """Every entry's score for every query, float32 [B,T,C]: for losses and pictures."""
+        return api.index_scores(q_BTIZ, weight_BTI, keys_BCZ, chain=self.numerics.native)
+
+    def _rotate_and_quantize(self, x):
+        """The Hadamard rotation and E2M1 rounding of native numerics.
+
+        The rotation is orthonormal and turns queries and keys alike, so without the rounding it
+        changes no score and is left out.
+        """
+        if not self.numerics.native:
+            return x
+        return quant.fake_quant_e2m1(self.numerics.round(quant.hadamard(x)), 32)

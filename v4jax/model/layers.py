@@ -1,0 +1,142 @@
+"""What every block is made of: weights declared once, the projection, RMSNorm, where bf16 rounds."""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Inexact
+
+from v4jax import quant
+from v4jax.errors import InputError
+from v4jax.kernels.quantized_matmul import api as quantized_matmul
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """Where activations are rounded.
+
+    Attributes:
+      dtype: the activations' type; every rounding point of architecture section 10 casts to it.
+      native: also the official FP8 / FP4 rounding of matmul inputs, KV and indexer, the bf16
+        chains of section 10 (points 2 and 7) and the Hadamard rotation.
+    """
+
+    dtype: str = "float32"
+    native: bool = False
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
+        if self.native and self.dtype != "bfloat16":
+            raise InputError(
+                f"numerics='native' is defined on bfloat16 activations and dtype is {self.dtype!r};"
+                " leave dtype out or pass 'bfloat16'"
+            )
+
+    def round(self, x: Array) -> Array:
+        return x.astype(self.dtype)
+
+
+def weight(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Callable,
+    collection: str = "params",
+    dtype=jnp.float32,
+):
+    """Declares a weight: its name, shape, logical axes and initialiser.
+
+    A variable that is already there is taken in the form in which it is stored (float32, bfloat16
+    or `quant.QTensor`), after a check of its shape.
+    """
+    if not module.has_variable(collection, name):
+        boxed = nn.with_logical_partitioning(init, axes)
+        if collection == "params":
+            return module.param(name, boxed, shape, dtype)
+        value = module.variable(
+            collection, name, lambda: boxed(module.make_rng("params"), shape, dtype)
+        )
+        return value.value
+    value = nn.unbox(module.get_variable(collection, name))
+    if tuple(value.shape) != tuple(shape):
+        where = "/".join((*module.scope.path, name))
+        raise InputError(f"weight {where} has shape {tuple(value.shape)}; expected {tuple(shape)}")
+    return value
+
+
+def project(
+    equation: str, x: Array, w: Array | quant.QTensor, numerics: Numerics, quantize_input=True
+) -> Float[Array, "..."]:
+    """The einsum of `x` with a weight whose last axis is contracted; float32 out.
+
+    Products accumulate in float32. Under native numerics the input is first rounded to E4M3 in
+    groups of 128 channels (section 10), unless `quantize_input` is False.
+    """
+    if numerics.native and quantize_input:
+        x = quant.fake_quant_e4m3(x, 128)
+    # Values of the native path fit bf16 exactly, so float32 operands lose nothing on any backend.
+    dtype = jnp.float32 if numerics.native else numerics.dtype
+    if isinstance(w, quant.QTensor):
+        return quantized_matmul.einsum(equation, x.astype(dtype), w)
+    return jnp.einsum(
+        equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
+    )
+
+
+class Projection(nn.Module):
+    """A matrix [out, in] without bias; the equation stands at the call."""
+
+    out_features: int
+    in_features: int
+    axes: tuple[str | None, str | None]
+    numerics: Numerics
+    init_std: float
+    quantize_input: bool = True
+
+    def setup(self):
+        init = nn.initializers.normal(self.init_std)
+        self.weight = weight(self, "weight", (self.out_features, self.in_features), self.axes, init)
+
+    def __call__(self, equation: str, x: Array) -> Array:
+        """The projection of `x`, rounded once to the activation dtype."""
+        y = project(equation, x, self.weight, self.numerics, self.quantize_input)
+        return self.numerics.round(y)
+
+    def grouped(self, equation: str, x: Array, groups: int) -> Array:
+        """The projection with the output rows cut into groups, each with its own slice of x."""
+        w = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, leaf.shape[-1]), self.weight)
+        y = project(equation, x, w, self.numerics, self.quantize_input)
+        return self.numerics.round(y)
+
+    def in_float32(self, equation: str, x: Array) -> Array:
+        """The projection computed in float32 whatever the activations are (compressor, router)."""
+        return jnp.einsum(
+            equation,
+            x.astype(jnp.float32),
+            self.weight.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+
+
+def normalize(x: Inexact[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
+    """x / rms(x) over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a weight: float32 throughout, cast once at the end (architecture section 2)."""
+
+    features: int
+    eps: float
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = weight(self, "weight", (self.features,), ("norm",), nn.initializers.ones)
+        scale = jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
+        return self.numerics.round(normalize(x, self.eps) * scale)

@@ -1,0 +1,157 @@
+"""The mixture of experts: router, sorted dispatch, experts, shared expert (architecture 7)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from v4jax.config import LayerSpec, ModelConfig
+from v4jax.kernels.grouped_matmul import api as grouped_matmul
+from v4jax.model.context import Context
+from v4jax.model.layers import Numerics, Projection, weight
+
+
+class Router(nn.Module):
+    """Scores every expert and picks K for each token, by score + bias or by token id."""
+
+    config: ModelConfig
+    spec: LayerSpec
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, tokens_BT: Array, replayed_BTK: Array | None = None):
+        """Experts [B,T,K], their weights [B,T,K] and all scores [B,T,E], float32."""
+        config = self.config
+        experts, k = config.n_routed_experts, config.num_experts_per_tok
+        normal = nn.initializers.normal(config.initializer_range)
+        gate_ED = weight(self, "weight", (experts, config.hidden_size), ("router", "embed"), normal)
+        logits = jnp.einsum(
+            "btd,ed->bte",
+            x_BTD.astype(jnp.float32),
+            gate_ED.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        scores = router_scores(logits, config.scoring_func)
+        if self.spec.routing == "hash":
+            shape = (config.vocab_size, k)
+            table = weight(
+                self, "tid2eid", shape, ("vocab", None), even_table(experts), "buffers", jnp.int32
+            )
+            chosen = table[tokens_BT]
+        else:
+            zeros = nn.initializers.zeros
+            bias = weight(self, "bias", (experts,), ("router",), zeros, "buffers")
+            # The bias picks and does not weigh; ties go to the lower expert, as top_k has it.
+            chosen = jax.lax.top_k(scores + bias[None, None], k)[1]
+        if replayed_BTK is not None:
+            chosen = replayed_BTK
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        if config.scoring_func != "softmax":
+            weights = weights / weights.sum(-1, keepdims=True)
+        return chosen, weights * config.routed_scaling_factor, scores
+
+
+def router_scores(logits: Float[Array, "b t e"], function: str) -> Float[Array, "b t e"]:
+    """sqrt(softplus(logits)), sigmoid or softmax over the experts."""
+    if function == "sqrtsoftplus":
+        return jnp.sqrt(jax.nn.softplus(logits))
+    return jax.nn.sigmoid(logits) if function == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+
+
+def even_table(experts: int):
+    """Initialiser of a hash table: K distinct experts an id, every expert equally often.
+
+    Even over ids, not over a text's tokens: training from scratch should build the table from
+    token frequencies instead.
+    """
+
+    def init(key, shape, dtype):
+        ids, k = shape
+        order = jax.random.permutation(key, ids).astype(dtype)
+        return (order[:, None] * k + jnp.arange(k, dtype=dtype)[None]) % experts
+
+    return init
+
+
+class Experts(nn.Module):
+    """The routed experts' stacked weights and their sorted, dropless dispatch."""
+
+    config: ModelConfig
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, chosen_BTK: Int[Array, "b t k"], weights_BTK: Array
+    ) -> Float[Array, "b t d"]:
+        """The sum over a token's experts, float32, not yet rounded."""
+        config = self.config
+        e, f, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        normal = nn.initializers.normal(config.initializer_range)
+        up, down = ("expert", "mlp", "embed"), ("expert", "embed", "mlp")
+        w1 = weight(self, "w1", (e, f, d), up, normal)
+        w2 = weight(self, "w2", (e, d, f), down, normal)
+        w3 = weight(self, "w3", (e, f, d), up, normal)
+        k = chosen_BTK.shape[-1]
+        expert_X = chosen_BTK.reshape(-1)
+        order_X = jnp.argsort(expert_X, stable=True)
+        x_XD = x_BTD.reshape(-1, d)[order_X // k]
+        y_XD = grouped_matmul.expert_ffn(
+            x_XD,
+            weights_BTK.reshape(-1)[order_X],
+            jnp.zeros(e, jnp.int32).at[expert_X].add(1),
+            w1,
+            w2,
+            w3,
+            limit=config.swiglu_limit,
+            rounding=grouped_matmul.Rounding(self.numerics.dtype, self.numerics.native),
+        )
+        back_X = jnp.zeros_like(order_X).at[order_X].set(jnp.arange(order_X.size))
+        y_BTKD = y_XD[back_X].reshape(*chosen_BTK.shape, d)
+        return y_BTKD.astype(jnp.float32).sum(2)
+
+
+class SharedExpert(nn.Module):
+    """The expert that every token takes, of n_shared_experts times the width."""
+
+    config: ModelConfig
+    numerics: Numerics
+
+    def setup(self):
+        config, std = self.config, self.config.initializer_range
+        d, f = config.hidden_size, config.shared_intermediate_size
+        self.w1 = Projection(f, d, ("mlp", "embed"), self.numerics, std)
+        self.w2 = Projection(d, f, ("embed", "mlp"), self.numerics, std)
+        self.w3 = Projection(f, d, ("mlp", "embed"), self.numerics, std)
+
+    def __call__(self, x_BTD: Array) -> Array:
+        y = grouped_matmul.gated_ffn(
+            x_BTD.reshape(-1, x_BTD.shape[-1]),
+            self.w1.weight,
+            self.w2.weight,
+            self.w3.weight,
+            limit=self.config.swiglu_limit,
+            rounding=grouped_matmul.Rounding(self.numerics.dtype, self.numerics.native),
+        )
+        return y.reshape(x_BTD.shape)
+
+
+class MoE(nn.Module):
+    """Routed experts plus the shared one, summed in float32 and rounded once."""
+
+    config: ModelConfig
+    spec: LayerSpec
+    numerics: Numerics
+
+    def setup(self):
+        self.gate = Router(self.config, self.spec)
+        self.experts = Experts(self.config, self.numerics)
+        if self.config.n_shared_experts:
+            self.shared_experts = SharedExpert(self.config, self.numerics)
+
+    def __call__(self, x_BTD: Array, context: Context, replayed_BTK: Array | None = None):
+        """The layer's output [B,T,D] and auxiliary arrays by name."""
+        chosen, weights, scores = self.gate(x_BTD, context.tokens, replayed_BTK)
+        y = self.experts(x_BTD, chosen, weights)
+        if self.config.n_shared_experts:
+            y = y + self.shared_experts(x_BTD).astype(jnp.float32)
+        named = {"router_experts": chosen, "router_weights": weights, "router_scores": scores}
+        return self.numerics.round(y), {k: v for k, v in named.items() if k in context.aux}

@@ -1,0 +1,42 @@
+"""Multi-token prediction: a block that reads the streams and the next token (section 8)."""
+
+import flax.linen as nn
+from jaxtyping import Array
+
+from v4jax.config import LayerSpec, ModelConfig
+from v4jax.model.block import Block
+from v4jax.model.context import Context
+from v4jax.model.hyper_connections import HyperHead
+from v4jax.model.layers import Numerics, Projection, RMSNorm
+
+
+class MTPBlock(nn.Module):
+    """Predicts one token further than the streams it reads; the output head is the model's."""
+
+    config: ModelConfig
+    spec: LayerSpec
+    numerics: Numerics
+
+    def setup(self):
+        config, numerics = self.config, self.numerics
+        d, eps, std = config.hidden_size, config.rms_norm_eps, config.initializer_range
+        self.enorm = RMSNorm(d, eps, numerics)
+        self.hnorm = RMSNorm(d, eps, numerics)
+        self.e_proj = Projection(d, d, (None, "embed"), numerics, std)
+        self.h_proj = Projection(d, d, (None, "embed"), numerics, std)
+        self.block = Block(config, self.spec, numerics)
+        self.hc_head = HyperHead(config, numerics)
+        self.norm = RMSNorm(d, eps, numerics)
+
+    def __call__(self, h_BTMD: Array, e_BTD: Array, context: Context) -> tuple[Array, Array]:
+        """The new streams and the normed state for the output head.
+
+        Args:
+          h_BTMD: streams of tokens t. e_BTD: embeddings of tokens t + 1.
+          context: the places of tokens t + 1 (their ids; positions counted from t).
+        """
+        e = self.e_proj("btd,xd->btx", self.enorm(e_BTD))
+        h = self.h_proj("btmd,xd->btmx", self.hnorm(h_BTMD))
+        z_BTMD = self.numerics.round(e[:, :, None] + h)
+        z_BTMD, _, _ = self.block(z_BTMD, context)
+        return z_BTMD, self.norm(self.hc_head(z_BTMD))

@@ -1,0 +1,332 @@
+"""DeepSeek-V4 as a Flax Linen module. Read this file first.
+
+Dimension key, the suffix of every array's name:
+  B batch            T query tokens      S window rows (older + own)   P older rows
+  D hidden           M residual streams  N heads       H head dim      R rope dim
+  L query latent     G output groups     C compressed entries          E experts (or new entries)
+  K choices a token  F expert width      I index heads Z index head dim
+  V vocabulary       X anything flattened
+Logical axes name the same things for sharding: vocab embed q_lora heads kv expert mlp router
+compressed index_heads hc hc_embed norm, and layers for the repeats of a scanned segment.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from v4jax import config as config_lib
+from v4jax.config import LayerSpec, ModelConfig
+from v4jax.errors import InputError
+from v4jax.model import cache as cache_lib
+from v4jax.model.block import Unit
+from v4jax.model.cache import Cache
+from v4jax.model.context import AUX_NAMES, Context, place_tokens
+from v4jax.model.hyper_connections import HyperHead
+from v4jax.model.layers import Numerics, RMSNorm, weight
+from v4jax.model.mtp import MTPBlock
+
+
+@struct.dataclass
+class Output:
+    """What `model.apply` returns.
+
+    logits float32: [B,T,V], or [B,1,V] of each row's last token, or None with logits="none".
+    cache: the new decode state, when one went in. mtp_logits: with mtp=True one array for each
+    MTP block k = 1, 2, ...: [B,T-k,V], at t the prediction of token t + k + 1.
+    aux: wanted auxiliary outputs, aux[name][layer]. streams: [B,T,M,D] with logits="none".
+    """
+
+    logits: Float[Array, "b t v"] | None
+    cache: Cache | None = None
+    mtp_logits: tuple[Array, ...] = ()
+    aux: dict[str, dict[int, Array]] = struct.field(default_factory=dict)
+    streams: Array | None = None
+
+
+class Transformer(nn.Module):
+    """The model: `init(key)` makes variables, `apply(variables, tokens, ...)` runs them.
+
+    Attributes:
+      config: sizes and layers.
+      dtype: activations, "float32" or "bfloat16"; the config's if left out.
+      numerics: None, or "native" for the official low-precision rounding (section 10).
+      min_repeats: a unit of layers that repeats at least so often is scanned, its weights stacked.
+        Below it layers are unrolled, which spares a scan's copies of weights out of the stack.
+      remat: recompute each unit's activations in the backward pass.
+    """
+
+    config: ModelConfig
+    dtype: str | None = None
+    numerics: str | None = None
+    min_repeats: int = 4
+    remat: bool = False
+
+    @nn.nowrap
+    def rounding(self) -> Numerics:
+        """Where activations round, from `dtype` and `numerics`."""
+        if self.numerics not in (None, "native"):
+            raise InputError(f"numerics is {self.numerics!r}; expected None or 'native'")
+        native = self.numerics == "native"
+        default = "bfloat16" if native else self.config.dtype
+        return Numerics(str(jnp.dtype(self.dtype or default)), native)
+
+    @nn.nowrap
+    def segments(self) -> tuple[config_lib.Segment, ...]:
+        return config_lib.segments(self.config.layers, self.min_repeats)
+
+    def setup(self):
+        config, numerics = self.config, self.rounding()
+        normal = nn.initializers.normal(config.initializer_range)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed = _Table(shape, ("vocab", "embed"), normal)
+        self.units = [
+            self._unit(segment)(config, self._specs(segment), numerics, name=segment.name)
+            for segment in self.segments()
+        ]
+        self.hc_head = HyperHead(config, numerics)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, numerics)
+        self.head = _Table(shape, ("vocab", "embed"), normal)
+        self.mtp = [
+            MTPBlock(config, spec, numerics, name=f"mtp_{k}")
+            for k, spec in enumerate(config.mtp_layers)
+        ]
+
+    @nn.nowrap
+    def _specs(self, segment) -> tuple[LayerSpec, ...]:
+        return self.config.layers[segment.start : segment.start + segment.period]
+
+    @nn.nowrap
+    def _unit(self, segment):
+        unit = nn.remat(Unit, prevent_cse=segment.repeats == 1) if self.remat else Unit
+        if segment.repeats == 1:
+            return unit
+        return nn.scan(
+            unit,
+            variable_axes={"params": 0, "buffers": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=segment.repeats,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        *,
+        cache: Cache | None = None,
+        lengths: Int[Array, "b"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        logits: str = "all",
+        mtp: bool = False,
+        aux: tuple[str, ...] = (),
+        replay: dict[str, dict[int, Array]] | None = None,
+    ) -> Output:
+        """One call for prefill, chunks of it, decode, padded and packed batches.
+
+        Args:
+          tokens: ids [B,T].
+          cache: decode state that the tokens continue; the new one is in the output.
+          lengths: real tokens of each row in this call; the rest is right padding.
+          segment_ids: documents packed in a row, each a run of equal ids; nothing crosses.
+          logits: "all", "last" (each row's last real token; never holds [B,T,V]) or "none".
+          mtp: also the MTP blocks' logits (without a cache).
+          aux: names out of `context.AUX_NAMES` to return.
+          replay: {"router_experts" | "chosen": {layer: [B,T,K]}} to use instead of the model's
+            own choices, as aux returned them.
+
+        Raises:
+          InputError: arguments that contradict each other or the cache.
+        """
+        self._check(tokens, cache, segment_ids, lengths, logits, mtp, aux)
+        start = None if cache is None else cache.lengths
+        context = place_tokens(tokens, lengths, start, segment_ids, aux)
+        h_BTMD = self._streams(tokens)
+        h_BTMD, cache, found = self._layers(h_BTMD, context, cache, replay or {})
+        initializing = self.is_initializing()
+        predictions = self._mtp(h_BTMD, context) if mtp or initializing else ()
+        if logits == "none" and not initializing:
+            return Output(None, cache, predictions, found, h_BTMD)
+        last = h_BTMD
+        if logits == "last":
+            at = jnp.maximum(context.count - 1, 0)[:, None, None, None]
+            last = jnp.take_along_axis(h_BTMD, at, axis=1)
+        y_BTD = self.norm(self.hc_head(last))
+        return Output(self._logits(y_BTD), cache, predictions, found)
+
+    @nn.nowrap
+    def init(self, rngs, tokens=None, **options):
+        """Fresh variables {"params", "buffers"}, plain arrays; float32.
+
+        Args:
+          rngs: a key, as for any Linen module.
+          tokens: example ids; shapes do not depend on them.
+        """
+        return nn.unbox(self._boxed(rngs, tokens, **options))
+
+    @nn.nowrap
+    def _boxed(self, rngs, tokens=None, **options):
+        tokens = jnp.zeros((1, 2), jnp.int32) if tokens is None else tokens
+        return super().init(rngs, tokens, **options)
+
+    @nn.nowrap
+    def abstract_variables(self):
+        """Shapes and types of `init`'s variables, nothing computed."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    @nn.nowrap
+    def logical_axes(self):
+        """A PartitionSpec of logical axis names for every variable."""
+        return nn.get_partition_spec(jax.eval_shape(self._boxed, jax.random.key(0)))
+
+    @nn.nowrap
+    def init_cache(self, batch: int, max_length: int, rollback: int = 0) -> Cache:
+        """An empty decode state; see `cache.init_cache`."""
+        return cache_lib.init_cache(
+            self.config,
+            batch,
+            max_length,
+            rollback=rollback,
+            dtype=self.rounding().dtype,
+            min_repeats=self.min_repeats,
+        )
+
+    def _streams(self, tokens):
+        """The embedding repeated over the residual streams."""
+        x_BTD = self.embed.rows(tokens).astype(self.rounding().dtype)
+        shape = (*tokens.shape, self.config.hc_mult, self.config.hidden_size)
+        return jnp.broadcast_to(x_BTD[:, :, None], shape)
+
+    def _layers(self, h_BTMD, context: Context, cache, replay):
+        """All layers; the new cache and aux[name][layer]."""
+        found: dict[str, dict[int, Array]] = {}
+        kept = {}
+        for segment, unit in zip(self.segments(), self.units, strict=True):
+            caches = None if cache is None else cache.layers[segment.name]
+            carry, auxes = _run(unit, segment, (h_BTMD, caches), replay, context)
+            h_BTMD, kept[segment.name] = carry
+            _collect(found, auxes, segment)
+        if cache is None:
+            return h_BTMD, None, found
+        spare = jnp.minimum(cache.spare + context.count, cache.max_rollback)
+        lengths = cache.lengths + context.count
+        return h_BTMD, cache.replace(lengths=lengths, spare=spare, layers=kept), found
+
+    def _logits(self, y_BTD):
+        y, table = y_BTD.astype(jnp.float32), self.head.table().astype(jnp.float32)
+        return jnp.einsum("btd,vd->btv", y, table)
+
+    def _mtp(self, h_BTMD, context: Context):
+        """Each MTP block's logits: block k reads block k - 1's streams and ids k further."""
+        predictions = []
+        tokens, document = context.tokens, context.document
+        for block in self.mtp:
+            tokens = tokens[:, 1:]
+            h_BTMD = h_BTMD[:, : tokens.shape[1]]
+            # Positions and documents stay those of the streams: the block attends among them.
+            here = Context(
+                tokens=tokens,
+                position=context.position[:, : tokens.shape[1]],
+                start=None,
+                count=jnp.full_like(context.count, tokens.shape[1]),
+                document=None if document is None else document[:, : tokens.shape[1]],
+            )
+            e_BTD = self.embed.rows(tokens).astype(self.rounding().dtype)
+            h_BTMD, y_BTD = block(h_BTMD, e_BTD, here)
+            predictions.append(self._logits(y_BTD))
+        return tuple(predictions)
+
+    @nn.nowrap
+    def _check(self, tokens, cache, segment_ids, lengths, logits, mtp, aux):
+        if logits not in ("all", "last", "none"):
+            raise InputError(f"logits is {logits!r}; expected 'all', 'last' or 'none'")
+        unknown = sorted(set(aux) - set(AUX_NAMES))
+        if unknown:
+            raise InputError(f"aux names {unknown} are unknown; expected some of {AUX_NAMES}")
+        if tokens.shape[1] == 0:
+            raise InputError("tokens has no columns; expected at least one token a row")
+        if segment_ids is not None and (cache is not None or lengths is not None):
+            raise InputError(
+                "segment_ids came with a cache or lengths; a packed row has neither, so give each "
+                "document a row of its own"
+            )
+        if cache is not None:
+            _check_cache(tokens, cache, lengths, mtp)
+
+
+def _check_cache(tokens, cache, lengths, mtp):
+    batch, length = tokens.shape
+    if mtp:
+        raise InputError("mtp=True came with a cache; MTP logits need the whole row in one call")
+    if cache.lengths.shape[0] != batch:
+        raise InputError(
+            f"tokens have {batch} rows and the cache {cache.lengths.shape[0]}; they must agree"
+        )
+    used = lengths if lengths is not None else jnp.full((batch,), length, jnp.int32)
+    if isinstance(cache.lengths, jax.core.Tracer) or isinstance(used, jax.core.Tracer):
+        longest = 0 if lengths is not None else length
+    else:
+        longest = int(jnp.max(cache.lengths + used))
+    if longest > cache.max_length:
+        raise InputError(
+            f"the call brings a row to {longest} tokens and the cache has room for "
+            f"{cache.max_length}; make a longer one with init_cache"
+        )
+
+
+class _Table(nn.Module):
+    """An embedding or output table [V,D]."""
+
+    shape: tuple[int, int]
+    axes: tuple[str, str]
+    init_fn: nn.initializers.Initializer
+
+    def setup(self):
+        self.weight = weight(self, "weight", self.shape, self.axes, self.init_fn)
+
+    def rows(self, ids):
+        return self.weight[ids]
+
+    def table(self):
+        return self.weight
+
+
+def _run(unit, segment, carry, replay, context):
+    """A segment, scanned if it repeats; replays stacked over its repeats."""
+    if segment.repeats == 1:
+        replays = tuple(
+            {name: layers[segment.start + i] for name, layers in replay.items()
+             if segment.start + i in layers}
+            for i in range(segment.period)
+        )  # fmt: skip
+        return unit(carry, (0, replays), context)
+    replays = tuple(_stacked_replay(replay, segment, i) for i in range(segment.period))
+    return unit(carry, (jnp.arange(segment.repeats), replays), context)
+
+
+def _stacked_replay(replay, segment, place):
+    numbers = [segment.start + place + segment.period * r for r in range(segment.repeats)]
+    stacked = {}
+    for name, layers in replay.items():
+        given = [n for n in numbers if n in layers]
+        if given and len(given) < len(numbers):
+            raise InputError(
+                f"replay of {name} has layers {given} and lacks others of the scanned group "
+                f"{numbers}; give all of a group, or build the model with a larger min_repeats"
+            )
+        if given:
+            stacked[name] = jnp.stack([layers[n] for n in numbers])
+    return stacked
+
+
+def _collect(found, auxes, segment):
+    """Files a segment's auxiliary outputs under found[name][layer]."""
+    for place, aux in enumerate(auxes):
+        for name, value in aux.items():
+            if value is None:
+                continue
+            for repeat in range(segment.repeats):
+                layer = segment.start + repeat * segment.period + place
+                one = value if segment.repeats == 1 else value[repeat]
+                found.setdefault(name, {})[layer] = one

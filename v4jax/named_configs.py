@@ -1,0 +1,38 @@
+"""`get_config(name)`: the model that a file of configs/ describes.
+
+The files lie beside the package in a checkout, and inside it as `v4jax.configs` once installed.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from v4jax.config import ModelConfig
+from v4jax.errors import InputError
+
+
+def get_config(name: str) -> ModelConfig:
+    """Runs `get_config()` of configs/<name>.py.
+
+    Raises:
+      InputError: there is no such file; the message lists the names.
+    """
+    names = config_names()
+    if name not in names:
+        raise InputError(f"there is no config {name!r}; expected one of {', '.join(names)}")
+    spec = importlib.util.spec_from_file_location(
+        f"v4jax.configs.{name}", _directory() / f"{name}.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def config_names() -> list[str]:
+    """The names that `get_config` takes."""
+    return sorted(path.stem for path in _directory().glob("*.py") if path.stem != "__init__")
+
+
+def _directory():
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
