@@ -4,13 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_model import ToyConfig, ToyModel
+from toy_model import ToyModel, toy_config
 
+from v4jax.config import CSA, WINDOW, LayerSpec, with_hash_routing
 from v4jax.errors import InputError
 from v4jax.infer.generate import _bucket, _prefill_chunks, generate
+from v4jax.model.transformer import Transformer
 
 MODEL = ToyModel()
 PARAMS = MODEL.init(jax.random.key(3))
+# A prompt of one token, and prompts that end inside and at the edge of windows and blocks.
 PROMPTS = [
     [5],
     list(range(40)),
@@ -160,7 +163,7 @@ def test_one_token_is_made_by_the_prefill_alone():
 def test_generation_fills_the_cache_to_its_last_place():
     result = generate(MODEL, PARAMS, [[1] * 30], max_new_tokens=11, max_length=41)
     assert result.tokens == [greedy_by_full_forward(MODEL, PARAMS, [1] * 30, 11)]
-    model = ToyModel(ToyConfig(max_position_embeddings=41))
+    model = ToyModel(toy_config(max_position_embeddings=41))
     assert generate(model, PARAMS, [[1] * 30], max_new_tokens=11).tokens == result.tokens
 
 
@@ -177,7 +180,7 @@ def test_weights_may_be_numpy_arrays():
 
 
 def test_three_programs_are_compiled_once(compiled_programs):
-    model = ToyModel(ToyConfig(vocab_size=UNSEEN_VOCAB))
+    model = ToyModel(toy_config(vocab_size=UNSEEN_VOCAB))
     params = model.init(jax.random.key(0))
     compiled_programs.clear()
     generate(model, params, [[1, 2], [3]], max_new_tokens=9)
@@ -185,7 +188,7 @@ def test_three_programs_are_compiled_once(compiled_programs):
     assert sorted(name for name in compiled_programs if name in programs) == programs
     compiled_programs.clear()
     # Other lengths in the same bucket, other settings of the sampler, an equal model.
-    again = ToyModel(ToyConfig(vocab_size=UNSEEN_VOCAB))
+    again = ToyModel(toy_config(vocab_size=UNSEEN_VOCAB))
     generate(again, params, [[1, 2, 3], [3] * 9], max_new_tokens=7, temperature=0.7, top_p=0.9)
     generate(again, params, [[1, 2, 3], [3] * 9], max_new_tokens=3, top_k=4, min_p=0.1, seed=9)
     assert compiled_programs == []
@@ -277,3 +280,40 @@ def test_the_result_cannot_be_changed():
     result = generate(MODEL, PARAMS, [[5]], max_new_tokens=2)
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.tokens = []
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    """Every kind of compressed layer, with windows and blocks that a short text crosses often."""
+    config = toy_config(
+        layers=with_hash_routing((WINDOW, CSA, LayerSpec("hca", ratio=8)), 1),
+        mtp_layers=(),
+        hidden_size=32,
+        sliding_window=8,
+        index_topk=4,
+        # Large weights: small ones give the same token again and again.
+        initializer_range=0.3,
+    )
+    model = Transformer(config, dtype="float32")
+    return model, jax.jit(model.init)(jax.random.key(0))
+
+
+def test_the_model_generates_the_argmax_of_the_full_sequence(transformer, compiled_programs):
+    """Prompts of unequal length in one batch, each beside itself alone."""
+    model, params = transformer
+    expected = [greedy_by_full_forward(model, params, prompt, 20) for prompt in PROMPTS]
+    assert len({token for tokens in expected for token in tokens}) > 20
+    compiled_programs.clear()
+    assert generate(model, params, PROMPTS, max_new_tokens=20).tokens == expected
+    assert compiled_programs.count("jit(_decode)") == 1
+    # 16 tokens at a time: rows end in every chunk but the second.
+    chunked = generate(model, params, PROMPTS, max_new_tokens=20, prefill_chunk=16)
+    assert chunked.tokens == expected
+    assert compiled_programs.count("jit(_decode)") == 1
+
+
+def test_the_model_generates_to_the_last_place_of_its_cache(transformer):
+    model, params = transformer
+    expected = greedy_by_full_forward(model, params, PROMPTS[3], 20)
+    result = generate(model, params, PROMPTS[3], max_new_tokens=20, max_length=37)
+    assert result.tokens == [expected]

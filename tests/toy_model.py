@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from v4jax.config import ModelConfig
+from v4jax.named_configs import get_config
 
-class ToyConfig(NamedTuple):
-    vocab_size: int = 97
-    hidden_size: int = 24
-    max_position_embeddings: int = 4096
-    eos_token_id: int | tuple[int, ...] | None = None
-    layers: tuple = (None, None)
+
+def toy_config(**changes):
+    sizes = {"vocab_size": 97, "hidden_size": 24, "eos_token_id": None}
+    return dataclasses.replace(get_config("flash_tiny"), **(sizes | changes))
 
 
 class ToyCache(NamedTuple):
@@ -32,7 +32,7 @@ class ToyOutput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ToyModel:
-    config: ToyConfig = dataclasses.field(default_factory=ToyConfig)
+    config: ModelConfig = dataclasses.field(default_factory=toy_config)
 
     def init(self, key):
         embed_key, mix_key, head_key = jax.random.split(key, 3)

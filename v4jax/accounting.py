@@ -35,15 +35,12 @@ class Parameters:
 
 def count_parameters(config: ModelConfig, table: list[TensorSpec] | None = None) -> Parameters:
     """Counts the parameters of a config; `table` is its `tensor_table`, if it is at hand."""
-    total, active = collections.Counter(), collections.Counter()
+    rest, routed = collections.Counter(), collections.Counter()
     for spec in table or tensor_table(config):
-        count = _parameters_of(spec)
-        total[spec.item] += count
-        if spec.expert is not None:
-            # Every expert counts for its chance to be chosen; the sum over them is exact.
-            count *= config.num_experts_per_tok
-        active[spec.item] += count if spec.expert is not None else count * config.n_routed_experts
-    active = {item: count // config.n_routed_experts for item, count in active.items()}
+        (rest if spec.expert is None else routed)[spec.item] += _parameters_of(spec)
+    chosen, experts = config.num_experts_per_tok, config.n_routed_experts
+    total = {item: rest[item] + routed[item] for item in rest}
+    active = {item: rest[item] + routed[item] * chosen // experts for item in rest}
     layers = [f"layer_{i:03d}" for i in range(len(config.layers))]
     mtp_blocks = [f"mtp_{k}" for k in range(len(config.mtp_layers))]
     main = ["head", *layers]

@@ -212,11 +212,30 @@ def layer_place(cut: tuple[Segment, ...], layer: int) -> tuple[Segment, int, int
 
 
 _POSITIVE = (
-    "vocab_size hidden_size num_attention_heads head_dim qk_rope_head_dim q_lora_rank o_groups "
-    "o_lora_rank sliding_window index_n_heads index_head_dim n_routed_experts num_experts_per_tok "
-    "moe_intermediate_size hc_mult hc_sinkhorn_iters max_position_embeddings rope_theta "
-    "compress_rope_theta swiglu_limit routed_scaling_factor hc_eps rms_norm_eps"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "head_dim",
+    "qk_rope_head_dim",
+    "q_lora_rank",
+    "o_groups",
+    "o_lora_rank",
+    "sliding_window",
+    "index_n_heads",
+    "index_head_dim",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+    "max_position_embeddings",
+    "rope_theta",
+    "compress_rope_theta",
+    "swiglu_limit",
+    "routed_scaling_factor",
+    "hc_eps",
+    "rms_norm_eps",
+)
 
 
 def _check_positive(config):

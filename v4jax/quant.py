@@ -13,6 +13,7 @@ flushes subnormals.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +51,8 @@ class QTensor:
         bytes [..., out, in / 32] for FP4.
     """
 
-    values: jax.Array
-    scales: jax.Array
+    values: Any
+    scales: Any
 
     @property
     def kind(self) -> str:
@@ -91,8 +92,7 @@ def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
     stored, scales = jnp.asarray(q.values), jnp.asarray(q.scales)
     values = stored.astype(jnp.float32) if q.kind == "fp8" else fp4_unpack(stored)
     if scales.dtype == jnp.uint8:
-        exponents = scales.astype(jnp.int32) - _E8M0_BIAS
-        return _times_exp2(values, exponents, q.block).astype(dtype)
+        return _times_exp2(values, scales.astype(jnp.int32) - _E8M0_BIAS, q.block).astype(dtype)
     return (values * _spread(scales, q.block, values.shape)).astype(dtype)
 
 
@@ -203,6 +203,17 @@ def fake_quant_e2m1(x: ArrayLike, group: int) -> jax.Array:
     return _fake_quant(jnp.asarray(x), group, _E2M1)
 
 
+def round_to(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """x in `dtype`, float32 or bfloat16, really rounded.
+
+    A cast to bfloat16 and back is dropped by XLA where it fuses (its excess precision); an
+    explicit reduction of precision is not.
+    """
+    if jnp.dtype(dtype) == jnp.bfloat16 and x.dtype != jnp.bfloat16:
+        x = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
+
+
 def hadamard(x: ArrayLike) -> jax.Array:
     """The orthonormal Walsh-Hadamard transform of the last axis, in natural (Sylvester) order.
 
@@ -269,10 +280,9 @@ def _check_scales(scales, shape, block, dtypes) -> jax.Array:
 def _amax(x: jax.Array, block: tuple[int, int], grid: _Grid) -> jax.Array:
     """The largest |x|, and no less than the grid's least, of each block of the last two axes."""
     *leading, rows, columns = x.shape
-    high, wide = -(-rows // block[0]), -(-columns // block[1])
-    padding = ((0, high * block[0] - rows), (0, wide * block[1] - columns))
-    x = jnp.pad(jnp.abs(x), (*[(0, 0)] * len(leading), *padding))
-    x = x.reshape(*leading, high, block[0], wide, block[1])
+    padding = [(0, 0)] * len(leading) + [(0, -rows % block[0]), (0, -columns % block[1])]
+    x = jnp.pad(jnp.abs(x), padding)
+    x = x.reshape(*leading, x.shape[-2] // block[0], block[0], x.shape[-1] // block[1], block[1])
     return jnp.maximum(x.max((-3, -1)), grid.least_amax)
 
 
@@ -344,7 +354,6 @@ def _encode_e2m1(x: jax.Array) -> jax.Array:
     return (code | (jnp.signbit(x).astype(jnp.uint32) << 3)).astype(jnp.uint8)
 
 
-@functools.lru_cache
 def _sylvester(n: int) -> np.ndarray:
     matrix = np.ones((1, 1), np.float32)
     while len(matrix) < n:

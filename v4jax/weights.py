@@ -8,11 +8,11 @@ sits in the model's variables, which depends on how its layers are cut into segm
 import dataclasses
 from collections.abc import Iterator
 
-import ml_dtypes
 import numpy as np
 
 from v4jax.config import LayerSpec, ModelConfig, Segment, layer_place
 from v4jax.errors import InputError
+from v4jax.safetensors_io import NUMPY_DTYPES
 
 LAYOUTS = ("official", "transformers")
 WEIGHTS = ("stored", "bf16", "float32")
@@ -23,14 +23,6 @@ DEFAULT_QUANTIZATION = {
     "fmt": "e4m3",
     "quant_method": "fp8",
     "weight_block_size": [BLOCK, BLOCK],
-}
-_TREE_DTYPES = {
-    "F32": np.dtype(np.float32),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E8M0": np.dtype(np.uint8),
-    "I8": np.dtype(np.uint8),
-    "I64": np.dtype(np.int64),
 }
 _PLAIN_NAMES = {"bfloat16": "BF16", "float32": "F32"}
 
@@ -69,8 +61,8 @@ class TensorSpec:
       part: "array", or "values" / "scales" of a `quant.QTensor`.
       expert: its index along the leaf's first axis, None where the leaf is the tensor.
       layer: the layer it belongs to, None outside the layers.
-      role: what decides its dtype: "matrix", "expert", "scale", "plain", "norm", "control" or
-        "table".
+      role: what decides its dtype: "matrix", "expert", "scale", "plain", "norm", "control",
+        "table", or "carried" for a tensor that is only passed on.
     """
 
     key: str
@@ -86,7 +78,9 @@ class TensorSpec:
     @property
     def dtype(self) -> np.dtype:
         """The array's dtype in our tree: E8M0 scales and packed FP4 are plain bytes."""
-        return _TREE_DTYPES[self.dtypes[0]]
+        if self.part != "array" and self.dtypes[0] in ("F8_E8M0", "I8"):
+            return np.dtype(np.uint8)
+        return NUMPY_DTYPES[self.dtypes[0]]
 
     @property
     def nbytes(self) -> int:

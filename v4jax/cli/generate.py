@@ -5,8 +5,8 @@ is printed at the end, under a header. Where there is no tokenizer the ids are p
 the form that --prompt_ids takes. What was loaded and how fast it went goes to stderr.
 """
 
+import collections
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +15,8 @@ import jax
 from absl import flags
 
 from v4jax import checkpoint
+from v4jax.accounting import count_parameters
+from v4jax.cli.tables import short
 from v4jax.errors import InputError
 from v4jax.infer.generate import Generation, generate
 from v4jax.infer.tokenizer import Tokenizer
@@ -23,8 +25,6 @@ from v4jax.quant import QTensor
 FLAGS = flags.FLAGS
 
 DEFAULT_PROMPT = "def "  # the embedded checkpoint knows Python best
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 def define_flags():
@@ -56,26 +56,21 @@ def define_flags():
 
 def run() -> int:
     """Loads, generates and prints; the exit status."""
-    report = None
+    directory = checkpoint.locate(FLAGS.checkpoint)
+    tokenizer = _find_tokenizer(directory)
+    prompts = _read_prompts(tokenizer)
+    stop_ids = None if FLAGS.stop_ids is None else _parse_ids("stop_ids", FLAGS.stop_ids)
+    model, params = checkpoint.load(
+        directory, dtype=FLAGS.dtype, weights=FLAGS.weights, numerics=FLAGS.numerics
+    )
+    _say(_describe(FLAGS.checkpoint, model, params))
+    report = _Report(tokenizer, prompts, FLAGS.format)
     try:
-        directory = checkpoint.locate(FLAGS.checkpoint)
-        tokenizer = _find_tokenizer(directory)
-        prompts = _read_prompts(tokenizer)
-        stop_ids = None if FLAGS.stop_ids is None else _parse_ids("stop_ids", FLAGS.stop_ids)
-        model, params = checkpoint.load(
-            directory, dtype=FLAGS.dtype, weights=FLAGS.weights, numerics=FLAGS.numerics
-        )
-        _say(_describe(FLAGS.checkpoint, model, params))
-        report = _Report(tokenizer, prompts, FLAGS.format)
-        report.finish(_generate(model, params, prompts, stop_ids, report.add))
+        result = _generate(model, params, prompts, stop_ids, report.add)
     except KeyboardInterrupt:
-        if report is not None:
-            report.finish(report.so_far())
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more when it exits, and would complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        report.finish(report.so_far())
+        raise
+    report.finish(result)
     return 0
 
 
@@ -176,37 +171,21 @@ def _summary(result: Generation) -> str:
 
 
 def _describe(name, model, params) -> str:
-    """One line: name, parameters of the main model, layers, types they are stored in."""
-    main = {name: tree for name, tree in params["params"].items() if not name.startswith("mtp_")}
-    counts = {}
-    for leaf in jax.tree.leaves(main, is_leaf=_is_quantised):
+    """One line: name, parameters of the main model, layers, types and bytes in memory."""
+    sizes = collections.Counter()
+    for leaf in jax.tree.leaves(params, is_leaf=_is_quantised):
         kind = leaf.kind.upper() if _is_quantised(leaf) else str(leaf.dtype)
-        counts[kind] = counts.get(kind, 0) + _count(leaf)
-    kinds = sorted(counts, key=counts.get, reverse=True)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        sizes[kind] += sum(array.nbytes for array in jax.tree.leaves(leaf))
+    kinds = " + ".join(kind for kind, _ in sizes.most_common())
+    parameters = short(count_parameters(model.config).total, "B")
     return (
-        f"{name}: {_short(sum(counts.values()), 'B').strip()} parameters, "
-        f"{len(model.config.layers)} layers, stored as {' + '.join(kinds)} in {_short(size, 'G')}B"
+        f"{name}: {parameters} parameters, {len(model.config.layers)} layers, stored as {kinds} "
+        f"in {short(sizes.total())}B"
     )
 
 
 def _is_quantised(leaf):
     return isinstance(leaf, QTensor)
-
-
-def _count(leaf):
-    count = 1
-    for length in leaf.shape:
-        count *= length
-    return count
-
-
-def _short(number, billion) -> str:
-    """12345678 as "12.35 M"; `billion` is "B" for parameters and "G" for bytes."""
-    for factor, letter in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
-            return f"{number / factor:.2f} {letter}"
-    return f"{number} "
 
 
 def _find_tokenizer(directory) -> Tokenizer | None:

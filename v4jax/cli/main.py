@@ -113,21 +113,25 @@ def _check_count(expected, found):
 
 def _flag_error(error):
     """absl's error as the house writes them: what, found, expected."""
-    text = " ".join(str(error).split()).rstrip(".")
-    match = re.match(r"flag --(\w+)=(.*?): ", text)
-    if match is None:
-        return text[:1].lower() + text[1:]
-    name, value = match.groups()
-    if value == "None":
-        return f"--{name} is missing; expected {_expected(FLAGS[name])}"
-    return f"--{name} is {value!r}; expected {_expected(FLAGS[name])}"
+    text = " ".join(str(error).split())
+    if match := re.match(r"Unknown command line flag '(\S+)'", text):
+        near = re.search(r"Did you mean: (\S+)", text)
+        return f"there is no flag --{match[1]}" + (f", maybe --{near[1]}" if near else "")
+    if match := re.match(r"Missing value for flag -*(\S+)", text):
+        return f"--{match[1]} has no value; expected {_expected(FLAGS[match[1]])}"
+    if match := re.match(r"flag --(\w+)=(.*?): ", text):
+        found = "is missing" if match[2] == "None" else f"is {match[2]!r}"
+        return f"--{match[1]} {found}; expected {_expected(FLAGS[match[1]])}"
+    return text
 
 
 def _expected(flag):
     values = getattr(flag.parser, "enum_values", None)
     if values:
         return " or ".join(values)
-    return flag.parser.syntactic_help.replace("an integer", "a whole number") or "a value"
+    if flag.boolean:
+        return "true or false"
+    return flag.parser.syntactic_help.replace("integer", "whole number") or "a value"
 
 
 def _complain(program, sentence):
@@ -184,7 +188,8 @@ def _flag_head(flag):
 
 def _flag_help(flag):
     has_default = flag.default not in (None, False, [], "") and "default" not in flag.help
-    return f"{flag.help} (default: {flag.default})" if has_default else flag.help
+    text = re.sub(r"^<[^>]*>: ", "", flag.help)  # absl repeats the values of an enum
+    return f"{text} (default: {flag.default})" if has_default else text
 
 
 def _type(flag):

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import operator
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -49,16 +49,16 @@ def generate(
     model,
     params,
     prompts,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    stop_ids: int | Iterable[int] = (),
-    max_length: int | None = None,
-    prefill_chunk: int | None = None,
-    on_token: Callable[[int, int], None] | None = None,
+    max_new_tokens=64,
+    temperature=0.0,
+    seed=0,
+    top_p=1.0,
+    top_k=0,
+    min_p=0.0,
+    stop_ids=(),
+    max_length=None,
+    prefill_chunk=None,
+    on_token=None,
 ) -> Generation:
     """Continues each prompt.
 

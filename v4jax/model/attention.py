@@ -191,8 +191,11 @@ def _append(state, new, rows, context, layer, ratio):
 
 def _norm_chain(q, eps):
     """The per-head norm as a chain of bf16 tensors (section 10, point 2)."""
-    squares = q * q
-    mean = jnp.mean(squares.astype(jnp.float32), axis=-1, keepdims=True).astype(q.dtype)
-    variance = mean + jnp.asarray(eps, q.dtype)
-    inverse = (1 / jnp.sqrt(variance.astype(jnp.float32))).astype(q.dtype)
-    return q * inverse
+    dtype, q = q.dtype, q.astype(jnp.float32)
+
+    def rounded(x):
+        return quant.round_to(x, dtype).astype(jnp.float32)
+
+    mean = rounded(jnp.mean(rounded(q * q), axis=-1, keepdims=True))
+    inverse = rounded(1 / jnp.sqrt(rounded(mean + eps)))
+    return quant.round_to(q * inverse, dtype)

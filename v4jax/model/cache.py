@@ -60,12 +60,12 @@ class Cache:
             the numbers are concrete).
         """
         count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), self.lengths.shape)
-        if not isinstance(self.spare, jax.core.Tracer) and not isinstance(count, jax.core.Tracer):
-            if bool(jnp.any((count > self.spare) | (count < 0))):
-                raise InputError(
-                    f"rollback by {count.tolist()} tokens and the rows can go back "
-                    f"{self.spare.tolist()}; make the cache with init_cache(..., rollback=N)"
-                )
+        wrong = jnp.any((count > self.spare) | (count < 0))
+        if not isinstance(wrong, jax.core.Tracer) and bool(wrong):
+            raise InputError(
+                f"rollback by {count.tolist()} tokens and the rows can go back "
+                f"{self.spare.tolist()}; make the cache with init_cache(..., rollback=N)"
+            )
         return _roll_back(self, count)
 
 

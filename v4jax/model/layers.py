@@ -1,4 +1,4 @@
-"""What every block is made of: weights declared once, the projection, RMSNorm, where bf16 rounds."""
+"""What every block is made of: declared weights, projection, RMSNorm, where bf16 rounds."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Inexact
 from v4jax import quant
 from v4jax.errors import InputError
 from v4jax.kernels.quantized_matmul import api as quantized_matmul
+from v4jax.quant import round_to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Numerics:
             )
 
     def round(self, x: Array) -> Array:
-        return x.astype(self.dtype)
+        """x in the activations' dtype, really rounded."""
+        return round_to(x, self.dtype)
 
 
 def weight(

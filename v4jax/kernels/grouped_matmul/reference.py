@@ -18,7 +18,7 @@ def matmul(x, w, rounding):
         y = jnp.einsum(
             "xd,fd->xf", x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
         )
-    return y.astype(rounding.dtype)
+    return quant.round_to(y, rounding.dtype)
 
 
 def swiglu(a, b, gate, limit):
@@ -32,7 +32,7 @@ def gated_ffn(x, gate, weights, limit, rounding):
     """w2 @ swiglu(w1 x, w3 x) for rows x [X, D]; gate [X] or None."""
     w1, w2, w3 = weights
     z = swiglu(matmul(x, w1, rounding), matmul(x, w3, rounding), gate, limit)
-    return matmul(z.astype(rounding.dtype), w2, rounding)
+    return matmul(quant.round_to(z, rounding.dtype), w2, rounding)
 
 
 def expert_ffn(x_XD, gate_X, group_sizes_E, weights, limit, rounding):
@@ -42,7 +42,7 @@ def expert_ffn(x_XD, gate_X, group_sizes_E, weights, limit, rounding):
     out = jnp.zeros(x_XD.shape, rounding.dtype)
     for e in range(group_sizes_E.shape[0]):
         own = (row >= end[e] - group_sizes_E[e]) & (row < end[e])
-        expert = jax.tree.map(lambda w: w[e], weights)
+        expert = jax.tree.map(lambda w, e=e: w[e], weights)
         y = gated_ffn(x_XD, gate_X, expert, limit, rounding)
         out = jnp.where(own[:, None], y, out)
     return out

@@ -1,7 +1,7 @@
 """The lightning indexer: scores of compressed entries, and the choice of the highest."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Inexact, Int
+from jaxtyping import Array, Inexact, Int
 
 from v4jax.kernels.indexer_topk import reference, xla
 
