@@ -19,4 +19,4 @@ FP8 = {
 
 
 def get_config() -> ModelConfig:
-    return ModelConfig(expert_dtype="fp4", quantization=FP8)
+    return ModelConfig(initializer_range=0.02, expert_dtype="fp4", quantization=FP8)

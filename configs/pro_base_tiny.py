@@ -1,7 +1,7 @@
 """A tiny twin of Pro-Base: pro_tiny.py stored as the base checkpoints are.
 
 Reproduces: the code path of pro_base.py: FP8 experts, float32 scales.
-Expected: 1.4 M parameters.
+Expected: 2.3 M parameters.
 Hardware: one CPU core, seconds.
 Command: v4jax inspect pro_base_tiny
 """

@@ -1,7 +1,7 @@
 """A tiny twin of Pro: its layer pattern (no window layer), every size cut for a laptop.
 
 Reproduces: the code path of pro.py: it starts with two HCA layers, both routed by hash.
-Expected: 1.4 M parameters.
+Expected: 2.3 M parameters.
 Hardware: one CPU core, seconds.
 Command: v4jax inspect pro_tiny
 """

@@ -15,7 +15,7 @@ from v4jax.named_configs import get_config
 
 
 def toy_config(**changes):
-    sizes = {"vocab_size": 97, "hidden_size": 24, "eos_token_id": None}
+    sizes = {"vocab_size": 97, "hidden_size": 32, "eos_token_id": None}
     return dataclasses.replace(get_config("flash_tiny"), **(sizes | changes))
 
 

@@ -64,6 +64,12 @@ class Yarn:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not value > 0:
+                raise InputError(f"rope_scaling {field.name} is {value}; expected a positive number")
+
 
 def with_hash_routing(layers, num_hash_layers):
     """The same layers, the first `num_hash_layers` of them routed by token id."""
@@ -130,14 +136,15 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = 1
     dtype: str = "bfloat16"
     expert_dtype: str | None = None
-    quantization: Mapping[str, Any] | None = None
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    quantization: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         _check_positive(self)
         _check_attention(self)
         _check_experts(self)
         _check_hyper_connections(self)
+        _check_files(self)
 
     @property
     def num_hidden_layers(self) -> int:
@@ -292,3 +299,20 @@ def _check_experts(config):
 def _check_hyper_connections(config):
     if config.hc_mult > 8:
         raise InputError(f"hc_mult is {config.hc_mult}; expected 1 (plain residual) to 8")
+
+
+def _check_files(config):
+    if config.draft_layers < 0:
+        raise InputError(f"draft_layers is {config.draft_layers}; expected 0 or more")
+    if config.draft_layers and config.mtp_layers:
+        raise InputError(
+            f"draft_layers is {config.draft_layers} and there are {len(config.mtp_layers)} MTP "
+            "blocks; a checkpoint has one or the other"
+        )
+    if config.expert_dtype not in (None, "fp4"):
+        raise InputError(f"expert_dtype is {config.expert_dtype!r}; expected 'fp4' or None")
+    if config.expert_dtype == "fp4" and config.quantization is None:
+        raise InputError(
+            "expert_dtype is 'fp4' and there is no quantization_config; FP4 experts are stored "
+            "beside FP8 matrices, so give both or neither"
+        )

@@ -17,7 +17,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from v4jax.config import CSA, HCA, WINDOW, LayerSpec, ModelConfig, Yarn
+from v4jax.config import CSA, HCA, WINDOW, LayerSpec, ModelConfig, Yarn, with_hash_routing
 from v4jax.errors import InputError
 from v4jax.hf_keys import (
     CONSTANT_KEYS,
@@ -27,7 +27,7 @@ from v4jax.hf_keys import (
     IMPLEMENTED_QUANTIZATION,
     TRANSFORMERS_KEYS,
 )
-from v4jax.json_values import integer, is_one_of, number, short
+from v4jax.json_values import integer, is_one_of, number, short, string
 from v4jax.transformers_config import in_official_words
 
 FIELDS = dataclasses.fields(ModelConfig)
@@ -116,14 +116,14 @@ def _from_official(keys):
         layers=layers,
         mtp_layers=(WINDOW,) * mtp_blocks,
         draft_layers=draft_layers,
-        scoring_func=keys["scoring_func"],
+        scoring_func=string(keys, "scoring_func"),
         index_topk=None if keys["index_topk"] is None else integer(keys, "index_topk"),
-        rope_scaling=_yarn(keys.get("rope_scaling")),
+        rope_scaling=_yarn(keys),
         bos_token_id=_token_ids(keys, "bos_token_id"),
         eos_token_id=_token_ids(keys, "eos_token_id"),
-        dtype=keys.get("torch_dtype") or keys.get("dtype") or "bfloat16",
-        expert_dtype=_expert_dtype(keys),
+        dtype=_dtype(keys),
         quantization=_quantization(keys.get("quantization_config")),
+        expert_dtype=_expert_dtype(keys),
         extra=_extra(keys, draft_layers),
         **fields,
     )
@@ -159,10 +159,12 @@ def _check_constants(keys):
 
 def _layers(keys):
     count = integer(keys, "num_hidden_layers")
-    ratios = keys.get("compress_ratios")
+    ratios = keys.get("compress_ratios", ())
+    if not isinstance(ratios, (list, tuple)):
+        raise InputError(f"compress_ratios is {short(ratios)}; expected a list")
     if "v4jax_layers" in keys:
         layers = _own_layers(keys["v4jax_layers"])
-        if ratios is not None and list(ratios)[: len(layers)] != [_ratio(spec) for spec in layers]:
+        if ratios and list(ratios[: len(layers)]) != [_ratio(spec) for spec in layers]:
             raise InputError("compress_ratios and v4jax_layers contradict each other; drop one")
         if len(layers) != count:
             raise InputError(
@@ -170,22 +172,18 @@ def _layers(keys):
                 "expected one entry a layer"
             )
         return layers
-    if not isinstance(ratios, (list, tuple)) or len(ratios) < count:
+    if len(ratios) < count:
         raise InputError(
-            f"compress_ratios is {short(ratios)} and num_hidden_layers is {count}; expected a "
-            "list with one ratio a layer and then one for each MTP or draft block"
+            f"compress_ratios has {len(ratios)} entries and num_hidden_layers is {count}; expected "
+            "one ratio a layer and then one for each MTP or draft block"
         )
     num_hash_layers = integer(keys, "num_hash_layers")
     if not 0 <= num_hash_layers <= count:
         raise InputError(
             f"num_hash_layers is {num_hash_layers}; expected 0 to {count} (all layers)"
         )
-    return tuple(
-        dataclasses.replace(
-            _official_layer(i, ratio), routing="hash" if i < num_hash_layers else "score"
-        )
-        for i, ratio in enumerate(ratios[:count])
-    )
+    layers = tuple(_official_layer(i, ratio) for i, ratio in enumerate(ratios[:count]))
+    return with_hash_routing(layers, num_hash_layers)
 
 
 def _official_layer(index, ratio):
@@ -200,15 +198,21 @@ def _official_layer(index, ratio):
 
 
 def _own_layers(entries):
-    names = {field.name for field in dataclasses.fields(LayerSpec)}
+    types = {field.name: field.type for field in dataclasses.fields(LayerSpec)}
     if not isinstance(entries, (list, tuple)):
         raise InputError(f"v4jax_layers is {short(entries)}; expected a list, one entry a layer")
     for i, entry in enumerate(entries):
-        if not isinstance(entry, Mapping) or not {"attention"} <= entry.keys() <= names:
+        if not isinstance(entry, Mapping) or not {"attention"} <= entry.keys() <= types.keys():
             raise InputError(
                 f"v4jax_layers[{i}] is {short(entry)}; expected an object with 'attention' and "
                 "optionally 'ratio', 'overlap' and 'routing'"
             )
+        for name, value in entry.items():
+            if type(value) is not types[name]:
+                raise InputError(
+                    f"v4jax_layers[{i}] has {name} = {short(value)}; expected a value of type "
+                    f"{types[name].__name__}"
+                )
     return tuple(LayerSpec(**entry) for entry in entries)
 
 
@@ -264,12 +268,8 @@ def _layer_keys(config):
 def _as_others_read(layers, num_hash_layers):
     """What another reader would take from compress_ratios and num_hash_layers."""
     kinds = {layer.ratio: layer for layer in (WINDOW, CSA, HCA)}
-    return tuple(
-        dataclasses.replace(
-            kinds.get(_ratio(layer), WINDOW), routing="hash" if i < num_hash_layers else "score"
-        )
-        for i, layer in enumerate(layers)
-    )
+    plain = [kinds.get(_ratio(layer), WINDOW) for layer in layers]
+    return with_hash_routing(plain, num_hash_layers)
 
 
 def _ratio(layer):
@@ -300,21 +300,32 @@ def _extra(keys, draft_layers):
     return extra
 
 
-def _yarn(scaling):
+def _yarn(keys):
+    scaling = keys.get("rope_scaling")
     if scaling is None:
         return None
     if not isinstance(scaling, Mapping):
         raise InputError(f"rope_scaling is {short(scaling)}; expected an object or null")
-    kind = scaling.get("type", scaling.get("rope_type"))
-    if kind != "yarn":
-        raise InputError(f"rope_scaling's type is {kind!r}; only 'yarn' is implemented")
     names = [field.name for field in dataclasses.fields(Yarn)]
-    unknown = scaling.keys() - {"type", "rope_type", *names}
-    if unknown:
-        raise InputError(
-            f"rope_scaling has the key {min(unknown)!r}, which is unknown and may change the "
-            f"model's numbers; expected only {', '.join(names)}"
-        )
+    # transformers adds to the dict that it is given, and says nothing new by it.
+    allowed = {
+        "type": ("yarn",),
+        "rope_type": ("yarn",),
+        "rope_theta": (keys["rope_theta"], keys["compress_rope_theta"]),
+        "attention_factor": (1, 1.0),
+    }
+    for name, value in scaling.items():
+        if name not in names and not is_one_of(value, allowed.get(name, ())):
+            raise InputError(
+                f"rope_scaling has {name} = {short(value)}, which is not implemented; expected "
+                f"type yarn and {', '.join(names)}"
+            )
+    if "type" not in scaling and "rope_type" not in scaling:
+        raise InputError("rope_scaling has no 'type'; expected 'yarn'")
+    return _yarn_numbers(scaling, names)
+
+
+def _yarn_numbers(scaling, names):
     for name in ("factor", "original_max_position_embeddings"):
         if name not in scaling:
             raise InputError(f"rope_scaling has no {name!r}; YaRN needs it")
@@ -353,6 +364,14 @@ def _quantization(quantization):
             "are stored as in the official checkpoints"
         )
     return {k: copy.deepcopy(v) for k, v in quantization.items() if k != "expert_dtype"}
+
+
+def _dtype(keys):
+    names = [name for name in ("torch_dtype", "dtype") if keys.get(name) is not None]
+    values = {string(keys, name) for name in names}
+    if len(values) > 1:
+        raise InputError(f"torch_dtype and dtype are {sorted(values)}; keep the right one")
+    return values.pop() if values else "bfloat16"
 
 
 def _expert_dtype(keys):

@@ -20,6 +20,13 @@ def number(keys, name):
     return float(value)
 
 
+def string(keys, name):
+    value = keys.get(name)
+    if type(value) is not str:
+        raise InputError(f"{name} is {short(value)}; expected a string")
+    return value
+
+
 def is_one_of(value, allowed):
     """Equality that takes neither True for 1 nor 1.0 for 1."""
     return any(value == item and type(value) is type(item) for item in allowed)

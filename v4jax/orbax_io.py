@@ -29,8 +29,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
@@ -123,6 +121,8 @@ def save_item(
 
 def load_item(directory: str, name: str, specs: list[TensorSpec]) -> dict:
     """Restores an item as a tree of numpy arrays of the shapes and dtypes of `specs`."""
+    import orbax.checkpoint as ocp  # takes seconds, which official checkpoints need not wait for
+
     tree, _ = empty_tree(specs)
     wanted = _map_leaves(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     path = item_path(directory, name)
@@ -208,8 +208,16 @@ class _Owned(np.ndarray):
 
 
 def _save_tree(path, tree):
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    def chunks(leaf):
+        if leaf.ndim == 3 and leaf.nbytes > _CHUNK:
+            return ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,))
+        return ocp.SaveArgs()
+
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
-    save_args = _map_leaves(_save_args, tree)
+    save_args = _map_leaves(chunks, tree)
     try:
         handler.save(
             epath.Path(os.path.abspath(path)), args=ocp.args.PyTreeSave(tree, save_args=save_args)
@@ -220,12 +228,6 @@ def _save_tree(path, tree):
         raise
     finally:
         handler.close()
-
-
-def _save_args(leaf):
-    if leaf.ndim == 3 and leaf.nbytes > _CHUNK:
-        return ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,))
-    return ocp.SaveArgs()
 
 
 def _map_leaves(function, tree):

@@ -83,6 +83,7 @@ class QTensor:
         return dequantize(self, dtype)
 
 
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """The matrix [..., out, in] that `q` stands for.
 
@@ -96,6 +97,7 @@ def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
     return (values * _spread(scales, q.block, values.shape)).astype(dtype)
 
 
+@functools.partial(jax.jit, static_argnames="scale_dtype", inline=True)
 def quantize_fp8(
     w: ArrayLike, scales: ArrayLike | None = None, scale_dtype: str = "e8m0"
 ) -> QTensor:
@@ -128,6 +130,7 @@ def quantize_fp8(
     return QTensor(values.astype(jnp.float8_e4m3fn), scales)
 
 
+@functools.partial(jax.jit, inline=True)
 def quantize_fp4(w: ArrayLike, scales: ArrayLike | None = None) -> QTensor:
     """Rounds finite matrices to packed E2M1, to nearest even and clipped to +-6.
 
@@ -230,9 +233,7 @@ def hadamard(x: ArrayLike) -> jax.Array:
     # A matmul outruns the butterfly on a CPU already, and it is what the other backends are for.
     x32 = x.astype(jnp.float32)
     y = jnp.einsum("...i,ij->...j", x32, _sylvester(n), precision=lax.Precision.HIGHEST)
-    info = jnp.finfo(x.dtype)
-    # XLA may skip the rounding of a cast whose result is widened again; reduce_precision it keeps.
-    return lax.reduce_precision(y * np.float32(n**-0.5), info.nexp, info.nmant).astype(x.dtype)
+    return round_to(y * np.float32(n**-0.5), x.dtype)
 
 
 def e8m0_to_float(scales: ArrayLike) -> jax.Array:

@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import struct
+import weakref
 import zlib
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -68,6 +69,7 @@ class SafetensorsFile:
       path: the file.
       entries: key -> `Entry`, in the header's order.
       header: the header's bytes.
+      close: closes the file; so does the end of the object's life.
 
     Raises:
       InputError: no such file, truncated, or a header that is not a safetensors header.
@@ -76,13 +78,13 @@ class SafetensorsFile:
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         self._map = None
-        self._fd = None
         try:
             self._fd = os.open(self.path, os.O_RDONLY)
         except FileNotFoundError:
             raise InputError(f"{self.path}: no such file; download or copy it again") from None
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+        self.close = weakref.finalize(self, os.close, self._fd)
         try:
             self.header, self.entries = _read_header(self._fd, self.path)
         except BaseException:
@@ -117,18 +119,10 @@ class SafetensorsFile:
         raw = np.frombuffer(self._map, np.uint8, entry.nbytes, entry.start)
         return raw.view(NUMPY_DTYPES[entry.dtype]).reshape(entry.shape)
 
-    def close(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-        self._fd = None
-
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.close()
-
-    def __del__(self):
         self.close()
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 import numpy as np
+from absl import logging
 
 from v4jax.config import WINDOW, ModelConfig
 from v4jax.errors import InputError
@@ -152,41 +153,49 @@ def planned_items(source, weights: str) -> dict[str, list[TensorSpec]]:
     """The items that a copy of the source with these weights has (drafts stay as they are)."""
     if weights == "stored":
         return source.items
-    table = by_item(tensor_table(expanded_config(source.config, weights)))
+    if any(spec.role == "scale" and spec.dtypes == ("F32",) for spec in source.items["layer_000"]):
+        logging.warning(
+            "%s: its scales are float32, so values times scales do not fit %s exactly; each is "
+            "rounded to nearest",
+            source.path,
+            weights,
+        )
+    specs = tensor_table(expanded_config(source.config, weights))
+    table = by_item(dataclasses.replace(spec, dtypes=spec.dtypes[:1]) for spec in specs)
     carried = {name: specs for name, specs in source.items.items() if name not in table}
     return {**table, **carried}
 
 
-def converting(specs: Iterable[TensorSpec], read: Read) -> Read:
-    """A reader that also changes types: `out`'s dtype says what is wanted.
+def converting(source, item: str, read: Read) -> Read:
+    """A reader of an item that also changes types: `out`'s dtype says what is wanted.
 
-    Quantised values are expanded where a float array is wanted; floats are cast; token tables are
-    checked when they are narrowed. Bytes that need no change are read straight into `out`.
+    Quantised values are expanded where a float array is wanted, and floats are cast. Bytes that
+    need no change are read straight into `out`. Scales and token tables are checked.
     """
-    specs = {spec.key: spec for spec in specs}
+    specs = {spec.key: spec for spec in source.items[item]}
+    experts = source.config.n_routed_experts
 
     def convert(key, out):
         spec = specs[key]
-        if out.dtype == spec.dtype:
-            read(key, out)
-            if spec.part == "scales" and out.dtype == np.uint8:
-                check_scales(key, out)
-            return
-        stored = np.empty(spec.shape, spec.dtype)
+        same = out.dtype == spec.dtype
+        stored = out if same else np.empty(spec.shape, spec.dtype)
         read(key, stored)
-        if spec.part == "values":
+        if spec.role == "scale" and stored.dtype == np.uint8:
+            check_scales(key, stored)
+        if spec.role == "table":
+            _check_table(key, stored, experts)
+        if not same and spec.part == "values":
             scales = specs[scale_key(key)]
             factors = np.empty(scales.shape, scales.dtype)
             read(scales.key, factors)
             expand(key, stored, factors, out)
-        else:
+        elif not same:
             out[...] = stored
 
     return convert
 
 
-def check_expert_table(key: str, table: np.ndarray, experts: int) -> None:
-    """Raises where a hash layer's table names an expert that does not exist."""
+def _check_table(key, table, experts):
     low, high = int(table.min()), int(table.max())
     if low < 0 or high >= experts:
         raise InputError(

@@ -1,61 +1,63 @@
 """Looks through stored tensors for values that no model should hold: NaN, infinity, a bad index."""
 
-import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from v4jax.parallel import run_all
-from v4jax.safetensors_io import SafetensorsFolder
+from v4jax.weights import TensorSpec
 
 CHUNK = 1 << 22  # values looked at in one go, to bound memory
 
-# Bits of the stored codes: all of `special` set means not finite; then a bit of `payload` set means
-# NaN and none means infinity. E4M3 and E8M0 have no infinity.
-_CODES = {
+# Bits of the stored codes: all of the first mask set means not finite; then a bit of the second
+# means NaN, and none infinity. E4M3 and E8M0 have no infinity. FP4 and integers are always finite.
+_MASKS = {
     "F8_E4M3": (np.uint8, 0x7F, 0x7F),
-    "F8_E5M2": (np.uint8, 0x7C, 0x03),
     "F8_E8M0": (np.uint8, 0xFF, 0xFF),
     "BF16": (np.uint16, 0x7F80, 0x007F),
-    "F16": (np.uint16, 0x7C00, 0x03FF),
     "F32": (np.uint32, 0x7F800000, 0x007FFFFF),
-    "F64": (np.uint64, 0x7FF0000000000000, 0x000FFFFFFFFFFFFF),
 }
 
 
 def find_bad_values(
-    folder: SafetensorsFolder,
-    keys: Iterable[str],
-    num_experts: int,
+    source,
+    key_in_file: Callable[[str], str] = lambda key: key,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> list[str]:
-    """Reads every tensor of `keys` and names those with a bad value, one sentence each.
+    """Reads every tensor of a checkpoint and names those with a bad value, one sentence each.
 
     Args:
-      folder: an opened checkpoint; any of its stored dtypes.
-      num_experts: hash tables (`...tid2eid`) must hold expert ids below it.
+      source: an opened checkpoint (see `sources`).
+      key_in_file: what the files call the tensor that officially has this key.
       progress: called with the number of bytes that were read.
     """
-
-    def look_at(key):
-        if key.endswith(".tid2eid"):
-            finding = _bad_expert_ids(key, folder[key], num_experts)
-        else:
-            finding = _not_finite(key, folder[key], folder.entries[key].dtype)
-        progress(folder.entries[key].nbytes)
-        return finding
-
+    findings = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [finding for finding in run_all(pool, look_at, keys) if finding]
+        for name, specs in source.items.items():
+            with source.open_item(name) as read:
+
+                def look_at(spec, read=read):
+                    tensor = np.empty(spec.shape, spec.dtype)
+                    read(spec.key, tensor)
+                    progress(spec.nbytes)
+                    return bad_values(spec, tensor, source.config.n_routed_experts)
+
+                found = run_all(pool, look_at, specs)
+            pairs = zip(specs, found, strict=True)
+            findings += [f"{key_in_file(spec.key)}: {text}" for spec, text in pairs if text]
+    return findings
 
 
-def _not_finite(key, array, dtype):
-    if dtype not in _CODES or not array.size:
+def bad_values(spec: TensorSpec, tensor: np.ndarray, num_experts: int) -> str | None:
+    """What is wrong with a tensor's values; None if nothing is."""
+    if spec.role == "table":
+        return _bad_expert_ids(tensor, num_experts)
+    if spec.dtypes[0] not in _MASKS:
         return None
-    integer, special, payload = _CODES[dtype]
-    codes = array.reshape(-1).view(integer)
+    integer, special, payload = _MASKS[spec.dtypes[0]]
+    codes = tensor.reshape(-1).view(integer)
     nans, infinities, first = 0, 0, None
     for start in range(0, codes.size, CHUNK):
         chunk = codes[start : start + CHUNK]
@@ -63,25 +65,25 @@ def _not_finite(key, array, dtype):
         if not bad.any():
             continue
         first = start + int(bad.argmax()) if first is None else first
-        nan = int(np.count_nonzero(bad & ((chunk & integer(payload)) != 0)))
-        nans, infinities = nans + nan, infinities + int(bad.sum()) - nan
+        nan = np.count_nonzero(bad & ((chunk & integer(payload)) != 0))
+        nans, infinities = nans + nan, infinities + np.count_nonzero(bad) - nan
     if first is None:
         return None
     counts = ((nans, "NaN"), (infinities, "infinite"))
-    found = " and ".join(f"{count} {name}" for count, name in counts if count)
-    return f"{key}: {found} of {codes.size} {dtype} values, first at {_place(first, array)}"
+    found = " and ".join(f"{count:,} {name}" for count, name in counts if count)
+    return f"{found} of {codes.size:,} {spec.dtypes[0]} values, first at {_place(first, tensor)}"
 
 
-def _bad_expert_ids(key, table, num_experts):
+def _bad_expert_ids(table, num_experts):
     bad = (table < 0) | (table >= num_experts)
     if not bad.any():
         return None
     first = int(bad.argmax())
     return (
-        f"{key}: {int(bad.sum())} expert ids outside 0..{num_experts - 1}, first "
-        f"{int(table.reshape(-1)[first])} at {_place(first, table)}"
+        f"{np.count_nonzero(bad):,} of {table.size:,} expert ids are outside 0 to "
+        f"{num_experts - 1}, first {table.reshape(-1)[first]} at {_place(first, table)}"
     )
 
 
 def _place(flat, array):
-    return list(itertools.chain(map(int, np.unravel_index(flat, array.shape))))
+    return [int(i) for i in np.unravel_index(flat, array.shape)]

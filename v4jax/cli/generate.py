@@ -30,11 +30,9 @@ DEFAULT_PROMPT = "def "  # the embedded checkpoint knows Python best
 def define_flags():
     """Declares the flags of this subcommand."""
     flags.DEFINE_string("checkpoint", "nano", "Checkpoint directory, or the name of a packaged one")
+    flags.DEFINE_multi_string("prompt", [], f"Text to continue (default: {DEFAULT_PROMPT!r})")
     flags.DEFINE_multi_string(
-        "prompt", [], f"Text to continue; repeat it for a batch (default: {DEFAULT_PROMPT!r})"
-    )
-    flags.DEFINE_multi_string(
-        "prompt_ids", [], "Token ids to continue, as 1,2,3, in place of --prompt; may repeat"
+        "prompt_ids", [], "Token ids to continue, as 1,2,3, in place of --prompt"
     )
     flags.DEFINE_integer("max_new_tokens", 64, "Tokens to make for each prompt, at most")
     flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token each time")
@@ -56,7 +54,7 @@ def define_flags():
 
 def run() -> int:
     """Loads, generates and prints; the exit status."""
-    directory = checkpoint.locate(FLAGS.checkpoint)
+    directory = _find_directory()
     tokenizer = _find_tokenizer(directory)
     prompts = _read_prompts(tokenizer)
     stop_ids = None if FLAGS.stop_ids is None else _parse_ids("stop_ids", FLAGS.stop_ids)
@@ -106,10 +104,10 @@ class _Report:
         self._tokens = [[] for _ in prompts]
         self._started = time.perf_counter()
         self._times = []
-        if self._streams:
-            _write(self._show(prompts[0]))
 
     def add(self, row, token):
+        if self._streams and not self._times:
+            _write(self._show(self._prompts[0]))
         self._times.append(time.perf_counter())
         self._tokens[row].append(token)
         if self._streams:
@@ -132,7 +130,8 @@ class _Report:
         if self._json:
             _write(json.dumps(self._as_json(result)) + "\n")
         elif self._streams:
-            _write((self._text.flush() if self._text else "") + "\n")
+            rest = self._text.flush() if self._text else ""
+            _write((rest if self._times else self._show(self._prompts[0])) + "\n")
         else:
             for row, (prompt, tokens) in enumerate(zip(self._prompts, result.tokens, strict=True)):
                 header = f"--- prompt {row} ({result.finish_reason[row]}) ---"
@@ -188,9 +187,19 @@ def _is_quantised(leaf):
     return isinstance(leaf, QTensor)
 
 
+def _find_directory() -> Path:
+    directory = Path(checkpoint.locate(FLAGS.checkpoint))
+    if not directory.is_dir():
+        raise InputError(
+            f"--checkpoint is {FLAGS.checkpoint!r}, and there is no directory {directory}; "
+            "expected a checkpoint's directory, or nano"
+        )
+    return directory
+
+
 def _find_tokenizer(directory) -> Tokenizer | None:
     """The checkpoint's tokenizer; None if there is none and the prompts are ids."""
-    if FLAGS.prompt_ids and not (Path(directory) / "tokenizer.json").is_file():
+    if FLAGS.prompt_ids and not (directory / "tokenizer.json").is_file():
         return None
     return Tokenizer(directory)
 

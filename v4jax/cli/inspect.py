@@ -9,20 +9,27 @@ import collections
 import dataclasses
 import json
 import os
+from typing import Any
 
 from absl import flags
+from tqdm import tqdm
 
 from v4jax import accounting
 from v4jax.cli.inspect_text import as_text
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.named_configs import config_names, get_config
-from v4jax.weights import tensor_table
+from v4jax.safetensors_io import INDEX_NAME, SINGLE_NAME
+from v4jax.sources import CONFIG_NAME, JOURNAL_NAME
+from v4jax.tensor_check import find_bad_values
+from v4jax.weights import TensorSpec, tensor_table, transformers_key
 
 FLAGS = flags.FLAGS
 
 CONTEXTS = (4096, 32768, 131072, 1048576)
 FOUND_SOMETHING = 1
+PACKAGED = "nano"  # a config, and the checkpoint that comes with the package
+WEIGHTS_NAMES = frozenset({INDEX_NAME, SINGLE_NAME, "v4jax.json", JOURNAL_NAME})
 
 
 def define_flags():
@@ -34,15 +41,59 @@ def define_flags():
 
 def run(source: str) -> int:
     """Prints the report; the exit status."""
-    if not os.path.isdir(source) and source not in config_names():
+    if os.path.isdir(source) or (source == PACKAGED and FLAGS.check):
+        config, report = _describe_directory(source)
+    elif source in config_names():
+        config, report = _describe_config(source, get_config(source))
+    else:
         raise InputError(
             f"{source!r} is neither a directory nor a config; expected a checkpoint's directory or "
             f"one of {', '.join(config_names())}"
         )
-    config = get_config(source)
-    report = describe(source, config, contexts(config, FLAGS.context))
     print(json.dumps(report, indent=2) if FLAGS.format == "json" else as_text(config, report))
     return FOUND_SOMETHING if report.get("findings") else 0
+
+
+def _describe_config(name, config):
+    if FLAGS.check:
+        raise InputError(f"--check reads a checkpoint's tensors, and {name!r} has none")
+    return config, describe(name, config, contexts(config, FLAGS.context), tensor_table(config))
+
+
+def _describe_directory(path):
+    from v4jax.checkpoint import locate, open_checkpoint  # imports JAX: a name does without
+
+    directory = locate(path)
+    if not os.path.isdir(directory):
+        raise InputError(f"{directory}: no such directory; install v4jax with its data")
+    files = os.listdir(directory)
+    if CONFIG_NAME in files and not WEIGHTS_NAMES.intersection(files):
+        # Only the config: there are no tensors to read, and what they would be is known.
+        return _describe_config(path, ModelConfig.from_hf(directory))
+    with open_checkpoint(directory) as source:
+        table = [spec for specs in source.items.values() for spec in specs]
+        report = describe(path, source.config, contexts(source.config, FLAGS.context), table)
+        report["files"] = _count_files(directory)
+        if FLAGS.check:
+            report["findings"] = _check(source)
+        return source.config, report
+
+
+def _count_files(path):
+    """How many files hold tensors; 0 where they are not safetensors files."""
+    index = os.path.join(path, INDEX_NAME)
+    if os.path.isfile(index):
+        with open(index, encoding="utf-8") as file:
+            return len(set(json.load(file)["weight_map"].values()))
+    return int(os.path.isfile(os.path.join(path, SINGLE_NAME)))
+
+
+def _check(source):
+    # A folder without a text of the official config is one that transformers wrote.
+    key_in_file = transformers_key if source.config_text is None else str
+    total = sum(spec.nbytes for specs in source.items.values() for spec in specs)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=None) as bar:
+        return find_bad_values(source, key_in_file, bar.update)
 
 
 def contexts(config: ModelConfig, asked: int | None) -> list[int]:
@@ -52,9 +103,10 @@ def contexts(config: ModelConfig, asked: int | None) -> list[int]:
     return sorted({*usual, asked} - {None})
 
 
-def describe(name: str, config: ModelConfig, contexts: list[int]) -> dict:
-    """Everything that follows from a config, ready for `json.dump`."""
-    table = tensor_table(config)
+def describe(
+    name: str, config: ModelConfig, contexts: list[int], table: list[TensorSpec]
+) -> dict[str, Any]:
+    """Everything that follows from a config and its tensors, ready for `json.dump`."""
     parameters = accounting.count_parameters(config, table)
     v32 = accounting.V32()
     return {
@@ -66,22 +118,21 @@ def describe(name: str, config: ModelConfig, contexts: list[int]) -> dict:
         },
         "layers": _describe_layers(config, parameters),
         "tensors": len(table),
-        "expected_tensors": len(table),
-        "stored": stored_bytes((spec.dtypes[0], spec.nbytes) for spec in table),
+        "bytes": sum(spec.nbytes for spec in table),
+        "stored": _stored(table),
         "kv_bytes_per_token": accounting.kv_bytes_per_token(config),
         "v32_kv_bytes_per_token": v32.kv_bytes_per_token(),
         "window_bytes": accounting.window_bytes(config),
-        "flops": [_describe_context(config, v32, context) for context in contexts],
+        "contexts": [_describe_context(config, v32, context) for context in contexts],
         "config": config.to_hf(),
     }
 
 
-def stored_bytes(tensors) -> dict[str, dict[str, int]]:
-    """Numbers of tensors and bytes for each stored type, from (type, bytes) pairs."""
+def _stored(table):
     stored = collections.defaultdict(lambda: {"tensors": 0, "bytes": 0})
-    for dtype, nbytes in tensors:
-        stored[dtype]["tensors"] += 1
-        stored[dtype]["bytes"] += nbytes
+    for spec in table:
+        stored[spec.dtypes[0]]["tensors"] += 1
+        stored[spec.dtypes[0]]["bytes"] += spec.nbytes
     return dict(stored)
 
 
@@ -99,14 +150,14 @@ def _describe_layers(config, parameters):
 
 def _describe_context(config, v32, context):
     parts = accounting.flops_per_token(config, context)
-    total, v32_total = sum(parts.values()), sum(v32.flops_per_token(context).values())
+    flops, v32_flops = sum(parts.values()), sum(v32.flops_per_token(context).values())
+    growing = context * accounting.kv_bytes_per_token(config)
     return {
         "context": context,
-        "total": total,
-        "parts": parts,
-        "v32_total": v32_total,
-        "ratio": total / v32_total,
-        "kv_bytes": context * accounting.kv_bytes_per_token(config)
-        + accounting.window_bytes(config),
+        "flops": flops,
+        "flops_parts": parts,
+        "v32_flops": v32_flops,
+        "flops_ratio": flops / v32_flops,
+        "kv_bytes": growing + accounting.window_bytes(config),
         "v32_kv_bytes": context * v32.kv_bytes_per_token(),
     }

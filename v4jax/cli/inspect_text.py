@@ -116,43 +116,50 @@ def _stored(report):
             DTYPES.get(dtype, dtype),
             f"{entry['tensors']:,}",
             f"{entry['bytes']:,}",
-            percent(entry["bytes"] / total),
+            f"{100 * entry['bytes'] / total:.1f} %",
         )
         for dtype, entry in sorted(stored.items(), key=lambda item: -item[1]["bytes"])
     ]
     rows.append(("all", f"{report['tensors']:,}", f"{total:,}", ""))
-    where = f" in {report['files']:,} files" if "files" in report else ""
+    where = f" in {report['files']:,} files" if report.get("files") else ""
     return f"Stored: {short(total)}B{where}\n" + table(("type", "tensors", "bytes", "share"), rows)
 
 
 def _cache(report):
     ours, theirs = report["kv_bytes_per_token"], report["v32_kv_bytes_per_token"]
     against = f"{theirs / ours:.3g}x less than V3.2's" if ours else "against V3.2's"
-    return (
+    title = (
         f"KV cache: {tenths(ours)} bytes a token, {against} {theirs:.0f}; "
         f"{short(report['window_bytes'])}B of windows a sequence"
     )
+    rows = [
+        (
+            f"{entry['context']:,}",
+            f"{short(entry['kv_bytes'])}B",
+            f"{short(entry['v32_kv_bytes'])}B",
+            percent(entry["kv_bytes"] / entry["v32_kv_bytes"]),
+        )
+        for entry in report["contexts"]
+    ]
+    return f"{title}\n{table(('context', 'cache', 'V3.2', 'of V3.2'), rows, left=0)}"
 
 
 def _flops(report):
-    names = list(report["flops"][0]["parts"])
-    header = ("context", "total", "V3.2", "of V3.2", *names, "cache", "V3.2's")
-    largest = max(entry["total"] for entry in report["flops"])
+    names = list(report["contexts"][0]["flops_parts"])
+    largest = max(entry["flops"] for entry in report["contexts"])
     unit, letter = (1e9, "GFLOPs") if largest >= 1e9 else (1e6, "MFLOPs")
     rows = [
         (
             f"{entry['context']:,}",
-            tenths(entry["total"] / unit),
-            tenths(entry["v32_total"] / unit),
-            percent(entry["ratio"]),
-            *(tenths(entry["parts"][name] / unit) for name in names),
-            f"{short(entry['kv_bytes'])}B",
-            f"{short(entry['v32_kv_bytes'])}B",
+            tenths(entry["flops"] / unit),
+            tenths(entry["v32_flops"] / unit),
+            percent(entry["flops_ratio"]),
+            *(tenths(entry["flops_parts"][name] / unit) for name in names),
         )
-        for entry in report["flops"]
+        for entry in report["contexts"]
     ]
-    title = f"A decoded token in {letter} (FP8 equivalents), and the cache that it reads"
-    return f"{title}\n{table(header, rows, left=0)}"
+    header = ("context", "total", "V3.2", "of V3.2", *names)
+    return f"A decoded token, in {letter} (FP8 equivalents)\n{table(header, rows, left=0)}"
 
 
 def _findings(report):

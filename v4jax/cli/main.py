@@ -55,14 +55,18 @@ SUBCOMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; `argv` starts with the program's name."""
-    name, *rest = (list(sys.argv if argv is None else argv) + [""])[1:]
-    if name in ("--help", "-h", "help", ""):
-        print(_help(), file=sys.stdout if name else sys.stderr)
-        return 0 if name else BAD_INPUT
+    args = list(sys.argv if argv is None else argv)[1:]
+    if not args:
+        print(_help(), file=sys.stderr)
+        return BAD_INPUT
+    name, *rest = args
+    if name in ("--help", "-h", "help"):
+        print(_help())
+        return 0
     if name not in SUBCOMMANDS:
         expected = ", ".join(SUBCOMMANDS)
         return _complain("v4jax", f"there is no command {name!r}; expected one of {expected}")
-    return _run(name, rest[:-1])
+    return _run(name, rest)
 
 
 def _run(name, args):
@@ -79,7 +83,9 @@ def _run(name, args):
                 _check_count(command.arguments, arguments)
             except flags.Error as error:
                 return _complain(program, f"{_flag_error(error)}; see {program} --help")
-            return module.run(*arguments)
+            status = module.run(*arguments)
+            sys.stdout.flush()  # here a closed pipe can still be told from a mistake of ours
+            return status
     except InputError as error:
         return _complain(program, str(error))
     except KeyboardInterrupt:
@@ -187,9 +193,11 @@ def _flag_head(flag):
 
 
 def _flag_help(flag):
-    has_default = flag.default not in (None, False, [], "") and "default" not in flag.help
-    text = re.sub(r"^<[^>]*>: ", "", flag.help)  # absl repeats the values of an enum
-    return f"{text} (default: {flag.default})" if has_default else text
+    # absl repeats the values of an enum, and says at length that a flag may be repeated.
+    text = re.sub(r"^<[^>]*>: ", "", " ".join(flag.help.split()))
+    text = re.sub(r"repeat this option to specify a list of values$", "may be repeated", text)
+    shown = flag.default is not None and flag.default is not False and flag.default != []
+    return f"{text} (default: {flag.default})" if shown and "default" not in text else text
 
 
 def _type(flag):

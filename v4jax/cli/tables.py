@@ -17,7 +17,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
     return "\n".join(lines)
 
 
-def short(number: float, billion: str = "G", trillion: str = "T") -> str:
+def short(number: int | float, billion: str = "G", trillion: str = "T") -> str:
     """A number with its unit: 13270091351 as "13.27 G"; no `trillion`: 1573.0 G, not 1.57 T."""
     units = [(1e12, trillion), (1e9, billion), (1e6, "M"), (1e3, "k")]
     for factor, letter in units:
@@ -31,11 +31,11 @@ def parameters(number: int) -> str:
     return short(number, "B", "").strip()
 
 
-def tenths(number: float) -> str:
+def tenths(number: int | float) -> str:
     """One digit after the point, halves up: 3514.25 as "3514.3"."""
     return f"{math.floor(10 * number + 0.5) / 10:.1f}"
 
 
-def percent(ratio: float) -> str:
+def percent(ratio: int | float) -> str:
     """0.1008 as "10.1 %"; two digits where one after the point would say nothing."""
     return f"{100 * ratio:.1f} %" if ratio >= 0.001 else f"{100 * ratio:.2g} %"

@@ -110,7 +110,10 @@ class Projection(nn.Module):
 
     def grouped(self, equation: str, x: Array, groups: int) -> Array:
         """The projection with the output rows cut into groups, each with its own slice of x."""
-        w = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, leaf.shape[-1]), self.weight)
+        w = self.weight
+        if isinstance(w, quant.QTensor) and self.out_features // groups % 128:
+            w = w.dequantize(self.numerics.dtype)  # a scale block would reach over two groups
+        w = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, leaf.shape[-1]), w)
         y = project(equation, x, w, self.numerics, self.quantize_input)
         return self.numerics.round(y)
 

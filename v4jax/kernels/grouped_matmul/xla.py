@@ -85,10 +85,10 @@ def _walk(group_sizes_E, weights, rows, piece, carry):
         def step(state):
             begin, carry = state
             left = end - begin
-            which = jnp.sum(jnp.asarray(sizes[:-1]) < left)
+            which = jnp.sum(jnp.asarray(sizes[:-1], jnp.int32) < left)
             run = [functools.partial(_one_piece, piece, size, own, (e, end)) for size in sizes]
             carry = jax.lax.switch(which, run, begin, carry)
-            return begin + jnp.asarray(sizes)[which], carry
+            return begin + jnp.asarray(sizes, jnp.int32)[which], carry
 
         return jax.lax.while_loop(lambda s: s[0] < end, step, (begin_E[e], carry))[1]
 

@@ -1,0 +1,222 @@
+"""prefill = decode = chunks = padded = packed: where implementations of this model broke.
+
+One row of 300 tokens is the yardstick: its logits and chosen entries in one uncached call. Every
+other way to compute the same positions must give the same, to 1e-5 and entry for entry.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import v4jax
+from tests.tiny import VARIANTS, tiny_model
+
+LENGTH = 300
+TOLERANCE = 1e-5
+ROLLBACK = 9  # of every cache here, so that they share compiled programs
+AUX = ("chosen",)
+
+
+@functools.cache
+def setting(variant):
+    """Model, variables, a row of tokens, and its logits and choices in one call."""
+    model, variables = tiny_model(variant)
+    tokens = np.asarray(
+        jax.random.randint(jax.random.key(5), (1, LENGTH), 0, model.config.vocab_size)
+    )
+    out = jax.jit(lambda v, t: model.apply(v, t, aux=AUX))(variables, tokens)
+    logits = np.asarray(out.logits[0]) / np.std(out.logits)
+    chosen = {i: np.asarray(c[0]) for i, c in out.aux.get("chosen", {}).items()}
+    return model, variables, tokens[0], logits, chosen, float(np.std(out.logits))
+
+
+@functools.cache
+def stepper(variant, logits="all"):
+    """One jitted function for prefill, chunks and decode; the cache is donated."""
+    model = setting(variant)[0]
+
+    def step(variables, tokens, lengths, cache):
+        out = model.apply(variables, tokens, lengths=lengths, cache=cache, logits=logits, aux=AUX)
+        return out.logits, out.aux.get("chosen", {}), out.cache
+
+    compiled = jax.jit(step, donate_argnums=3)
+
+    def run(*args):
+        logits, chosen, cache = compiled(*args)
+        return np.asarray(logits), {i: np.asarray(c) for i, c in chosen.items()}, cache
+
+    return run
+
+
+def check_logits(variant, got, positions):
+    *_, logits, _, std = setting(variant)
+    np.testing.assert_allclose(
+        np.asarray(got) / std, logits[np.asarray(positions)], atol=TOLERANCE, rtol=0
+    )
+
+
+def same_choice(got, expected):
+    """Choices as sets: rows may be padded with -1 to different widths."""
+    width = max(got.shape[-1], expected.shape[-1])
+
+    def pad(x):
+        return np.pad(x, [(0, 0), (0, width - x.shape[-1])], constant_values=-1)
+
+    np.testing.assert_array_equal(pad(got), pad(expected))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_length_padded_then_decoded(variant):
+    """Each prompt length 1..296 as a row of a padded batch, then four decode steps."""
+    model, variables, tokens, _, chosen, _ = setting(variant)
+    run = stepper(variant)
+    rows = 37
+    for first in range(1, 297, rows):
+        lengths = np.arange(first, first + rows, dtype=np.int32)
+        prompts = np.where(np.arange(LENGTH)[None] < lengths[:, None], tokens[None], 7)
+        cache = model.init_cache(rows, LENGTH, ROLLBACK)
+        logits, picked, cache = run(variables, prompts, lengths, cache)
+        for row, n in enumerate(lengths):
+            check_logits(variant, logits[row, :n], range(n))
+            for layer, choice in picked.items():
+                same_choice(choice[row, :n], chosen[layer][:n])
+        for step in range(4):
+            at = lengths + step
+            logits, picked, cache = run(
+                variables, tokens[at][:, None], np.ones(rows, np.int32), cache
+            )
+            check_logits(variant, logits[:, 0], at)
+            for layer, choice in picked.items():
+                same_choice(choice[:, 0], chosen[layer][at])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("width, sizes", [(8, (1, 3, 8, 5, 2, 7)), (130, (127, 1, 130, 23, 24))])
+def test_any_chunking(variant, width, sizes):
+    """Prefill in chunks of odd sizes, which move over the window's and the blocks' edges."""
+    model, variables, tokens, _, chosen, _ = setting(variant)
+    cache, at, turn = model.init_cache(1, LENGTH, ROLLBACK), 0, 0
+    while at < LENGTH:
+        size = min(sizes[turn % len(sizes)], LENGTH - at)
+        chunk = np.full((1, width), 7, np.int32)
+        chunk[0, :size] = tokens[at : at + size]
+        logits, picked, cache = stepper(variant)(
+            variables, chunk, np.full(1, size, np.int32), cache
+        )
+        check_logits(variant, logits[0, :size], range(at, at + size))
+        for layer, choice in picked.items():
+            same_choice(choice[0, :size], chosen[layer][at : at + size])
+        at, turn = at + size, turn + 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_documents_of_a_packed_row(variant):
+    """Each document of a packed row equals the document alone, whatever stands before it."""
+    model, variables, tokens, _, _, std = setting(variant)
+    sizes = [1, 3, 4, 5, 23, 24, 25, 2, 127, 31]
+    segment_ids = np.repeat(np.arange(1, len(sizes) + 1), sizes)[None].astype(np.int32)
+    row = np.concatenate([tokens[:n] for n in sizes])[None]
+    packed = jax.jit(lambda v, t, s: model.apply(v, t, segment_ids=s).logits)
+    logits = packed(variables, row, segment_ids)[0]
+    at = 0
+    for n in sizes:
+        check_logits(variant, logits[at : at + n], range(n))
+        at += n
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("back", [1, 5, 9])
+def test_rollback_and_go_on(variant, back):
+    """Tokens taken back leave no trace: the row goes on as if they had never come."""
+    model, variables, tokens, *_ = setting(variant)
+    cache = model.init_cache(1, LENGTH, ROLLBACK)
+
+    def feed(ids):
+        nonlocal cache
+        chunk = np.full((1, 8), 7, np.int32)
+        chunk[0, : len(ids)] = ids
+        count = np.full(1, len(ids), np.int32)
+        logits, _, cache = stepper(variant)(variables, chunk, count, cache)
+        return logits[0, : len(ids)]
+
+    for at in range(0, 120, 8):
+        feed(tokens[at : at + 8])
+    feed(tokens[120:126])
+    feed(np.full(min(back, 8), 11))
+    cache = cache.rollback(back)
+    at = 126 + min(back, 8) - back
+    for start in range(at, at + 24, 8):
+        check_logits(variant, feed(tokens[start : start + 8]), range(start, start + 8))
+
+
+def test_rollback_beyond_what_is_kept_is_refused():
+    model, variables, tokens, *_ = setting("released")
+    cache = model.init_cache(1, LENGTH, ROLLBACK)
+    with pytest.raises(v4jax.InputError, match="can go back"):
+        cache.rollback(1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_gradient_from_later_tokens(variant):
+    """The loss at a position has a gradient of exactly zero in every later token's embedding."""
+    model, variables, _, *_ = setting(variant)
+    tokens = np.asarray(jax.random.permutation(jax.random.key(1), 331)[None, :200])
+
+    def logit_sum(table, at):
+        params = variables["params"] | {"embed": {"weight": table}}
+        logits = model.apply(variables | {"params": params}, tokens).logits
+        return jnp.sum(jnp.sin(logits[0, at]))
+
+    gradient = jax.jit(jax.grad(logit_sum))
+    table = variables["params"]["embed"]["weight"]
+    for at in (0, 3, 4, 23, 24, 126, 127, 128, 150):
+        rows = np.asarray(gradient(table, at))[tokens[0]]
+        assert np.all(rows[at + 1 :] == 0)
+        assert np.abs(rows[at]).max() > 0
+
+
+def test_last_logits_are_the_last():
+    variant = "released"
+    model, variables, tokens, *_ = setting(variant)
+    lengths = np.array([5, 130], np.int32)
+    prompts = np.stack([tokens[:200], tokens[:200]])
+    logits, _, _ = stepper(variant, "last")(
+        variables, prompts, lengths, model.init_cache(2, LENGTH, ROLLBACK)
+    )
+    assert logits.shape == (2, 1, model.config.vocab_size)
+    check_logits(variant, logits[:, 0], lengths - 1)
+
+
+def test_scan_equals_unrolled():
+    """The same weights in a stacked and in an unrolled tree give the same logits."""
+    model, variables, tokens, *_ = setting("scanned")
+    unrolled = type(model)(model.config, min_repeats=99)
+    params = {}
+    buffers = {}
+    for tree, flat in ((variables["params"], params), (variables["buffers"], buffers)):
+        for name, value in tree.items():
+            if name == "layers_1":
+                for layer in range(8):
+                    block = value.get(f"block_{layer % 2}")
+                    flat[f"layers_{1 + layer}"] = {
+                        "block_0": jax.tree.map(lambda x, r=layer // 2: x[r], block)
+                    }
+            else:
+                flat[name] = value
+    logits = jax.jit(lambda v, t: unrolled.apply(v, t).logits)(
+        {"params": params, "buffers": buffers}, tokens[None]
+    )
+    check_logits("scanned", logits[0], range(LENGTH))
+
+
+@pytest.mark.parametrize("variant", ["released", "scanned"])
+def test_replay_of_own_choices(variant):
+    """Choices that go out as auxiliary outputs and come back in change nothing."""
+    model, variables, tokens, *_ = setting(variant)
+    names = ("chosen", "router_experts")
+    aux = model.apply(variables, tokens[None], aux=names).aux
+    again = model.apply(variables, tokens[None], replay={name: aux[name] for name in names})
+    check_logits(variant, again.logits[0], range(LENGTH))

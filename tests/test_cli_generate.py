@@ -1,0 +1,252 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from test_tokenizer import byte_level
+from toy_model import ToyModel, toy_config
+
+from v4jax import checkpoint
+from v4jax.cli import generate as cli_generate
+from v4jax.cli.main import main
+from v4jax.infer.generate import generate
+from v4jax.infer.tokenizer import Tokenizer
+
+MODEL = ToyModel(toy_config(vocab_size=258))
+PARAMS = MODEL.init(jax.random.key(4))
+MAX_LENGTH = 32
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    """A checkpoint directory with a tokenizer; whatever is loaded is the toy model."""
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(checkpoint, "load", lambda path, **options: (MODEL, PARAMS))
+    return tmp_path
+
+
+@pytest.fixture
+def run(directory, capsys):
+    """Runs the subcommand on that directory: status, stdout, stderr."""
+
+    def call(*args):
+        # One length of cache for all tests, so that each compiles nothing of its own.
+        options = (f"--checkpoint={directory}", f"--max_length={MAX_LENGTH}")
+        status = main(["v4jax", "generate", *options, *args])
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+def continuation(tokenizer, prompt, **options):
+    return directly(tokenizer.encode(prompt), **options).tokens[0]
+
+
+def directly(prompts, **options):
+    return generate(MODEL, PARAMS, prompts, max_length=MAX_LENGTH, **options)
+
+
+def test_one_prompt_and_its_continuation_go_to_stdout(run, directory):
+    tokenizer = Tokenizer(directory)
+    status, out, err = run("--prompt", "héllo", "--max_new_tokens=9")
+    tokens = continuation(tokenizer, "héllo", max_new_tokens=9)
+    assert status == 0
+    assert out == "héllo" + tokenizer.decode(tokens) + "\n"
+    loaded, summary = err.splitlines()
+    assert loaded.startswith(f"{directory}: ")
+    assert "11 layers, stored as float32 in" in loaded
+    assert summary.startswith("6 prompt tokens, 9 new tokens, compiled in ")
+    assert "first token after " in summary
+    assert summary.endswith(" tokens/s, finished: length")
+
+
+def test_the_default_prompt_is_python(run, directory):
+    _, out, _ = run("--max_new_tokens=3")
+    assert out.startswith("def ")
+
+
+def test_the_settings_reach_the_sampler(run, directory):
+    tokenizer = Tokenizer(directory)
+    settings = {"temperature": 1.3, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "seed": 5}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    _, out, _ = run("--prompt=a", "--max_new_tokens=9", *flags)
+    tokens = continuation(tokenizer, "a", max_new_tokens=9, **settings)
+    assert out == "a" + tokenizer.decode(tokens) + "\n"
+    assert tokens != continuation(tokenizer, "a", max_new_tokens=9)
+
+
+def test_the_loader_gets_its_settings(run, directory, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        checkpoint, "load", lambda path, **options: seen.update(options) or (MODEL, PARAMS)
+    )
+    run("--dtype=bfloat16", "--weights=float32", "--numerics=native", "--max_new_tokens=1")
+    assert seen == {"dtype": "bfloat16", "weights": "float32", "numerics": "native"}
+    run("--max_new_tokens=1")
+    assert seen == {"dtype": None, "weights": "stored", "numerics": None}
+
+
+def test_ids_serve_where_there_is_no_tokenizer(run, directory):
+    (directory / "tokenizer.json").unlink()
+    status, out, _ = run("--prompt_ids=5,6,7", "--max_new_tokens=4")
+    tokens = directly([5, 6, 7], max_new_tokens=4).tokens[0]
+    assert status == 0
+    assert out == ",".join(map(str, [5, 6, 7, *tokens])) + "\n"
+    # What was printed is itself a prompt.
+    assert run(f"--prompt_ids={out.strip()}", "--max_new_tokens=1")[1].startswith(out.strip())
+
+
+def test_ids_are_shown_as_text_where_there_is_a_tokenizer(run, directory):
+    tokenizer = Tokenizer(directory)
+    ids = ",".join(map(str, tokenizer.encode("xyz")))
+    by_ids = run("--prompt_ids", ids, "--max_new_tokens=4")
+    assert by_ids[:2] == run("--prompt=xyz", "--max_new_tokens=4")[:2]
+
+
+def test_several_prompts_are_printed_under_headers(run, directory):
+    tokenizer = Tokenizer(directory)
+    status, out, err = run("--prompt=one", "--prompt=number two", "--max_new_tokens=5")
+    ids = [tokenizer.encode("one"), tokenizer.encode("number two")]
+    expected = directly(ids, max_new_tokens=5).tokens
+    blocks = [
+        f"--- prompt {row} (length) ---\n{prompt}{tokenizer.decode(expected[row])}\n"
+        for row, prompt in enumerate(["one", "number two"])
+    ]
+    assert (status, out) == (0, "".join(blocks))
+    assert "13 prompt tokens, 10 new tokens" in err
+    assert err.endswith("finished: length, length\n")
+
+
+def test_json_is_one_object(run, directory):
+    tokenizer = Tokenizer(directory)
+    status, out, err = run("--format=json", "--prompt=ab", "--prompt=abcdé", "--max_new_tokens=5")
+    found = json.loads(out)
+    ids = [tokenizer.encode("ab"), tokenizer.encode("abcdé")]
+    expected = directly(ids, max_new_tokens=5)
+    assert status == 0
+    assert out.count("\n") == 1
+    assert found["checkpoint"] == str(directory)
+    assert found["prompts"] == ["ab", "abcdé"]
+    assert found["prompt_ids"] == ids
+    assert found["tokens"] == expected.tokens
+    assert found["text"] == [tokenizer.decode(tokens) for tokens in expected.tokens]
+    assert found["finish_reason"] == ["length", "length"]
+    assert (found["prompt_tokens"], found["new_tokens"]) == ([2, 6], [5, 5])
+    assert found["time_to_first_token"] > 0
+    assert found["tokens_per_second"] > 0
+    assert "tokens/s" in err
+
+
+def test_json_without_a_tokenizer_has_no_text(run, directory):
+    (directory / "tokenizer.json").unlink()
+    found = json.loads(run("--format=json", "--prompt_ids=5", "--max_new_tokens=2")[1])
+    assert (found["prompts"], found["text"]) == ([None], [None])
+    assert len(found["tokens"][0]) == 2
+
+
+def test_the_models_end_token_stops_unless_told_otherwise(run, directory, monkeypatch):
+    tokens = continuation(Tokenizer(directory), "ab", max_new_tokens=6)
+    at = tokens.index(tokens[3])
+    model = ToyModel(toy_config(vocab_size=258, eos_token_id=(257, tokens[3])))
+    monkeypatch.setattr(checkpoint, "load", lambda path, **options: (model, PARAMS))
+    command = ["--format=json", "--prompt=ab", "--max_new_tokens=6"]
+    found = json.loads(run(*command)[1])
+    assert (found["tokens"], found["finish_reason"]) == ([tokens[:at]], ["stop"])
+    assert json.loads(run(*command, "--stop_ids=")[1])["tokens"] == [tokens]
+    found = json.loads(run(*command, f"--stop_ids={tokens[0]},3")[1])
+    assert (found["tokens"], found["finish_reason"]) == ([[]], ["stop"])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prompt=a", "--prompt_ids=1"], "--prompt and --prompt_ids are both given"),
+        (["--prompt_ids=1,x"], "--prompt_ids is '1,x'; expected whole numbers between commas"),
+        (["--prompt_ids=1,,2"], "--prompt_ids is '1,,2'"),
+        (["--prompt_ids="], "prompt 0 is empty"),
+        (["--prompt="], "prompt 0 is empty"),
+        (["--prompt_ids=1,258"], "token 1 of prompt 0 is 258; expected 0 to 257"),
+        (["--stop_ids=1;2"], "--stop_ids is '1;2'"),
+        (["--max_new_tokens=0"], "max_new_tokens is 0"),
+        (["--max_new_tokens=many"], "--max_new_tokens is 'many'; expected a"),
+        (["--temperature=-1"], "temperature is -1.0"),
+        (["--top_p=1.5"], "top_p is 1.5"),
+        (["--max_length=8", "--prompt=abc"], "prompt 0 has 3 tokens"),
+        (["--format=yaml"], "--format is 'yaml'; expected text or json"),
+        (["--checkpoint=nowhere"], "--checkpoint is 'nowhere', and there is no directory nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(args, message, run):
+    status, out, err = run(*args)
+    assert status == 2
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_text_needs_a_tokenizer(run, directory):
+    (directory / "tokenizer.json").unlink()
+    status, out, err = run("--prompt=a")
+    assert (status, out) == (2, "")
+    assert "there is no tokenizer at" in err
+    assert "--prompt_ids" in err
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_an_interrupt_leaves_what_there_is(form, run, monkeypatch):
+    def interrupted(*args, on_token, **options):
+        for token in b"xyz":
+            on_token(0, token)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_generate, "generate", interrupted)
+    status, out, err = run("--prompt_ids=1,2", f"--format={form}")
+    assert status == 130
+    assert "2 prompt tokens, 3 new tokens" in err
+    assert err.endswith("finished: interrupted\n")
+    if form == "json":
+        assert json.loads(out)["tokens"] == [list(b"xyz")]
+    else:
+        assert out.endswith("\n")
+
+
+def test_an_interrupt_before_the_first_token(run, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_generate, "generate", interrupted)
+    status, _, err = run("--prompt=a")
+    assert status == 130
+    assert "1 prompt tokens, 0 new tokens" in err
+
+
+def test_a_closed_pipe_ends_it_quietly(directory):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        "from test_cli_generate import MODEL, PARAMS\n"
+        "from v4jax import checkpoint\n"
+        "from v4jax.cli.main import main\n"
+        "checkpoint.load = lambda path, **options: (MODEL, PARAMS)\n"
+        "sys.exit(main(sys.argv))\n"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), "generate"]
+    process = subprocess.Popen(
+        [*command, f"--checkpoint={directory}", "--max_new_tokens=8"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait() == 141
+    assert "Traceback" not in err
+    assert "Exception ignored" not in err
+
+
+def test_help_names_every_flag(capsys):
+    assert main(["v4jax", "generate", "--help"]) == 0
+    out = capsys.readouterr().out
+    for flag in ("prompt_ids", "max_new_tokens", "temperature", "min_p", "stop_ids", "format"):
+        assert f"--{flag}" in out

@@ -1,0 +1,82 @@
+"""Small configs on the same code paths as the released models, for tests."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from v4jax.config import CSA, FULL, HCA, WINDOW, LayerSpec, ModelConfig, Yarn, with_hash_routing
+from v4jax.model.transformer import Transformer
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """Every layer kind once or twice, sizes that divide nothing evenly."""
+    sizes = {
+        "vocab_size": 331,
+        "hidden_size": 48,
+        "layers": with_hash_routing((WINDOW, CSA, HCA), 1),
+        "mtp_layers": (WINDOW,),
+        "num_attention_heads": 4,
+        "head_dim": 24,
+        "qk_rope_head_dim": 8,
+        "q_lora_rank": 20,
+        "o_groups": 2,
+        "o_lora_rank": 12,
+        "sliding_window": 24,
+        "rope_scaling": Yarn(original_max_position_embeddings=64),
+        "max_position_embeddings": 4096,
+        "index_n_heads": 4,
+        "index_head_dim": 16,
+        "index_topk": 12,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 28,
+        "initializer_range": 0.1,
+        "dtype": "float32",
+    }
+    return ModelConfig(**(sizes | changes))
+
+
+VARIANTS = {
+    "released": {},
+    "scanned": {"layers": with_hash_routing((WINDOW,) + (CSA, HCA) * 4, 1)},
+    "ablated": {
+        "layers": (
+            LayerSpec("csa", ratio=8, overlap=False),
+            LayerSpec("hca", ratio=16, overlap=True),
+            LayerSpec("csa", ratio=6, overlap=True),
+        ),
+        "hc_mult": 1,
+        "n_shared_experts": 0,
+        "scoring_func": "softmax",
+        "sliding_window": 7,
+    },
+    "all_visible": {
+        "layers": (FULL, CSA),
+        "index_topk": None,
+        "hc_mult": 2,
+        "scoring_func": "sigmoid",
+    },
+}
+
+
+def tiny_model(variant="released", seed=0, **options):
+    """A model of a variant and random variables with a biased router."""
+    model = Transformer(tiny_config(**VARIANTS[variant]), **options)
+    variables = model.init(jax.random.key(seed))
+    return model, unsettle(variables, seed)
+
+
+def unsettle(variables, seed):
+    """Moves what starts at 0 or 1 (sinks, norms, mHC, biases), so that nothing hides behind it."""
+    leaves, tree = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    moved = [
+        x + 0.1 * jax.random.normal(k, x.shape) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, moved)
+
+
+def replaced(config, **changes):
+    return dataclasses.replace(config, **changes)

@@ -1,0 +1,184 @@
+"""Prefill and decode on this CPU, ours beside transformers, same float32 weights, one run.
+
+    python tools/bench_cpu.py [--rival=false] [--out experiments/cpu_speed/history.jsonl]
+
+Both sides are timed in turn after a warm-up; medians of --repeats steady-state runs. A length that
+the rival cannot hold in memory is left to ours alone (--rival_limit).
+"""
+
+import json
+import platform
+import resource
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+import v4jax
+
+RIVAL = flags.DEFINE_bool("rival", True, "Also time transformers' DeepseekV4ForCausalLM.")
+LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096", "16384", "32768"], "Prefill lengths.")
+DECODE = flags.DEFINE_list("decode", ["1024", "4096", "32768"], "Contexts of a decoded token.")
+RIVAL_LIMIT = flags.DEFINE_integer("rival_limit", 4096, "Longest context given to transformers.")
+REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each figure.")
+OUT = flags.DEFINE_string("out", None, "JSON lines file to add the result to.")
+
+SIZES = {
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "head_dim": 128,
+    "q_lora_rank": 256,
+    "o_groups": 4,
+    "o_lora_rank": 128,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 256,
+    "index_n_heads": 16,
+    "index_head_dim": 64,
+    "index_topk": 256,
+    "sliding_window": 128,
+    "max_position_embeddings": 65536,
+    "partial_rotary_factor": 0.5,
+    "layer_types": ["sliding_attention"] * 2
+    + ["compressed_sparse_attention", "heavily_compressed_attention"] * 2,
+    "mlp_layer_types": ["moe"] * 6,
+}
+
+
+def write_checkpoint(folder):
+    """A random transformers checkpoint of SIZES; the torch model."""
+    import torch
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+    torch.manual_seed(0)
+    model = DeepseekV4ForCausalLM(DeepseekV4Config(**SIZES)).float().eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def median_seconds(run):
+    run()
+    times = []
+    for _ in range(REPEATS.value):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def tokens_of(length):
+    return np.random.default_rng(0).integers(0, SIZES["vocab_size"], (1, length))
+
+
+class Ours:
+    """Jitted prefill into a cache and a jitted decode step."""
+
+    def __init__(self, folder):
+        self.model, self.variables = v4jax.load(folder)
+
+        def call(variables, tokens, cache):
+            out = self.model.apply(variables, tokens, cache=cache, logits="last")
+            return out.logits, out.cache
+
+        self.call = jax.jit(call, donate_argnums=2)
+
+    def prefill(self, length):
+        tokens = jnp.asarray(tokens_of(length), jnp.int32)
+
+        def run():
+            cache = self.model.init_cache(1, length + 64)
+            jax.block_until_ready(self.call(self.variables, tokens, cache))
+
+        return median_seconds(run)
+
+    def decode(self, length, steps=20):
+        tokens = jnp.asarray(tokens_of(length), jnp.int32)
+        cache = self.model.init_cache(1, length + 64 + steps * (REPEATS.value + 1))
+        chunk = min(length, 4096)
+        for at in range(0, length, chunk):
+            _, cache = self.call(self.variables, tokens[:, at : at + chunk], cache)
+        state = [cache]
+
+        def run():
+            for _ in range(steps):
+                logits, state[0] = self.call(self.variables, tokens[:, :1], state[0])
+            jax.block_until_ready(logits)
+
+        return median_seconds(run) / steps
+
+
+class Theirs:
+    """transformers with its own cache."""
+
+    def __init__(self, model):
+        import torch
+
+        torch.set_num_threads(2)
+        self.torch, self.model = torch, model
+
+    def prefill(self, length):
+        tokens = self.torch.tensor(tokens_of(length))
+
+        def run():
+            with self.torch.no_grad():
+                self.model(tokens, use_cache=True, logits_to_keep=1)
+
+        return median_seconds(run)
+
+    def decode(self, length, steps=20):
+        tokens = self.torch.tensor(tokens_of(length))
+        with self.torch.no_grad():
+            past = self.model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+
+            def run():
+                for _ in range(steps):
+                    self.model(tokens[:, :1], past_key_values=past, use_cache=True)
+
+            return median_seconds(run) / steps
+
+
+def measure(what, length, ours, theirs):
+    row = {"what": what, "length": length, "ours": getattr(ours, what)(length)}
+    if theirs is not None and length <= RIVAL_LIMIT.value:
+        row["transformers"] = getattr(theirs, what)(length)
+        row["ratio"] = row["transformers"] / row["ours"]
+    row["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def main(_):
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_checkpoint(folder)
+        theirs = Theirs(model) if RIVAL.value else None
+        ours = Ours(folder)
+    rows = [measure("prefill", int(n), ours, theirs) for n in LENGTHS.value]
+    rows += [measure("decode", int(n), ours, theirs) for n in DECODE.value]
+    if OUT.value:
+        record = {
+            "commit": _commit(),
+            "command": "python tools/bench_cpu.py",
+            "machine": f"{platform.processor() or platform.machine()}, 2 cores",
+            "jax": jax.__version__,
+            "rows": rows,
+        }
+        with Path(OUT.value).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _commit():
+    run = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return run.stdout.strip()
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,36 @@
+"""v4jax: DeepSeek-V4 in JAX. The public names; everything else is imported by its module.
+
+A name's module is imported when the name is first used, so that `v4jax --help` needs no jax.
+"""
+
+import importlib
+
+_MODULES = {
+    "Cache": "v4jax.model.cache",
+    "InputError": "v4jax.errors",
+    "LayerSpec": "v4jax.config",
+    "ModelConfig": "v4jax.config",
+    "Output": "v4jax.model.transformer",
+    "QTensor": "v4jax.quant",
+    "Transformer": "v4jax.model.transformer",
+    "config_names": "v4jax.named_configs",
+    "generate": "v4jax.infer.generate",
+    "get_config": "v4jax.named_configs",
+    "load": "v4jax.checkpoint",
+    "load_cache": "v4jax.model.cache_file",
+    "save_cache": "v4jax.model.cache_file",
+    "save_official": "v4jax.checkpoint",
+    "save_orbax": "v4jax.checkpoint",
+}
+
+__all__ = list(_MODULES)
+
+
+def __getattr__(name):
+    if name not in _MODULES:
+        raise AttributeError(f"module 'v4jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__():
+    return sorted(_MODULES)

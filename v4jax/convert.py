@@ -1,0 +1,274 @@
+"""Converts checkpoints, one item (a layer) in memory at a time; killed, it goes on where it stopped.
+
+From official, transformers or our Orbax format to official or Orbax, with the weights as stored or
+expanded to bf16 or float32. The target looks whole only when all of it has been written, read back
+and compared: until then it holds a journal, and neither index nor manifest.
+"""
+
+import dataclasses
+import os
+import shutil
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from v4jax.checkpoint import THREADS, locate, open_checkpoint
+from v4jax.errors import InputError
+from v4jax.journal import Journal
+from v4jax.orbax_io import MANIFEST_NAME
+from v4jax.parallel import run_all
+from v4jax.safetensors_io import INDEX_NAME, SINGLE_NAME, bytes_of, write_atomically
+from v4jax.sources import JOURNAL_NAME, converting, planned_items
+from v4jax.targets import TARGETS, OfficialTarget, OrbaxTarget, config_json
+from v4jax.weights import expanded_config
+
+# Files that belong to a checkpoint beside its weights and config.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "LICENSE",
+)
+_SPARE = 64 << 20  # bytes of headers, manifest and file system beyond the tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a conversion or comparison did.
+
+    Attributes:
+      done: "converted" or "compared". tensors, nbytes: of the target. seconds: wall time.
+      resumed: items that an earlier run had finished.
+    """
+
+    done: str
+    tensors: int
+    nbytes: int
+    seconds: float
+    resumed: int = 0
+
+    def __str__(self):
+        rate = self.nbytes / max(self.seconds, 1e-9) / 1e6
+        earlier = f", {self.resumed} items from an earlier run" if self.resumed else ""
+        return (
+            f"{self.done} {self.tensors:,} tensors, {self.nbytes:,} bytes in {self.seconds:.1f} s "
+            f"({rate:.0f} MB/s{earlier})"
+        )
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    to: str,
+    weights: str = "stored",
+    verify: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Converts a checkpoint, or compares two.
+
+    Args:
+      source: official, transformers or Orbax directory, or "nano".
+      target: a new or empty directory, or one in which the same conversion was interrupted.
+      to: "official" or "orbax".
+      weights: "stored", "bf16" or "float32".
+      verify: compare every tensor of the two checkpoints, and convert only if the target is not
+        there yet. (A conversion always reads its target back and compares checksums.)
+      progress: a bar with bytes and time left, on stderr.
+
+    Raises:
+      InputError: a damaged source, a target that cannot be used, a full disk, or a difference.
+    """
+    if to not in TARGETS:
+        raise InputError(f"to is {to!r}; expected one of {', '.join(TARGETS)}")
+    source, target = locate(source), os.fspath(target)
+    _check_apart(source, target)
+    started = time.monotonic()
+    try:
+        with open_checkpoint(source) as opened:
+            report = None
+            if not (verify and _is_whole(target)):
+                report = _Conversion(opened, target, to, weights, progress).run()
+            if verify:
+                compared = _compare(opened, target, weights, progress)
+                report = report or compared
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or target}: {error.strerror}; the conversion into {target} has not "
+            "ended, so mend this and run the same command again: it goes on where it stopped"
+        ) from error
+    return dataclasses.replace(report, seconds=time.monotonic() - started)
+
+
+class _Conversion:
+    """One run, from the first check of the target to its last file."""
+
+    def __init__(self, source, target, to, weights, progress):
+        self.source, self.path, self.weights = source, target, weights
+        self.config = expanded_config(source.config, weights)
+        self.items = planned_items(source, weights)
+        kind = {"official": OfficialTarget, "orbax": OrbaxTarget}[to]
+        self.target = kind(target, self.items)
+        self.purpose = {
+            "source": os.path.realpath(source.path),
+            "to": to,
+            "weights": weights,
+            "content": source.fingerprint,
+        }
+        self.progress = progress
+
+    def run(self) -> Report:
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
+            raise InputError(f"{self.path}: is a file; expected a new directory for the target")
+        # Before the journal is made, so that a full disk leaves nothing behind.
+        if not os.path.exists(os.path.join(self.path, JOURNAL_NAME)):
+            self._check_space(self.items)
+        journal = Journal(self.path, self.purpose)
+        self._check_space([name for name in self.items if name not in journal.done])
+        resumed = [name for name in journal.done if self.target.has_item(name)]
+        with ThreadPoolExecutor(THREADS) as pool:
+            self._write(pool, journal, resumed)
+            checksums = self._read_back(pool, journal)
+        self._finish(checksums)
+        journal.close()
+        nbytes = self._bytes(self.items)
+        count = sum(len(specs) for specs in self.items.values())
+        return Report("converted", count, nbytes, 0.0, len(resumed))
+
+    def _write(self, pool, journal, resumed):
+        with self._bar("writing", self._bytes(resumed)) as bar:
+            for name in self.items:
+                if name in resumed:
+                    continue
+                bar.set_postfix_str(name)
+                with self.source.open_item(name) as read:
+                    convert = converting(self.source, name, read)
+                    checksums = self.target.write_item(name, convert, pool, bar.update)
+                journal.add(name, checksums)
+
+    def _read_back(self, pool, journal):
+        """Compares what is on disk with what was written; all checksums."""
+        checksums = {}
+        with self._bar("verifying") as bar:
+            for name, specs in self.items.items():
+                bar.set_postfix_str(name)
+                with self.target.open_item(name) as read:
+                    run_all(pool, lambda s: self._check_one(s, read, journal.done[name], bar), specs)
+                checksums |= journal.done[name]
+        return checksums
+
+    def _check_one(self, spec, read, checksums, bar):
+        out = np.empty(spec.shape, spec.dtype)
+        read(spec.key, out)
+        if zlib.crc32(bytes_of(out)) != checksums[spec.key]:
+            raise InputError(
+                f"{self.path}: {spec.key} does not read back as it was written; the disk is "
+                "unreliable, so remove the directory and convert to another one"
+            )
+        bar.update(out.nbytes)
+
+    def _finish(self, checksums):
+        for name in COMPANIONS:
+            path = os.path.join(self.source.path, name)
+            if os.path.isfile(path):
+                with open(path, "rb") as file:
+                    write_atomically(os.path.join(self.path, name), file.read())
+        text = self.source.config_text if self.weights == "stored" else None
+        self.target.finish(text or config_json(self.config), self.weights, checksums)
+
+    def _check_space(self, names):
+        needed = self._bytes(names) + _SPARE
+        folder = os.path.abspath(self.path)
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise InputError(
+                f"{self.path}: the conversion needs {needed:,} bytes and {free:,} are free there; "
+                "free some space or choose another disk"
+            )
+
+    def _bytes(self, names):
+        return sum(spec.nbytes for name in names for spec in self.items[name])
+
+    def _bar(self, what, initial=0):
+        return _bar(what, self._bytes(self.items), initial, self.progress)
+
+
+def _compare(source, target, weights, progress) -> Report:
+    """Reads both checkpoints and compares every tensor, bit by bit."""
+    with open_checkpoint(target) as other:
+        expected, found = planned_items(source, weights), other.items
+        _check_same_tensors(expected, found, source.path, target, weights)
+        total = sum(spec.nbytes for specs in expected.values() for spec in specs)
+        count = sum(len(specs) for specs in expected.values())
+        with (
+            ThreadPoolExecutor(THREADS) as pool,
+            _bar("comparing", total, 0, progress) as bar,
+        ):
+            for name, specs in expected.items():
+                bar.set_postfix_str(name)
+                with source.open_item(name) as ours, other.open_item(name) as theirs:
+                    convert = converting(source, name, ours)
+                    run_all(pool, lambda s: _compare_one(s, convert, theirs, target, bar), specs)
+    return Report("compared", count, total, 0.0)
+
+
+def _compare_one(spec, ours, theirs, target, bar):
+    left, right = np.empty(spec.shape, spec.dtype), np.empty(spec.shape, spec.dtype)
+    ours(spec.key, left)
+    theirs(spec.key, right)
+    if not np.array_equal(bytes_of(left), bytes_of(right)):
+        differing = int(np.count_nonzero(bytes_of(left) != bytes_of(right)))
+        raise InputError(
+            f"{target}: {spec.key} differs from the source in {differing} of {left.nbytes} bytes; "
+            "remove the directory and convert again"
+        )
+    bar.update(left.nbytes)
+
+
+def _check_same_tensors(expected, found, source, target, weights):
+    left = {spec.key: (spec.dtypes, spec.shape) for specs in expected.values() for spec in specs}
+    right = {spec.key: (spec.dtypes, spec.shape) for specs in found.values() for spec in specs}
+    for key in sorted(left.keys() | right.keys()):
+        if left.get(key) != right.get(key):
+            raise InputError(
+                f"{target}: {key} is {_words(right.get(key))}; expected {_words(left.get(key))}, "
+                f"as {source} has it with --weights={weights}"
+            )
+
+
+def _words(tensor):
+    return "missing" if tensor is None else f"{tensor[0][0]} {list(tensor[1])}"
+
+
+def _check_apart(source, target):
+    paths = [os.path.realpath(source), os.path.realpath(target)]
+    if paths[0] == paths[1]:
+        raise InputError(f"{target}: is source and target; choose another directory to convert to")
+    if os.path.commonpath(paths) == paths[0]:
+        raise InputError(f"{target}: lies inside the source; choose a directory outside it")
+    if os.path.commonpath(paths) == paths[1]:
+        raise InputError(f"{target}: the source lies inside it; choose another directory")
+
+
+def _is_whole(target):
+    names = os.listdir(target) if os.path.isdir(target) else ()
+    whole = {INDEX_NAME, SINGLE_NAME, MANIFEST_NAME} & set(names)
+    return bool(whole) and JOURNAL_NAME not in names
+
+
+def _bar(what, total, initial, shown):
+    return tqdm(
+        desc=what,
+        total=total,
+        initial=initial,
+        unit="B",
+        unit_scale=True,
+        disable=not shown,
+        mininterval=0.5,
+    )

@@ -1,0 +1,89 @@
+"""What a conversion has finished so far, kept in its target so that it can go on after a crash.
+
+`.incomplete` holds JSON lines: the first says what is converted into what, each further one names
+a finished item and the CRC-32 of its tensors. A line is on disk before the next item begins; a
+line without its end, from a crash in the middle, does not count.
+"""
+
+import json
+import os
+import shutil
+
+from v4jax.errors import InputError
+from v4jax.safetensors_io import sync_directory, write_atomically
+from v4jax.sources import JOURNAL_NAME
+
+
+class Journal:
+    """The journal of one conversion, begun or resumed.
+
+    Attributes:
+      done: item -> checksums of its tensors, for every item that is finished.
+
+    Raises:
+      InputError: the directory holds something else, or the start of another conversion.
+    """
+
+    def __init__(self, directory: str, purpose: dict[str, str]):
+        self._path = os.path.join(directory, JOURNAL_NAME)
+        self.done: dict[str, dict[str, int]] = {}
+        if os.path.exists(self._path):
+            self._resume(directory, purpose)
+        else:
+            os.makedirs(directory, exist_ok=True)
+            if os.listdir(directory):
+                raise InputError(
+                    f"{directory}: is not empty; choose a new directory, or pass --verify to "
+                    "compare the checkpoint in it with the source"
+                )
+        lines = [json.dumps(purpose)] + [_line(*entry) for entry in self.done.items()]
+        write_atomically(self._path, "".join(line + "\n" for line in lines).encode())
+
+    def add(self, item: str, checksums: dict[str, int]) -> None:
+        """Notes that an item is finished."""
+        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(fd, (_line(item, checksums) + "\n").encode())
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        self.done[item] = checksums
+
+    def close(self) -> None:
+        """Ends the conversion: the directory is whole."""
+        os.unlink(self._path)
+        sync_directory(os.path.dirname(self._path))
+
+    def _resume(self, directory, purpose):
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                lines = file.read().split("\n")
+            begun = json.loads(lines[0])
+            entries = [json.loads(line) for line in lines[1:-1]]
+            self.done = {entry["item"]: entry["crc32"] for entry in entries}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self._path}: cannot be understood ({error!r}); remove the directory and start "
+                "the conversion again"
+            ) from None
+        if begun != purpose:
+            changed = [name for name in purpose if begun.get(name) != purpose[name]]
+            raise InputError(
+                f"{directory}: holds the unfinished conversion of {begun.get('source')} to "
+                f"{begun.get('to')} with weights {begun.get('weights')}; this one differs in "
+                f"{' and '.join(changed)}, so finish that one or remove the directory"
+            )
+        _remove_temporaries(directory)
+
+
+def _line(item, checksums):
+    return json.dumps({"item": item, "crc32": checksums}, separators=(",", ":"))
+
+
+def _remove_temporaries(directory):
+    """Removes what was half written when the earlier run was killed."""
+    for folder in (directory, os.path.join(directory, "items")):
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            path = os.path.join(folder, name)
+            if name.startswith(".") and name.endswith(".tmp"):
+                shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
