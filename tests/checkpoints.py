@@ -17,8 +17,8 @@ _TOOL = Path(__file__).resolve().parents[1] / "tools" / "make_synthetic_checkpoi
 
 def small_config(name: str = "flash_tiny", **changes) -> ModelConfig:
     """Every layer kind, six layers and an MTP block, in the stored form of a named config."""
-    layers = with_hash_routing((WINDOW,) + (CSA, HCA) * 2 + (CSA,), 2)
-    return dataclasses.replace(get_config(name), layers=layers, **changes)
+    layers = with_hash_routing((WINDOW,) + (CSA, HCA) * 2 + (CSA,), 1)
+    return dataclasses.replace(get_config(name), **({"layers": layers} | changes))
 
 
 def synthetic(directory, config: ModelConfig | None = None, seed: int = 0) -> str:
@@ -96,7 +96,7 @@ def change_config(directory, **changes) -> None:
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
-def add_drafts(directory, blocks: int = 3) -> dict[str, tuple[str, np.ndarray]]:
+def add_drafts(directory, blocks: int = 3, announced: int = 3) -> dict[str, tuple[str, np.ndarray]]:
     """Makes a checkpoint without MTP one with DSpark draft blocks, as the 0731 release has them."""
     rng = np.random.default_rng(7)
     new = {}
@@ -113,6 +113,6 @@ def add_drafts(directory, blocks: int = 3) -> dict[str, tuple[str, np.ndarray]]:
     new[last + "hc_head_fn"] = ("F32", rng.standard_normal((4, 256)))
     add_tensors(directory, new, "model-drafts.safetensors")
     config = json.loads((Path(directory) / "config.json").read_text())
-    ratios = config["compress_ratios"][: config["num_hidden_layers"]] + [0] * blocks
+    ratios = config["compress_ratios"][: config["num_hidden_layers"]] + [0] * announced
     change_config(directory, compress_ratios=ratios, num_nextn_predict_layers=1)
     return new

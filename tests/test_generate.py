@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_model import ToyModel, toy_config
 
+from tests.toy_model import ToyModel, toy_config
 from v4jax.config import CSA, LayerSpec, with_hash_routing
 from v4jax.errors import InputError
 from v4jax.infer.generate import _bucket, _prefill_chunks, generate
@@ -37,6 +37,11 @@ def greedy_by_full_forward(model, params, prompt, count):
     return ids_BT[0, length : length + count].tolist()
 
 
+def run(prompts, params=PARAMS, **options):
+    """Generation with the toy model, with one length of cache so that few programs are compiled."""
+    return generate(MODEL, params, prompts, **({"max_length": 64} | options))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def full_forward(model, params, tokens_BT):
     return model.apply(params, tokens_BT).logits
@@ -57,7 +62,7 @@ def compiled_programs():
 
 
 def test_greedy_equals_the_argmax_of_the_full_sequence():
-    result = generate(MODEL, PARAMS, PROMPTS, max_new_tokens=12)
+    result = run(PROMPTS, max_new_tokens=12)
     assert result.tokens == [greedy_by_full_forward(MODEL, PARAMS, row, 12) for row in PROMPTS]
     assert result.finish_reason == ["length"] * 4
     assert result.prompt_tokens == [1, 40, 4, 17]
@@ -68,41 +73,38 @@ def test_greedy_equals_the_argmax_of_the_full_sequence():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_row_does_not_depend_on_the_other_rows(temperature):
-    together = generate(MODEL, PARAMS, PROMPTS, max_new_tokens=9, temperature=temperature).tokens
+    together = run(PROMPTS, max_new_tokens=9, temperature=temperature).tokens
     others = [PROMPTS[0], [1, 2], PROMPTS[2], [8] * 30]
-    changed = generate(MODEL, PARAMS, others, max_new_tokens=9, temperature=temperature).tokens
+    changed = run(others, max_new_tokens=9, temperature=temperature).tokens
     assert (changed[0], changed[2]) == (together[0], together[2])
-    alone = generate(MODEL, PARAMS, PROMPTS[:1], max_new_tokens=9, temperature=temperature).tokens
+    alone = run(PROMPTS[:1], max_new_tokens=9, temperature=temperature).tokens
     assert alone == together[:1]
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 39, 40, 41])
 def test_prefill_in_chunks_equals_prefill_at_once(chunk):
-    whole = generate(MODEL, PARAMS, PROMPTS, max_new_tokens=5)
-    assert generate(MODEL, PARAMS, PROMPTS, max_new_tokens=5, prefill_chunk=chunk).tokens == (
-        whole.tokens
-    )
+    whole = run(PROMPTS, max_new_tokens=5)
+    assert run(PROMPTS, max_new_tokens=5, prefill_chunk=chunk).tokens == whole.tokens
 
 
 def test_the_same_seed_draws_the_same_tokens():
     draws = [
-        generate(MODEL, PARAMS, PROMPTS, max_new_tokens=6, temperature=1.0, seed=seed).tokens
-        for seed in (7, 7, 8)
+        run(PROMPTS, max_new_tokens=6, temperature=1.0, seed=seed).tokens for seed in (7, 7, 8)
     ]
     assert draws[0] == draws[1]
     assert draws[0] != draws[2]
 
 
 def test_top_k_of_one_is_greedy():
-    greedy = generate(MODEL, PARAMS, PROMPTS, max_new_tokens=6).tokens
-    drawn = generate(MODEL, PARAMS, PROMPTS, max_new_tokens=6, temperature=3.0, top_k=1).tokens
+    greedy = run(PROMPTS, max_new_tokens=6).tokens
+    drawn = run(PROMPTS, max_new_tokens=6, temperature=3.0, top_k=1).tokens
     assert drawn == greedy
 
 
 def test_a_stop_token_ends_its_row_only_and_is_left_out():
-    free = generate(MODEL, PARAMS, PROMPTS, max_new_tokens=12).tokens
+    free = run(PROMPTS, max_new_tokens=12).tokens
     stop = free[1][4]
-    result = generate(MODEL, PARAMS, PROMPTS, max_new_tokens=12, stop_ids={stop})
+    result = run(PROMPTS, max_new_tokens=12, stop_ids={stop})
     for row, tokens in enumerate(free):
         cut = tokens.index(stop) if stop in tokens else 12
         assert result.tokens[row] == tokens[:cut]
@@ -111,8 +113,8 @@ def test_a_stop_token_ends_its_row_only_and_is_left_out():
 
 
 def test_a_stop_token_at_once_leaves_nothing():
-    first = generate(MODEL, PARAMS, [[5]], max_new_tokens=1).tokens[0][0]
-    result = generate(MODEL, PARAMS, [[5]], max_new_tokens=8, stop_ids=first)
+    first = run([[5]], max_new_tokens=1).tokens[0][0]
+    result = run([[5]], max_new_tokens=8, stop_ids=first)
     assert result.tokens == [[]]
     assert result.finish_reason == ["stop"]
     assert result.tokens_per_second == 0.0
@@ -120,10 +122,8 @@ def test_a_stop_token_at_once_leaves_nothing():
 
 def test_on_token_sees_each_token_once_and_in_order():
     seen = []
-    stop = generate(MODEL, PARAMS, PROMPTS, max_new_tokens=8).tokens[2][3]
-    result = generate(
-        MODEL,
-        PARAMS,
+    stop = run(PROMPTS, max_new_tokens=8).tokens[2][3]
+    result = run(
         PROMPTS,
         max_new_tokens=8,
         stop_ids=[stop],
@@ -139,7 +139,7 @@ def test_an_error_in_on_token_comes_out():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate(MODEL, PARAMS, PROMPTS, on_token=fail)
+        run(PROMPTS, max_new_tokens=4, on_token=fail)
 
 
 @pytest.mark.parametrize(
@@ -155,18 +155,18 @@ def test_an_error_in_on_token_comes_out():
     ],
 )
 def test_prompts_in_every_form(prompts):
-    expected = generate(MODEL, PARAMS, [PROMPTS[3]], max_new_tokens=4).tokens
-    assert generate(MODEL, PARAMS, prompts, max_new_tokens=4).tokens == expected
+    expected = run([PROMPTS[3]], max_new_tokens=4).tokens
+    assert run(prompts, max_new_tokens=4).tokens == expected
 
 
 def test_one_token_is_made_by_the_prefill_alone():
-    result = generate(MODEL, PARAMS, PROMPTS, max_new_tokens=1)
+    result = run(PROMPTS, max_new_tokens=1)
     assert [len(tokens) for tokens in result.tokens] == [1] * 4
     assert result.tokens_per_second == 0.0
 
 
 def test_generation_fills_the_cache_to_its_last_place():
-    result = generate(MODEL, PARAMS, [[1] * 30], max_new_tokens=11, max_length=41)
+    result = run([[1] * 30], max_new_tokens=11, max_length=41)
     assert result.tokens == [greedy_by_full_forward(MODEL, PARAMS, [1] * 30, 11)]
     model = ToyModel(toy_config(max_position_embeddings=41))
     assert generate(model, PARAMS, [[1] * 30], max_new_tokens=11).tokens == result.tokens
@@ -174,14 +174,14 @@ def test_generation_fills_the_cache_to_its_last_place():
 
 def test_tensors_that_are_only_carried_along_are_left_alone():
     params = PARAMS | {"carried": {"mtp.0.main_proj.weight": object()}}
-    expected = generate(MODEL, PARAMS, [[4, 5]], max_new_tokens=3).tokens
-    assert generate(MODEL, params, [[4, 5]], max_new_tokens=3).tokens == expected
+    expected = run([[4, 5]], max_new_tokens=3).tokens
+    assert run([[4, 5]], params, max_new_tokens=3).tokens == expected
 
 
 def test_weights_may_be_numpy_arrays():
     params = jax.tree.map(np.asarray, PARAMS)
-    expected = generate(MODEL, PARAMS, [[4, 5]], max_new_tokens=3).tokens
-    assert generate(MODEL, params, [[4, 5]], max_new_tokens=3).tokens == expected
+    expected = run([[4, 5]], max_new_tokens=3).tokens
+    assert run([[4, 5]], params, max_new_tokens=3).tokens == expected
 
 
 def test_three_programs_are_compiled_once(compiled_programs):
@@ -263,26 +263,30 @@ def test_bad_settings(arguments, message):
         generate(MODEL, PARAMS, [[1, 2, 3]], **({"max_new_tokens": 10} | arguments))
 
 
+def with_broken_embedding(token):
+    embed = PARAMS["params"]["embed"].at[token].set(jnp.nan)
+    return PARAMS | {"params": PARAMS["params"] | {"embed": embed}}
+
+
 def test_logits_that_are_not_finite_are_reported_with_their_step():
-    embed = PARAMS["params"]["embed"]
-    third = generate(MODEL, PARAMS, [[5], [6]], max_new_tokens=3).tokens[1][1]
-    params = PARAMS | {"params": PARAMS["params"] | {"embed": embed.at[third].set(jnp.nan)}}
+    params = with_broken_embedding(run(PROMPTS, max_new_tokens=3).tokens[1][1])
     with pytest.raises(InputError, match="prompt 1 are not finite at new token 2"):
-        generate(MODEL, params, [[5], [6]], max_new_tokens=6)
+        run(PROMPTS, params, max_new_tokens=6)
     with pytest.raises(InputError, match="prompt 0 are not finite at new token 0"):
-        generate(MODEL, params, [[third]], max_new_tokens=6)
+        run([[5]], with_broken_embedding(5), max_new_tokens=6)
 
 
 def test_a_row_that_is_done_may_go_astray():
-    tokens = generate(MODEL, PARAMS, [[5], [6]], max_new_tokens=8).tokens[1]
-    embed = PARAMS["params"]["embed"].at[tokens[2]].set(jnp.nan)
-    params = PARAMS | {"params": PARAMS["params"] | {"embed": embed}}
-    result = generate(MODEL, params, [[6]], max_new_tokens=8, stop_ids=tokens[2])
-    assert result.tokens == [tokens[:2]]
+    free = run(PROMPTS, max_new_tokens=8).tokens
+    elsewhere = {*sum(PROMPTS, []), *free[0], *free[2], *free[3]}
+    stop = next(token for token in free[1] if token not in elsewhere)
+    params = with_broken_embedding(stop)
+    result = run(PROMPTS, params, max_new_tokens=8, stop_ids=stop)
+    assert result.tokens == [free[0], free[1][: free[1].index(stop)], free[2], free[3]]
 
 
 def test_the_result_cannot_be_changed():
-    result = generate(MODEL, PARAMS, [[5]], max_new_tokens=2)
+    result = run([[5]], max_new_tokens=2)
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.tokens = []
 

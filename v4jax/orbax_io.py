@@ -126,6 +126,7 @@ def load_item(directory: str, name: str, specs: list[TensorSpec]) -> dict:
     tree, _ = empty_tree(specs)
     wanted = _map_leaves(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     path = item_path(directory, name)
+    _check_sizes(path, tree, ())
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             restored = checkpointer.restore(os.path.abspath(path), restore_args=wanted)
@@ -234,6 +235,24 @@ def _map_leaves(function, tree):
     if isinstance(tree, dict):
         return {name: _map_leaves(function, child) for name, child in tree.items()}
     return function(tree)
+
+
+def _check_sizes(path, tree, names):
+    """Raises where an array's files are not there in full, before Orbax stumbles over them."""
+    if isinstance(tree, dict):
+        for name, child in tree.items():
+            _check_sizes(path, child, (*names, name))
+        return
+    folder = os.path.join(path, ".".join(names))
+    found = 0
+    if os.path.isdir(folder):
+        with os.scandir(folder) as entries:
+            found = sum(entry.stat().st_size for entry in entries if entry.name != ".zarray")
+    if found != tree.nbytes:
+        raise InputError(
+            f"{folder}: holds {found} bytes; expected {tree.nbytes}. It is damaged or incomplete, "
+            "so copy or convert the checkpoint again"
+        )
 
 
 def _check_same(path, expected, found, names):

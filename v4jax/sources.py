@@ -126,7 +126,7 @@ def matched(
         elif dtype not in spec.dtypes or shape != spec.shape:
             problems.append(f"{key} is {dtype} {list(shape)} ({expected})")
         elif spec.dtypes != (dtype,):
-            spec = dataclasses.replace(spec, dtypes=(dtype,))
+            spec = spec._replace(dtypes=(dtype,))
         specs.append(spec)
     known = {spec.key for spec in table}
     for key in found:
@@ -161,7 +161,7 @@ def planned_items(source, weights: str) -> dict[str, list[TensorSpec]]:
             weights,
         )
     specs = tensor_table(expanded_config(source.config, weights))
-    table = by_item(dataclasses.replace(spec, dtypes=spec.dtypes[:1]) for spec in specs)
+    table = by_item(spec._replace(dtypes=spec.dtypes[:1]) for spec in specs)
     carried = {name: specs for name, specs in source.items.items() if name not in table}
     return {**table, **carried}
 

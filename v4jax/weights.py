@@ -6,7 +6,9 @@ sits in the model's variables, which depends on how its layers are cut into segm
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,8 +50,7 @@ class StoredForm:
     loose: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """One tensor of a checkpoint.
 
     Attributes:
@@ -84,7 +85,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def stored_form(config: ModelConfig, scale: str | None = None) -> StoredForm:
@@ -96,10 +97,6 @@ def stored_form(config: ModelConfig, scale: str | None = None) -> StoredForm:
     """
     plain = _PLAIN_NAMES[config.dtype]
     if config.quantization is None:
-        if config.expert_dtype is not None:
-            raise InputError(
-                f"expert_dtype is {config.expert_dtype!r} without a quantization_config; add it"
-            )
         return StoredForm(plain, plain, plain, None, True)
     scale_format = config.quantization.get("scale_fmt")
     if scale_format not in ("ue8m0", "float32", None):
@@ -109,8 +106,6 @@ def stored_form(config: ModelConfig, scale: str | None = None) -> StoredForm:
         )
     if config.expert_dtype == "fp4":
         return StoredForm(plain, "F8_E4M3", "I8", "F8_E8M0", False)
-    if config.expert_dtype is not None:
-        raise InputError(f"expert_dtype is {config.expert_dtype!r}; expected 'fp4' or null")
     if scale_format != "ue8m0" or scale is None:
         scale = "F32"
     return StoredForm(plain, "F8_E4M3", "F8_E4M3", scale, False)
@@ -146,7 +141,7 @@ def tensor_table(
     ]
     if layout == "official":
         return specs
-    return [dataclasses.replace(spec, key=transformers_key(spec.key)) for spec in specs]
+    return [spec._replace(key=transformers_key(spec.key)) for spec in specs]
 
 
 def item_names(config: ModelConfig) -> list[str]:

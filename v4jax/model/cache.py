@@ -4,7 +4,11 @@ A layer keeps the last W - 1 window rows, the compressed entries so far (and the
 the compressor's last raw rows, enough to close a block or, with `rollback`, to open it again
 (architecture section 9). Rows of a batch have lengths of their own. Buffers of a scanned segment
 are stacked on a leading axis R; an unrolled layer has R = 1.
+
+Fields of these pytrees are annotated Any: jax also builds them with shapes, specs and None inside.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +24,8 @@ from v4jax.errors import InputError
 class CompressorState:
     """Entries [R,B,C,H] and the last raw rows [R,B,P,2*width]: c and gate + ape, float32."""
 
-    entries: Array
-    raw: Array
+    entries: Any
+    raw: Any
 
 
 @struct.dataclass
@@ -32,10 +36,10 @@ class LayerCache:
     of a full-attention layer. main, index: the two compressors' states.
     """
 
-    window: Array | None = None
-    tokens: Array | None = None
-    main: CompressorState | None = None
-    index: CompressorState | None = None
+    window: Any = None
+    tokens: Any = None
+    main: Any = None
+    index: Any = None
 
 
 @struct.dataclass
@@ -46,9 +50,9 @@ class Cache:
     every segment of the model a tuple of `LayerCache`, one a block of its unit.
     """
 
-    lengths: Int[Array, "b"]
-    spare: Int[Array, "b"]
-    layers: dict[str, tuple[LayerCache, ...]]
+    lengths: Any
+    spare: Any
+    layers: Any
     max_length: int = struct.field(pytree_node=False)
     max_rollback: int = struct.field(pytree_node=False)
 

@@ -1,5 +1,7 @@
 """Where the tokens of one call stand: positions, documents, what the cache holds already."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
@@ -26,11 +28,11 @@ class Context:
     begins (None: one document a row). aux: names of wanted auxiliary outputs.
     """
 
-    tokens: Int[Array, "b t"]
-    position: Int[Array, "b t"]
-    start: Int[Array, "b"] | None
-    count: Int[Array, "b"]
-    document: Int[Array, "b t"] | None
+    tokens: Any
+    position: Any
+    start: Any
+    count: Any
+    document: Any
     aux: tuple[str, ...] = struct.field(pytree_node=False, default=())
 
     def visible_entries(self, ratio: int) -> tuple[Array, Array]:

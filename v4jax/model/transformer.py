@@ -10,11 +10,13 @@ Logical axes name the same things for sharding: vocab embed q_lora heads kv expe
 compressed index_heads hc hc_embed norm, and layers for the repeats of a scanned segment.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from v4jax import config as config_lib
 from v4jax.config import LayerSpec, ModelConfig
@@ -38,11 +40,11 @@ class Output:
     aux: wanted auxiliary outputs, aux[name][layer]. streams: [B,T,M,D] with logits="none".
     """
 
-    logits: Float[Array, "b t v"] | None
-    cache: Cache | None = None
-    mtp_logits: tuple[Array, ...] = ()
-    aux: dict[str, dict[int, Array]] = struct.field(default_factory=dict)
-    streams: Array | None = None
+    logits: Any
+    cache: Any = None
+    mtp_logits: Any = ()
+    aux: Any = struct.field(default_factory=dict)
+    streams: Any = None
 
 
 class Transformer(nn.Module):
