@@ -318,7 +318,9 @@ def test_save_orbax_and_load_again(instruct, tmp_path):
     assert same == config
     assert jax.tree.structure(again) == jax.tree.structure(variables)
     jax.tree.map(np.testing.assert_array_equal, again, variables)
-    assert [x.dtype for x in jax.tree.leaves(again)] == [x.dtype for x in jax.tree.leaves(variables)]
+    assert [x.dtype for x in jax.tree.leaves(again)] == [
+        x.dtype for x in jax.tree.leaves(variables)
+    ]
 
 
 def random_variables(model):

@@ -6,6 +6,7 @@ and compared: until then it holds a journal, and neither index nor manifest.
 """
 
 import dataclasses
+import functools
 import os
 import shutil
 import time
@@ -34,7 +35,9 @@ COMPANIONS = (
     "chat_template.jinja",
     "LICENSE",
 )
-_SPARE = 64 << 20  # bytes of headers, manifest and file system beyond the tensors
+# What headers, manifest and the file system's blocks take beyond the tensors' bytes.
+_SPARE = 1 << 20
+_SPARE_PER_TENSOR = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +101,8 @@ def convert(
                 report = report or compared
     except OSError as error:
         raise InputError(
-            f"{error.filename or target}: {error.strerror}; the conversion into {target} has not "
-            "ended, so mend this and run the same command again: it goes on where it stopped"
+            f"{target}: {error.strerror}; mend this and run the same command again: it goes on "
+            "where it stopped"
         ) from error
     return dataclasses.replace(report, seconds=time.monotonic() - started)
 
@@ -145,6 +148,7 @@ class _Conversion:
                 if name in resumed:
                     continue
                 bar.set_postfix_str(name)
+                self._check_space([name])  # others may have filled the disk meanwhile
                 with self.source.open_item(name) as read:
                     convert = converting(self.source, name, read)
                     checksums = self.target.write_item(name, convert, pool, bar.update)
@@ -156,20 +160,11 @@ class _Conversion:
         with self._bar("verifying") as bar:
             for name, specs in self.items.items():
                 bar.set_postfix_str(name)
-                with self.target.open_item(name) as read:
-                    run_all(pool, lambda s: self._check_one(s, read, journal.done[name], bar), specs)
                 checksums |= journal.done[name]
+                with self.target.open_item(name) as read:
+                    check = functools.partial(_check_bytes, self.path, read, checksums, bar)
+                    run_all(pool, check, specs)
         return checksums
-
-    def _check_one(self, spec, read, checksums, bar):
-        out = np.empty(spec.shape, spec.dtype)
-        read(spec.key, out)
-        if zlib.crc32(bytes_of(out)) != checksums[spec.key]:
-            raise InputError(
-                f"{self.path}: {spec.key} does not read back as it was written; the disk is "
-                "unreliable, so remove the directory and convert to another one"
-            )
-        bar.update(out.nbytes)
 
     def _finish(self, checksums):
         for name in COMPANIONS:
@@ -181,7 +176,8 @@ class _Conversion:
         self.target.finish(text or config_json(self.config), self.weights, checksums)
 
     def _check_space(self, names):
-        needed = self._bytes(names) + _SPARE
+        count = sum(len(self.items[name]) for name in names)
+        needed = self._bytes(names) + _SPARE + _SPARE_PER_TENSOR * count
         folder = os.path.abspath(self.path)
         while not os.path.isdir(folder):
             folder = os.path.dirname(folder)
@@ -214,11 +210,23 @@ def _compare(source, target, weights, progress) -> Report:
                 bar.set_postfix_str(name)
                 with source.open_item(name) as ours, other.open_item(name) as theirs:
                     convert = converting(source, name, ours)
-                    run_all(pool, lambda s: _compare_one(s, convert, theirs, target, bar), specs)
+                    check = functools.partial(_compare_one, target, convert, theirs, bar)
+                    run_all(pool, check, specs)
     return Report("compared", count, total, 0.0)
 
 
-def _compare_one(spec, ours, theirs, target, bar):
+def _check_bytes(path, read, checksums, bar, spec):
+    out = np.empty(spec.shape, spec.dtype)
+    read(spec.key, out)
+    if zlib.crc32(bytes_of(out)) != checksums[spec.key]:
+        raise InputError(
+            f"{path}: {spec.key} does not read back as it was written; the disk is unreliable, so "
+            "remove the directory and convert to another one"
+        )
+    bar.update(out.nbytes)
+
+
+def _compare_one(target, ours, theirs, bar, spec):
     left, right = np.empty(spec.shape, spec.dtype), np.empty(spec.shape, spec.dtype)
     ours(spec.key, left)
     theirs(spec.key, right)

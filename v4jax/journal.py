@@ -31,7 +31,8 @@ class Journal:
             self._resume(directory, purpose)
         else:
             os.makedirs(directory, exist_ok=True)
-            if os.listdir(directory):
+            # A run that was killed at its very first write leaves only that file.
+            if set(os.listdir(directory)) - {f".{JOURNAL_NAME}.tmp"}:
                 raise InputError(
                     f"{directory}: is not empty; choose a new directory, or pass --verify to "
                     "compare the checkpoint in it with the source"

@@ -59,7 +59,9 @@ class FolderSource:
         self._file_keys = {}
         if transformers:
             config = dataclasses.replace(config, mtp_layers=(), draft_layers=0)
-            self._file_keys = {spec.key: transformers_key(spec.key) for spec in tensor_table(config)}
+            self._file_keys = {
+                spec.key: transformers_key(spec.key) for spec in tensor_table(config)
+            }
             official = {file_key: key for key, file_key in self._file_keys.items()}
             found = {official.get(key, key): entry for key, entry in found.items()}
         self.config, self.items = fit(config, found, self.path, self._file_keys)
@@ -86,7 +88,10 @@ class FolderSource:
 
 
 def fit(
-    config: ModelConfig, found: Found, where: str, file_keys: Mapping[str, str] = MappingProxyType({})
+    config: ModelConfig,
+    found: Found,
+    where: str,
+    file_keys: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[ModelConfig, dict[str, list[TensorSpec]]]:
     """Holds the tensors that were found against those of the config, by official keys.
 

@@ -16,10 +16,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 # Tests, programs of their own, packages that later Pythons dropped, and tables rather than code.
-LEFT_OUT = frozenset(
-    "__pycache__ config distutils encodings ensurepip idlelib lib2to3 pydoc_data site-packages "
-    "dist-packages test tests turtledemo".split()
-)
+LEFT_OUT = {"__pycache__", "config", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3"}
+LEFT_OUT |= {"pydoc_data", "site-packages", "dist-packages", "test", "tests", "turtledemo"}
 HELD_OUT_SHARE = 0.05
 DETACHED_SHARE = 0.02
 

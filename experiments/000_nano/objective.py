@@ -84,7 +84,7 @@ def index_losses(config, params, aux):
 
 
 def entry_attention(q_BTNH, kv_BTH, entries_BCH, sink_N, seen_TC, window):
-    """The attention all heads pay to each entry, out of the joint softmax, summing to 1: [B,T,C]."""
+    """What all heads together pay to each entry in the joint softmax, summing to 1: [B,T,C]."""
     scale = q_BTNH.shape[-1] ** -0.5
     age_TS = jnp.arange(kv_BTH.shape[1])[:, None] - jnp.arange(kv_BTH.shape[1])[None]
     near_TS = (age_TS >= 0) & (age_TS < window)

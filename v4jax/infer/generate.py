@@ -94,46 +94,53 @@ def generate(
     prompts = _read_prompts(prompts, model.config.vocab_size)
     stop_ids = _read_stop_ids(stop_ids, model.config.vocab_size)
     capacity = _cache_length(prompts, max_new_tokens, max_length, model.config)
+    decoder = _Decoder(model, _on_device(params), setting, jax.random.key(seed))
+    answers = _Answers(prompts, stop_ids, on_token)
+    cache = model.init_cache(len(prompts), capacity)
+    return _run(decoder, _prefill_chunks(prompts, chunk, capacity), cache, answers, max_new_tokens)
 
+
+def _on_device(params):
     # Tensors that are only carried along (DSpark drafts) stay out of the compiled programs, and
     # numpy leaves go to the device once, not at every step.
     variables = {name: tree for name, tree in params.items() if name != "carried"}
-    variables = jax.tree.map(jnp.asarray, variables)
-    chunks = _prefill_chunks(prompts, chunk, capacity)
-    decoder = _Decoder(model, variables, setting, jax.random.key(seed))
-    cache = model.init_cache(len(prompts), capacity)
+    return jax.tree.map(jnp.asarray, variables)
+
+
+def _run(decoder, chunks, cache, answers, max_new_tokens) -> Generation:
     compile_seconds = decoder.compile(chunks, cache, decode=max_new_tokens > 1)
-    answers = _Answers(len(prompts), stop_ids, on_token)
     started = time.perf_counter()
-    first, last = _run(decoder, chunks, cache, answers, max_new_tokens)
+    tokens_B, cache = decoder.prefill(chunks, cache)
+    answers.add(np.asarray(tokens_B), step=0)
+    first = time.perf_counter()
+    if max_new_tokens > 1 and not answers.finished:
+        _decode_all(decoder, tokens_B, cache, answers, max_new_tokens)
+    last = time.perf_counter()
     after_first = sum(max(len(row) - 1, 0) for row in answers.tokens)
     return Generation(
         tokens=answers.tokens,
         finish_reason=["stop" if stopped else "length" for stopped in answers.stopped],
-        prompt_tokens=[len(prompt) for prompt in prompts],
+        prompt_tokens=answers.prompt_tokens,
         compile_seconds=compile_seconds,
         time_to_first_token=first - started,
         tokens_per_second=after_first / (last - first) if after_first else 0.0,
     )
 
 
-def _run(decoder, chunks, cache, answers, max_new_tokens):
-    """Prefill and decode; the times at which the first and the last token were known."""
-    tokens_B, cache = decoder.prefill(chunks, cache)
-    answers.add(np.asarray(tokens_B), step=0)
-    first = time.perf_counter()
-    if max_new_tokens > 1 and not answers.finished:
-        tokens_B, cache = decoder.decode(tokens_B, cache, 1)
-        for step in range(1, max_new_tokens):
-            known_B = tokens_B
-            # The next step is under way before this one's tokens are read, so that the device
-            # never waits for the host. Its work is lost when these tokens end the last row.
-            if step + 1 < max_new_tokens:
-                tokens_B, cache = decoder.decode(tokens_B, cache, step + 1)
-            answers.add(np.asarray(known_B), step)
-            if answers.finished:
-                break
-    return first, time.perf_counter()
+def _decode_all(decoder, tokens_B, cache, answers, max_new_tokens):
+    """The second and all later tokens.
+
+    Each step is under way before the tokens of the one before are read, so that the device never
+    waits for the host; its work is lost when those tokens end the last row.
+    """
+    tokens_B, cache = decoder.decode(tokens_B, cache, 1)
+    for step in range(1, max_new_tokens):
+        known_B = tokens_B
+        if step + 1 < max_new_tokens:
+            tokens_B, cache = decoder.decode(tokens_B, cache, step + 1)
+        answers.add(np.asarray(known_B), step)
+        if answers.finished:
+            break
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +211,10 @@ def _pick(logits_BV, setting, key, step):
 class _Answers:
     """The new tokens of each row so far, and which rows are done."""
 
-    def __init__(self, rows, stop_ids, on_token):
-        self.tokens = [[] for _ in range(rows)]
-        self.stopped = [False] * rows
+    def __init__(self, prompts, stop_ids, on_token):
+        self.prompt_tokens = [len(prompt) for prompt in prompts]
+        self.tokens = [[] for _ in prompts]
+        self.stopped = [False] * len(prompts)
         self._stop_ids = stop_ids
         self._on_token = on_token
 
@@ -284,8 +292,8 @@ def _read_prompts(prompts, vocab_size) -> list[np.ndarray]:
     """One int32 vector a prompt, from a list of lists or arrays or from a single prompt."""
     if isinstance(prompts, str) or not hasattr(prompts, "__getitem__"):
         raise InputError(
-            f"prompts has type {type(prompts).__name__}; expected lists of token ids: encode text with "
-            "the checkpoint's tokenizer first"
+            f"prompts has type {type(prompts).__name__}; expected lists of token ids: encode text "
+            "with the checkpoint's tokenizer first"
         )
     if len(prompts) == 0:
         raise InputError("there are no prompts; expected at least one list of token ids")

@@ -69,8 +69,8 @@ class Tokenizer:
         token_id = None if token is None else self._tokenizer.token_to_id(token)
         if token_id is None:
             raise InputError(
-                f"{path} sets add_bos_token with the bos_token {token!r}, which tokenizer.json does "
-                "not have; expected one of its tokens: correct either file"
+                f"{path} sets add_bos_token with the bos_token {token!r}, which tokenizer.json "
+                "does not have; expected one of its tokens: correct either file"
             )
         return [token_id]
 
