@@ -6,10 +6,13 @@ import json
 import struct
 from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
 
 from v4jax.config import CSA, HCA, WINDOW, ModelConfig, with_hash_routing
 from v4jax.named_configs import get_config
+from v4jax.quant import QTensor
 from v4jax.safetensors_io import INDEX_NAME, NUMPY_DTYPES, NewTensor, write_safetensors
 
 _TOOL = Path(__file__).resolve().parents[1] / "tools" / "make_synthetic_checkpoint.py"
@@ -77,7 +80,8 @@ def rewrite(directory, change) -> None:
                 array = np.frombuffer(raw, NUMPY_DTYPES[dtype]).reshape(shape)
                 new[key] = change(key, dtype, array)
         kept = {key: pair for key, pair in new.items() if pair is not None}
-        change_index(directory, lambda m, gone=new.keys() - kept.keys(): [m.pop(k) for k in gone])
+        gone = new.keys() - kept.keys()
+        change_index(directory, lambda weight_map, gone=gone: [weight_map.pop(k) for k in gone])
         add_tensors(directory, kept, file)
 
 
@@ -116,3 +120,40 @@ def add_drafts(directory, blocks: int = 3, announced: int = 3) -> dict[str, tupl
     ratios = config["compress_ratios"][: config["num_hidden_layers"]] + [0] * announced
     change_config(directory, compress_ratios=ratios, num_nextn_predict_layers=1)
     return new
+
+
+def is_quantized(leaf):
+    return isinstance(leaf, QTensor)
+
+
+def shapes(tree):
+    """Logical shapes by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
+    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def transformers_model(seed=0, **changes):
+    """A random `DeepseekV4ForCausalLM` with every kind of layer; skips where there is no torch."""
+    torch = pytest.importorskip("torch")
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": 96, "hidden_size": 32, "moe_intermediate_size": 24, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "head_dim": 16, "q_lora_rank": 12, "num_experts_per_tok": 2,
+        "n_routed_experts": 5, "partial_rotary_factor": 0.5, "o_groups": 2, "o_lora_rank": 6,
+        "index_n_heads": 3, "index_head_dim": 8, "index_topk": 4, "sliding_window": 8,
+        "max_position_embeddings": 256,
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "layer_types": [
+            "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention",
+            "compressed_sparse_attention",
+        ],
+        "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe"],
+    }  # fmt: skip
+    model = DeepseekV4ForCausalLM(DeepseekV4Config(**(sizes | changes)))
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.add_(torch.randn(tensor.shape) * 0.1)
+    return model

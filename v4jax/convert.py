@@ -1,4 +1,4 @@
-"""Converts checkpoints, one item (a layer) in memory at a time; killed, it goes on where it stopped.
+"""Converts checkpoints, one layer in memory at a time; killed, it goes on where it stopped.
 
 From official, transformers or our Orbax format to official or Orbax, with the weights as stored or
 expanded to bf16 or float32. The target looks whole only when all of it has been written, read back

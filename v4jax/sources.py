@@ -216,7 +216,8 @@ def read_config(path: str) -> bytes:
             return file.read()
     except OSError as error:
         raise InputError(
-            f"{path}: {CONFIG_NAME} cannot be read ({error.strerror}); it belongs beside the weights"
+            f"{path}: {CONFIG_NAME} cannot be read ({error.strerror}); it belongs beside the "
+            "weights"
         ) from None
 
 

@@ -98,8 +98,8 @@ def _cut(config, params):
         if {segment.name for segment in cut} == names:
             return cut
     raise InputError(
-        f"the variables have the segments {', '.join(sorted(names)) or 'none'}, which are no cut of "
-        f"the config's {len(config.layers)} layers; pass the config that the model was built with"
+        f"the variables have the segments {', '.join(sorted(names)) or 'none'}, which are no cut "
+        f"of the config's {len(config.layers)} layers; pass the config that the model was built with"
     )
 
 
