@@ -99,7 +99,7 @@ def _cut(config, params):
             return cut
     raise InputError(
         f"the variables have the segments {', '.join(sorted(names)) or 'none'}, which are no cut "
-        f"of the config's {len(config.layers)} layers; pass the config that the model was built with"
+        f"of the config's {len(config.layers)} layers; pass the config that they were made with"
     )
 
 
