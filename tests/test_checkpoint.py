@@ -23,7 +23,7 @@ from tests.checkpoints import (
 from tests.tiny import tiny_config
 from v4jax import quant
 from v4jax.checkpoint import load, load_variables, save_official, save_orbax
-from v4jax.config import WINDOW, segments
+from v4jax.config import CSA, WINDOW, segments, with_hash_routing
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
 from v4jax.safetensors_io import NUMPY_DTYPES
@@ -73,8 +73,7 @@ def assert_stored_bytes(directory, min_repeats):
     return variables
 
 
-@pytest.mark.parametrize("min_repeats", [2, 4])
-@pytest.mark.parametrize("folder", ["float32", "native"])
+@pytest.mark.parametrize(("folder", "min_repeats"), [("float32", 4), ("native", 2)])
 def test_golden_variables_are_the_stored_bytes(golden, folder, min_repeats):
     assert_stored_bytes(golden / folder, min_repeats)
 
@@ -191,7 +190,8 @@ def random_variables(model):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fresh_variables_are_saved_in_their_own_type(tmp_path, dtype):
-    config = small_config()  # announces FP8 and FP4, which fresh variables are not
+    layers = with_hash_routing((WINDOW, CSA, CSA), 1)
+    config = small_config(layers=layers)  # announces FP8 and FP4, which fresh variables are not
     model = Transformer(config, min_repeats=2)
 
     def cast(x):
@@ -206,7 +206,7 @@ def test_fresh_variables_are_saved_in_their_own_type(tmp_path, dtype):
 
 def test_quantized_variables_are_saved_quantized(tmp_path):
     """What a script does that trains in float32 and ships FP8 and FP4."""
-    config = small_config()
+    config = small_config(layers=with_hash_routing((WINDOW, CSA), 1))
     variables = random_variables(Transformer(config, min_repeats=9))
     form = {(spec.item, spec.path): spec for spec in tensor_table(config) if spec.part != "scales"}
     cut = segments(config.layers, 9)

@@ -23,8 +23,8 @@ from v4jax.orbax_io import MANIFEST_NAME, OrbaxSource
 from v4jax.parallel import run_all
 from v4jax.quant import QTensor
 from v4jax.safetensors_io import INDEX_NAME, SINGLE_NAME
-from v4jax.sources import JOURNAL_NAME, FolderSource, Read, converting, planned_items
-from v4jax.targets import OfficialTarget, OrbaxTarget, config_json
+from v4jax.sources import JOURNAL_NAME, FolderSource, converting, planned_items
+from v4jax.targets import OfficialTarget, OrbaxTarget, config_json, copy_item
 from v4jax.variables import VariablesSource
 from v4jax.weights import TensorSpec, variable_place
 
@@ -131,8 +131,7 @@ def _save(kind, path, config, variables):
         os.makedirs(path, exist_ok=True)
         with ThreadPoolExecutor(THREADS) as pool:
             for item in source.items:
-                with source.open_item(item) as read:
-                    checksums |= target.write_item(item, converting(source, item, read), pool)
+                checksums |= copy_item(source, target, item, pool)
         target.finish(config_json(source.config), "stored", checksums)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
@@ -161,8 +160,7 @@ def _fill(source, items, cut: tuple[Segment, ...]):
     done = {}
     with ThreadPoolExecutor(THREADS) as pool:
         for item, specs in items.items():
-            with source.open_item(item) as read:
-                _fill_item(specs, converting(source, item, read), leaves, places, pool)
+            _fill_item(source, item, specs, leaves, places, pool)
             for where in {places[spec.key][0] for spec in specs}:
                 leaf = leaves[where]
                 if leaf.specs[-1].item == item:
@@ -171,14 +169,17 @@ def _fill(source, items, cut: tuple[Segment, ...]):
     return _nest(done)
 
 
-def _fill_item(specs, convert: Read, leaves, places, pool):
-    def fetch(spec):
-        where, repeat = places[spec.key]
-        out = leaves[where].buffer
-        out = out if repeat is None else out[repeat]
-        convert(spec.key, out if spec.expert is None else out[spec.expert])
+def _fill_item(source, item, specs, leaves, places, pool):
+    with source.open_item(item) as read:
+        convert = converting(source, item, read)
 
-    run_all(pool, fetch, specs)
+        def fetch(spec):
+            where, repeat = places[spec.key]
+            out = leaves[where].buffer
+            out = out if repeat is None else out[repeat]
+            convert(spec.key, out if spec.expert is None else out[spec.expert])
+
+        run_all(pool, fetch, specs)
 
 
 def _plan_leaves(items, cut):

@@ -23,7 +23,7 @@ from v4jax.orbax_io import MANIFEST_NAME
 from v4jax.parallel import run_all
 from v4jax.safetensors_io import INDEX_NAME, SINGLE_NAME, bytes_of, write_atomically
 from v4jax.sources import JOURNAL_NAME, converting, planned_items
-from v4jax.targets import TARGETS, OfficialTarget, OrbaxTarget, config_json
+from v4jax.targets import TARGETS, OfficialTarget, OrbaxTarget, config_json, copy_item
 from v4jax.weights import expanded_config
 
 # Files that belong to a checkpoint beside its weights and config.
@@ -149,22 +149,22 @@ class _Conversion:
                     continue
                 bar.set_postfix_str(name)
                 self._check_space([name])  # others may have filled the disk meanwhile
-                with self.source.open_item(name) as read:
-                    convert = converting(self.source, name, read)
-                    checksums = self.target.write_item(name, convert, pool, bar.update)
-                journal.add(name, checksums)
+                journal.add(name, copy_item(self.source, self.target, name, pool, bar.update))
 
     def _read_back(self, pool, journal):
         """Compares what is on disk with what was written; all checksums."""
         checksums = {}
         with self._bar("verifying") as bar:
-            for name, specs in self.items.items():
+            for name in self.items:
                 bar.set_postfix_str(name)
                 checksums |= journal.done[name]
-                with self.target.open_item(name) as read:
-                    check = functools.partial(_check_bytes, self.path, read, checksums, bar)
-                    run_all(pool, check, specs)
+                self._read_back_item(name, pool, checksums, bar)
         return checksums
+
+    def _read_back_item(self, name, pool, checksums, bar):
+        with self.target.open_item(name) as read:
+            check = functools.partial(_check_bytes, self.path, read, checksums, bar)
+            run_all(pool, check, self.items[name])
 
     def _finish(self, checksums):
         for name in COMPANIONS:
@@ -208,11 +208,14 @@ def _compare(source, target, weights, progress) -> Report:
         ):
             for name, specs in expected.items():
                 bar.set_postfix_str(name)
-                with source.open_item(name) as ours, other.open_item(name) as theirs:
-                    convert = converting(source, name, ours)
-                    check = functools.partial(_compare_one, target, convert, theirs, bar)
-                    run_all(pool, check, specs)
+                _compare_item(source, other, name, specs, pool, bar)
     return Report("compared", count, total, 0.0)
+
+
+def _compare_item(source, other, name, specs, pool, bar):
+    with source.open_item(name) as ours, other.open_item(name) as theirs:
+        convert = converting(source, name, ours)
+        run_all(pool, functools.partial(_compare_one, other.path, convert, theirs, bar), specs)
 
 
 def _check_bytes(path, read, checksums, bar, spec):

@@ -47,6 +47,7 @@ NUMPY_DTYPES = {
 STORED_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 
 _MAX_HEADER = 100 << 20  # the format's own limit
+_PIECE = 8 << 20  # bytes read at once
 
 
 class Entry(NamedTuple):
@@ -94,15 +95,16 @@ class SafetensorsFile:
     def read_into(self, key: str, out: np.ndarray) -> None:
         """Reads a tensor's bytes into a C-contiguous array of the same size in bytes."""
         entry = self.entries[key]
-        buffer = memoryview(bytes_of(out))
-        if len(buffer) != entry.nbytes:
-            raise ValueError(f"{key} has {entry.nbytes} bytes, the buffer {len(buffer)}")
+        buffer = bytes_of(out)
+        if buffer.nbytes != entry.nbytes:
+            raise ValueError(f"{key} has {entry.nbytes} bytes, the buffer {buffer.nbytes}")
         done = 0
         while done < entry.nbytes:
-            count = os.preadv(self._fd, [buffer[done:]], entry.start + done)
-            if count == 0:
+            piece = os.pread(self._fd, min(_PIECE, entry.nbytes - done), entry.start + done)
+            if not piece:
                 raise InputError(f"{self.path}: ended while {key} was read; it was cut short")
-            done += count
+            buffer[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
+            done += len(piece)
 
     def read(self, key: str) -> np.ndarray:
         """A tensor as a new array of the dtype that the file states."""

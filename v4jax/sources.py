@@ -158,17 +158,22 @@ def planned_items(source, weights: str) -> dict[str, list[TensorSpec]]:
     """The items that a copy of the source with these weights has (drafts stay as they are)."""
     if weights == "stored":
         return source.items
-    if any(spec.role == "scale" and spec.dtypes == ("F32",) for spec in source.items["layer_000"]):
-        logging.warning(
-            "%s: its scales are float32, so values times scales do not fit %s exactly; each is "
-            "rounded to nearest",
-            source.path,
-            weights,
-        )
+    what = _what_is_rounded(source.items["layer_000"], weights)
+    if what:
+        logging.warning("%s: %s do not fit %s exactly and are rounded", source.path, what, weights)
     specs = tensor_table(expanded_config(source.config, weights))
     table = by_item(spec._replace(dtypes=spec.dtypes[:1]) for spec in specs)
     carried = {name: specs for name, specs in source.items.items() if name not in table}
     return {**table, **carried}
+
+
+def _what_is_rounded(specs, weights):
+    """What has no exact form in these weights; E8M0 scales are powers of two and lose nothing."""
+    if any(spec.role == "scale" and spec.dtypes == ("F32",) for spec in specs):
+        return "FP8 values times float32 scales"
+    if weights == "bf16" and any(s.role == "matrix" and s.dtypes == ("F32",) for s in specs):
+        return "float32 weights"
+    return None
 
 
 def converting(source, item: str, read: Read) -> Read:

@@ -18,7 +18,7 @@ from v4jax.safetensors_io import (
     write_index,
     write_safetensors,
 )
-from v4jax.sources import CONFIG_NAME, Read
+from v4jax.sources import CONFIG_NAME, Read, converting
 from v4jax.weights import TensorSpec
 
 TARGETS = ("official", "orbax")
@@ -102,6 +102,18 @@ class OrbaxTarget:
         """Writes what makes the directory a checkpoint."""
         write_atomically(os.path.join(self.path, CONFIG_NAME), config_text)
         orbax_io.write_manifest(self.path, self.items, weights, checksums)
+
+
+def copy_item(
+    source,
+    target: OfficialTarget | OrbaxTarget,
+    name: str,
+    pool: ThreadPoolExecutor | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, int]:
+    """Writes one item of a source in the target's form; nothing of it stays in memory."""
+    with source.open_item(name) as read:
+        return target.write_item(name, converting(source, name, read), pool, progress)
 
 
 def config_json(config: ModelConfig) -> bytes:

@@ -1,10 +1,11 @@
 """Grouped experts in plain XLA, quick where `jax.lax.ragged_dot` is not (CPU), right everywhere.
 
 Experts that have rows are visited in order. Each takes its weights out of the stack once and walks
-over its rows in pieces; a piece's length is the smallest of a short list of static sizes that
-covers what is left, so little is wasted on uneven groups. A piece may run into the next expert's
-rows: those are overwritten when their own expert comes. A handful of rows (a decode step) skips
-all that: one matrix-vector product a row and weight.
+over its rows in pieces; a piece is computed at the smallest of a few static sizes that covers what
+is left, so little is wasted on uneven groups. Its result is padded to the longest size (a branch
+that returned the whole output would copy it) and may run into the next expert's rows: those are
+overwritten when their own expert comes. A handful of rows (a decode step) skips all that: one
+matrix-vector product a row and weight.
 """
 
 import functools
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 
 from v4jax.kernels.grouped_matmul import reference
 
-PIECES = (8, 32, 64, 96, 128, 192, 256, 384, 512)
+PIECES = (16, 64, 128, 192, 256)
+LONGEST = PIECES[-1]
 FEW_ROWS = 8
 
 
@@ -25,33 +27,29 @@ def expert_ffn(x_XD, gate_X, group_sizes_E, weights, limit, rounding):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _ffn(limit, rounding, x_XD, gate_X, weights, group_sizes_E):
-    if x_XD.shape[0] <= FEW_ROWS:
+    rows = x_XD.shape[0]
+    if rows <= FEW_ROWS:
         return _row_by_row(limit, rounding, x_XD, gate_X, weights, group_sizes_E)
-    padded, gate = _pad_rows(x_XD), _pad_rows(gate_X)
+    inputs = (_pad_rows(x_XD), _pad_rows(gate_X))
 
-    def piece(expert, begin, size, _, out):
-        y = reference.gated_ffn(
-            _take(padded, begin, size), _take(gate, begin, size), expert, limit, rounding
-        )
+    def compute(size, expert, _, x, gate):
+        return _fill(reference.gated_ffn(x, gate, expert, limit, rounding), size)
+
+    def store(out, y, begin, _):
         return jax.lax.dynamic_update_slice_in_dim(out, y, begin, axis=0)
 
-    out = jnp.zeros(padded.shape, rounding.dtype)
-    return _walk(group_sizes_E, weights, x_XD.shape[0], piece, out)[: x_XD.shape[0]]
-
-
-def _pieces(rows):
-    """The static sizes in use for X rows: up to the first that covers them all."""
-    first = next((i for i, size in enumerate(PIECES) if size >= rows), len(PIECES) - 1)
-    return PIECES[: first + 1]
+    out = jnp.zeros(inputs[0].shape, rounding.dtype)
+    return _walk(group_sizes_E, weights, inputs, compute, store, out)[:rows]
 
 
 def _pad_rows(x):
     """Room behind the last row for the longest piece."""
-    return jnp.pad(x, [(0, _pieces(x.shape[0])[-1])] + [(0, 0)] * (x.ndim - 1))
+    return jnp.pad(x, [(0, LONGEST)] + [(0, 0)] * (x.ndim - 1))
 
 
-def _take(x, begin, size):
-    return jax.lax.dynamic_slice_in_dim(x, begin, size, axis=0)
+def _fill(x, size):
+    """A piece's rows with zeros up to the longest piece."""
+    return jnp.pad(x, [(0, LONGEST - size)] + [(0, 0)] * (x.ndim - 1))
 
 
 def _row_by_row(limit, rounding, x_XD, gate_X, weights, group_sizes_E):
@@ -71,32 +69,38 @@ def _expert(weights, index):
     )
 
 
-def _walk(group_sizes_E, weights, rows, piece, carry):
-    """Calls piece(expert weights, begin, size, (expert, end), carry) over all groups in order."""
-    sizes = _pieces(rows)
+def _walk(group_sizes_E, weights, inputs, compute, store, carry):
+    """Over all groups in order, piece by piece.
+
+    Args:
+      inputs: padded arrays of rows.
+      compute: (size, expert's weights, rows left in the group, *the piece's rows) -> results.
+      store: (carry, results, first row, expert) -> carry.
+    """
     end_E = jnp.cumsum(group_sizes_E)
     begin_E = end_E - group_sizes_E
     busy = jnp.argsort(group_sizes_E == 0, stable=True)
 
     def expert(i, carry):
         e = busy[i]
-        own, end = _expert(weights, e), end_E[e]
+        own = _expert(weights, e)
 
         def step(state):
             begin, carry = state
-            left = end - begin
-            which = jnp.sum(jnp.asarray(sizes[:-1], jnp.int32) < left)
-            run = [functools.partial(_one_piece, piece, size, own, (e, end)) for size in sizes]
-            carry = jax.lax.switch(which, run, begin, carry)
-            return begin + jnp.asarray(sizes, jnp.int32)[which], carry
+            left = end_E[e] - begin
+            rows = [jax.lax.dynamic_slice_in_dim(x, begin, LONGEST, axis=0) for x in inputs]
+            which = jnp.sum(jnp.asarray(PIECES[:-1]) < left)
+            branches = [functools.partial(_one_piece, compute, size) for size in PIECES]
+            results = jax.lax.switch(which, branches, own, left, *rows)
+            return begin + LONGEST, store(carry, results, begin, e)
 
-        return jax.lax.while_loop(lambda s: s[0] < end, step, (begin_E[e], carry))[1]
+        return jax.lax.while_loop(lambda s: s[0] < end_E[e], step, (begin_E[e], carry))[1]
 
     return jax.lax.fori_loop(0, jnp.sum(group_sizes_E > 0), expert, carry)
 
 
-def _one_piece(piece, size, own, place, begin, carry):
-    return piece(own, begin, size, place, carry)
+def _one_piece(compute, size, own, left, *rows):
+    return compute(size, own, left, *(x[:size] for x in rows))
 
 
 def _ffn_fwd(limit, rounding, x_XD, gate_X, weights, group_sizes_E):
@@ -108,30 +112,35 @@ def _ffn_bwd(limit, rounding, saved, dout):
     """Recomputes each piece and adds its weight gradient in float32; no activation is kept."""
     x_XD, gate_X, weights, group_sizes_E = saved
     rows = x_XD.shape[0]
-    x, gate, dy = _pad_rows(x_XD), _pad_rows(gate_X), _pad_rows(dout)
+    inputs = (_pad_rows(x_XD), _pad_rows(gate_X), _pad_rows(dout))
     trained = _differentiable(weights)
 
-    def piece(expert, begin, size, place, carry):
-        e, end = place
-        dx, dgate, dweights = carry
-        own = begin + jnp.arange(size) < end
-        run = functools.partial(reference.gated_ffn, limit=limit, rounding=rounding)
-        args = (_take(x, begin, size), _take(gate, begin, size))
-        cotangent = jnp.where(own[:, None], _take(dy, begin, size), 0)
+    def compute(size, expert, left, x, gate, dy):
+        own = jnp.arange(size) < left
+        dy = jnp.where(own[:, None], dy, 0)
+
+        def run(x, gate, expert):
+            return reference.gated_ffn(x, gate, expert, limit, rounding)
+
         if trained:
-            _, vjp = jax.vjp(lambda x, g, w: run(x, g, w), *args, expert)
-            px, pgate, pw = vjp(cotangent)
-            dweights = jax.tree.map(lambda total, part: _add_at(total, part, e), dweights, pw)
+            dx, dgate, dexpert = jax.vjp(run, x, gate, expert)[1](dy)
         else:
-            _, vjp = jax.vjp(lambda x, g: run(x, g, expert), *args)
-            px, pgate = vjp(cotangent)
-        dx = jax.lax.dynamic_update_slice_in_dim(dx, px, begin, axis=0)
-        dgate = jax.lax.dynamic_update_slice_in_dim(dgate, pgate, begin, axis=0)
-        return dx, dgate, dweights
+            dx, dgate = jax.vjp(lambda x, g: run(x, g, expert), x, gate)[1](dy)
+            dexpert = None
+        return _fill(dx, size), _fill(dgate, size), dexpert
+
+    def store(carry, results, begin, e):
+        dx, dgate, dweights = carry
+        px, pgate, pweights = results
+        return (
+            jax.lax.dynamic_update_slice_in_dim(dx, px, begin, axis=0),
+            jax.lax.dynamic_update_slice_in_dim(dgate, pgate, begin, axis=0),
+            jax.tree.map(lambda total, part: _add_at(total, part, e), dweights, pweights),
+        )
 
     zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights) if trained else None
-    carry = (jnp.zeros_like(x), jnp.zeros_like(gate), zeros)
-    dx, dgate, dweights = _walk(group_sizes_E, weights, rows, piece, carry)
+    carry = (jnp.zeros_like(inputs[0]), jnp.zeros_like(inputs[1]), zeros)
+    dx, dgate, dweights = _walk(group_sizes_E, weights, inputs, compute, store, carry)
     if trained:
         dweights = jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights)
     return dx[:rows], dgate[:rows], dweights, None
