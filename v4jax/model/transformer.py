@@ -169,7 +169,9 @@ class Transformer(nn.Module):
 
     @nn.nowrap
     def _boxed(self, rngs, tokens=None, **options):
-        tokens = jnp.zeros((1, 2), jnp.int32) if tokens is None else tokens
+        if tokens is None:
+            # Each MTP block needs a token of its own behind the first.
+            tokens = jnp.zeros((1, 2 + len(self.config.mtp_layers)), jnp.int32)
         return super().init(rngs, tokens, **options)
 
     @nn.nowrap
