@@ -58,7 +58,7 @@ def export(out: Path, model_config, variables, tokenizer) -> None:
         shutil.rmtree(left_over, ignore_errors=True)
     try:
         checkpoint.save_official(fresh, model_config, variables)
-        tokenizer.save(str(fresh / "tokenizer.json"))
+        tokenizer.save(str(fresh / "tokenizer.json"), pretty=False)
         _replace(fresh, out, old)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

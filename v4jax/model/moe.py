@@ -105,8 +105,9 @@ class Experts(nn.Module):
             rounding=grouped_matmul.Rounding(self.numerics.dtype, self.numerics.native),
         )
         back_X = jnp.zeros_like(order_X).at[order_X].set(jnp.arange(order_X.size))
-        y_BTKD = y_XD[back_X].reshape(*chosen_BTK.shape, d)
-        return y_BTKD.astype(jnp.float32).sum(2)
+        back_BTK = back_X.reshape(chosen_BTK.shape)
+        # Expert by expert: the [B,T,K,D] of all of them at once is slow to gather and to sum.
+        return sum(y_XD[back_BTK[:, :, i]].astype(jnp.float32) for i in range(k))
 
 
 class SharedExpert(nn.Module):
