@@ -105,7 +105,7 @@ def main(_):
 
 def fresh_state(model, stream):
     """Fresh weights, with hash tables made for this text, and the optimizer."""
-    variables = model.init(jax.random.key(FLAGS.seed))
+    variables = jax.jit(model.init)(jax.random.key(FLAGS.seed))
     config = model.config
     count_V = np.bincount(stream, minlength=config.vocab_size)
 
