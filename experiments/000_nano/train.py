@@ -46,7 +46,7 @@ LAST_RATE = 0.02
 ROUNDED_PART = (
     0.2  # the end of the run in which the weights in use are rounded to their stored form
 )
-AFTER_TRAINING = 0.1  # part of the time that is kept for export and evaluation
+AFTER_TRAINING = 0.07  # part of the time that is kept for export and evaluation
 SAMPLES = 10  # times that the loss of the first held-out rows is taken along the way
 EVALUATED_ROWS = 8
 BIAS_STEP = 1e-3
