@@ -43,9 +43,7 @@ flags.mark_flag_as_required("out")
 
 WARM_UP = 0.03  # parts of the run; the learning rate then falls in a straight line to LAST_RATE
 LAST_RATE = 0.02
-ROUNDED_PART = (
-    0.2  # the end of the run in which the weights in use are rounded to their stored form
-)
+ROUNDED_PART = 0.2  # the end of the run, with the weights in use rounded to their stored form
 AFTER_TRAINING = 0.07  # part of the time that is kept for export and evaluation
 SAMPLES = 10  # times that the loss of the first held-out rows is taken along the way
 EVALUATED_ROWS = 8

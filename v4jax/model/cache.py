@@ -131,13 +131,13 @@ def init_cache(
 def _init_layer(config, spec, lead, max_length, rollback, dtype):
     h, z = config.head_dim, config.index_head_dim
     if spec.attention == "full":
-        return LayerCache(tokens=jnp.zeros((*lead, max_length, h), dtype))
+        return LayerCache(tokens=jnp.zeros((*lead, _room(max_length), h), dtype))
     window = jnp.zeros((*lead, config.sliding_window - 1 + rollback, h), dtype)
     if spec.attention == "window":
         return LayerCache(window=window)
 
     def compressor(width):
-        entries = -(-max_length // spec.ratio)
+        entries = _room(-(-max_length // spec.ratio))
         doubled = 2 if spec.overlap else 1
         return CompressorState(
             entries=jnp.zeros((*lead, entries, width), dtype),
@@ -146,6 +146,12 @@ def _init_layer(config, spec, lead, max_length, rollback, dtype):
 
     index = compressor(z) if spec.attention == "csa" else None
     return LayerCache(window=window, main=compressor(h), index=index)
+
+
+def _room(entries: int) -> int:
+    """Entries to make room for: whole tiles, which the kernels then need not pad (and copy)."""
+    tile = 64 if entries <= 512 else 1024
+    return -(-entries // tile) * tile
 
 
 def raw_rows(spec: LayerSpec) -> int:
