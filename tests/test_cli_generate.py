@@ -64,7 +64,7 @@ def test_one_prompt_and_its_continuation_go_to_stdout(run, directory):
 
 def test_the_default_prompt_is_python(run, directory):
     _, out, _ = run("--max_new_tokens=3")
-    assert out.startswith("def ")
+    assert out.startswith("class Reader:\n    def __init__(self")
 
 
 def test_the_settings_reach_the_sampler(run, directory):

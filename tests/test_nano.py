@@ -95,22 +95,19 @@ def _nats_per_token(model, variables, rows_BT):
     return float(loss(variables, rows_BT))
 
 
-@pytest.mark.parametrize("prompt", ["def ", "class ", "    def __init__(self"])
-def test_writes_something_like_python(nano, tokenizer, prompt):
+def test_writes_something_like_python_and_the_same_again(nano, tokenizer):
+    """Drawn, because the most likely token every time runs in circles in a model so small."""
     model, variables = nano
-    result = v4jax.generate(model, variables, [tokenizer.encode(prompt)], max_new_tokens=64)
-    text = prompt + tokenizer.decode(result.tokens[0])
-    assert "(" in text and "):\n" in text and "self" in text
-
-
-def test_same_seed_same_text(nano, tokenizer):
-    model, variables = nano
-    prompt = [tokenizer.encode("import ")]
+    prompts = ["def ", "import ", "class ", "    def __init__(self"]
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
     first, again = (
-        v4jax.generate(model, variables, prompt, max_new_tokens=16, temperature=0.8, seed=5)
+        v4jax.generate(model, variables, ids, max_new_tokens=64, temperature=0.7, seed=1)
         for _ in range(2)
     )
     assert first.tokens == again.tokens
+    text = "".join(tokenizer.decode(row) for row in first.tokens)
+    for piece in ("(self", "):\n        ", " = ", "self."):
+        assert piece in text
 
 
 def test_text_survives_the_tokenizer(tokenizer):

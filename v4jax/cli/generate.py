@@ -24,7 +24,10 @@ from v4jax.quant import QTensor
 
 FLAGS = flags.FLAGS
 
-DEFAULT_PROMPT = "def "  # the embedded checkpoint knows Python best
+# Without a prompt the command shows what the embedded checkpoint can do: it knows Python best, and
+# a model of its size only repeats itself when it always takes the most likely token.
+DEFAULT_PROMPT = "class Reader:\n    def __init__(self"
+DEMO = {"temperature": 0.7, "top_p": 0.9}
 
 
 def define_flags():
@@ -35,7 +38,9 @@ def define_flags():
         "prompt_ids", [], "Token ids to continue, as 1,2,3, in place of --prompt"
     )
     flags.DEFINE_integer("max_new_tokens", 64, "Tokens to make for each prompt, at most")
-    flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token each time")
+    flags.DEFINE_float(
+        "temperature", 0.0, "0 takes the most likely token (default without a prompt: 0.7)"
+    )
     flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens with this much probability")
     flags.DEFINE_integer("top_k", 0, "Draw from this many most likely tokens; 0: from all")
     flags.DEFINE_float("min_p", 0.0, "Leave out tokens less likely than this times the likeliest")
@@ -81,15 +86,23 @@ def _generate(model, params, prompts, stop_ids, on_token):
         params,
         prompts,
         max_new_tokens=FLAGS.max_new_tokens,
-        temperature=FLAGS.temperature,
+        temperature=_setting("temperature"),
         seed=FLAGS.seed,
-        top_p=FLAGS.top_p,
+        top_p=_setting("top_p"),
         top_k=FLAGS.top_k,
         min_p=FLAGS.min_p,
         stop_ids=stop_ids,
         max_length=FLAGS.max_length,
         on_token=on_token,
     )
+
+
+def _setting(name):
+    """A flag's value; the demonstration's where neither a prompt nor the flag was given."""
+    flag = FLAGS[name]
+    if FLAGS.prompt or FLAGS.prompt_ids or flag.present:
+        return flag.value
+    return DEMO[name]
 
 
 class _Report:
