@@ -39,7 +39,7 @@ def tiny_config(**changes) -> ModelConfig:
 
 VARIANTS = {
     "released": {},
-    "scanned": {"layers": with_hash_routing((WINDOW,) + (CSA, HCA) * 4, 1)},
+    "scanned": {"layers": with_hash_routing((WINDOW,) + (CSA, HCA) * 2, 1)},
     "ablated": {
         "layers": (
             LayerSpec("csa", ratio=8, overlap=False),
@@ -62,7 +62,7 @@ VARIANTS = {
 
 def tiny_model(variant="released", seed=0, **options):
     """A model of a variant and random variables with a biased router."""
-    model = Transformer(tiny_config(**VARIANTS[variant]), **options)
+    model = Transformer(tiny_config(**VARIANTS[variant]), **({"min_repeats": 2} | options))
     variables = model.init(jax.random.key(seed))
     return model, unsettle(variables, seed)
 

@@ -121,7 +121,7 @@ def _packed_blocks(raw_BTX, context, spec):
     wanted = jnp.arange(1, entries + 1)
     last = jax.vmap(lambda row: jnp.searchsorted(row, wanted, method="scan_unrolled"))(closed)
     last = jnp.minimum(last, length - 1).astype(jnp.int32)
-    row = last[..., None] + jnp.arange(1 - _span(spec), 1, dtype=jnp.int32)
+    row = last[..., None] + jnp.arange(1 - _span(spec), 1, dtype=jnp.int32)[None, None]
     blocks = raw_BTX[jnp.arange(batch)[:, None, None], jnp.maximum(row, 0)]
     position = jnp.take_along_axis(context.position, last, axis=1)
     return blocks, position - (spec.ratio - 1)

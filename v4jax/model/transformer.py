@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Int
 
@@ -115,11 +116,11 @@ class Transformer(nn.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "b t"],
+        tokens: Int[Array | np.ndarray, "b t"],
         *,
         cache: Cache | None = None,
-        lengths: Int[Array, "b"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
+        lengths: Int[Array | np.ndarray, "b"] | None = None,
+        segment_ids: Int[Array | np.ndarray, "b t"] | None = None,
         logits: str = "all",
         mtp: bool = False,
         aux: tuple[str, ...] = (),
@@ -141,6 +142,9 @@ class Transformer(nn.Module):
         Raises:
           InputError: arguments that contradict each other or the cache.
         """
+        tokens = jnp.asarray(tokens, jnp.int32)
+        lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         self._check(tokens, cache, segment_ids, lengths, logits, mtp, aux)
         start = None if cache is None else cache.lengths
         context = place_tokens(tokens, lengths, start, segment_ids, aux)
