@@ -177,7 +177,7 @@ class Attention(nn.Module):
         cos, sin = (angle[:, :, None] for angle in turn)
         o = round_(rope.rotate(round_(o), cos, sin, inverse=True))
         o = o.reshape(*o.shape[:2], config.o_groups, -1)
-        z = self.wo_a.grouped("btgx,gox->btgo", o, config.o_groups)
+        z = self.wo_a.grouped(o, config.o_groups)
         return self.wo_b("btx,dx->btd", z.reshape(*z.shape[:2], -1))
 
 

@@ -108,14 +108,21 @@ class Projection(nn.Module):
         y = project(equation, x, self.weight, self.numerics, self.quantize_input)
         return self.numerics.round(y)
 
-    def grouped(self, equation: str, x: Array, groups: int) -> Array:
-        """The projection with the output rows cut into groups, each with its own slice of x."""
+    def grouped(self, x: Array, groups: int) -> Array:
+        """[B,T,G,X] -> [B,T,G,O]: output rows cut into groups, each with its own slice of x."""
         w = self.weight
         if isinstance(w, quant.QTensor) and self.out_features // groups % 128:
             w = w.dequantize(self.numerics.dtype)  # a scale block would reach over two groups
         w = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, leaf.shape[-1]), w)
-        y = project(equation, x, w, self.numerics, self.quantize_input)
-        return self.numerics.round(y)
+        if isinstance(w, quant.QTensor):
+            y = project("btgx,gox->btgo", x, w, self.numerics, self.quantize_input)
+            return self.numerics.round(y)
+        # Group by group: as one batched product a CPU turns all of x over first.
+        parts = [
+            project("btx,ox->bto", x[:, :, g], w[g], self.numerics, self.quantize_input)
+            for g in range(groups)
+        ]
+        return self.numerics.round(jnp.stack(parts, axis=2))
 
     def in_float32(self, equation: str, x: Array) -> Array:
         """The projection computed in float32 whatever the activations are (compressor, router)."""

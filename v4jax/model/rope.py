@@ -3,11 +3,14 @@
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from v4jax.config import ModelConfig, Yarn
+
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def inverse_frequencies(config: ModelConfig, compressing: bool) -> Float[np.ndarray, "half"]:
@@ -63,10 +66,17 @@ def rotate(x: Array, cos: Array, sin: Array, inverse: bool = False) -> Float[Arr
       inverse: turn back, which attention's output needs since values carry the key's rotation.
     """
     x = x.astype(jnp.float32)
-    half = cos.shape[-1]
-    kept, turned = x[..., : -2 * half], x[..., -2 * half :]
-    pairs = turned.reshape(*turned.shape[:-1], half, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    sin = -sin if inverse else sin
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return jnp.concatenate([kept, turned.reshape(*turned.shape[:-2], 2 * half)], axis=-1)
+    width = 2 * cos.shape[-1]
+    kept, turned = x[..., :-width], x[..., -width:]
+    cos, sin = jnp.repeat(cos, 2, axis=-1), jnp.repeat(-sin if inverse else sin, 2, axis=-1)
+    # A product with a signed permutation is exact, and far quicker than taking pairs apart.
+    swapped = jnp.einsum("...r,rs->...s", turned, _quarter_turn(width), precision=HIGHEST)
+    return jnp.concatenate([kept, turned * cos + swapped * sin], axis=-1)
+
+
+def _quarter_turn(width: int) -> np.ndarray:
+    """The matrix that takes each pair (even, odd) to (-odd, even)."""
+    turn = np.zeros((width, width), np.float32)
+    even = np.arange(0, width, 2)
+    turn[even + 1, even], turn[even, even + 1] = -1, 1
+    return turn

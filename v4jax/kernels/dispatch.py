@@ -1,0 +1,55 @@
+"""Which implementation of an operation runs: by platform, or the one asked for by name.
+
+Pallas kernels are compiled on their own platform and, asked for by name, interpreted elsewhere.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
+
+
+def run(op: str, implementation: str | None, functions: dict[str, Callable], refuse, *args):
+    """`functions[implementation](*args)`, or for None the best one that can take the arguments.
+
+    Args:
+      op: the operation's name, for errors.
+      implementation: a key of `functions`, or None: the platform's Pallas kernel where there is
+        one that can take the arguments, else "xla". The choice is made when the program is lowered,
+        so ahead-of-time compilation gets its own platform's kernel.
+      functions: by name. Pallas functions take `interpret=` besides `args`.
+      refuse: (name, *args) -> why that Pallas implementation cannot take the arguments, or None.
+      args: pytrees of arrays.
+
+    Raises:
+      NotImplementedError: there is no such implementation, or it cannot take the arguments; it is
+        never replaced by another.
+    """
+    if implementation is not None:
+        return _named(op, implementation, functions, refuse, *args)
+    kernels = {
+        PLATFORMS[name]: functools.partial(function, interpret=False)
+        for name, function in functions.items()
+        if name in PLATFORMS and refuse(name, *args) is None
+    }
+    if not kernels:
+        return functions["xla"](*args)
+    return jax.lax.platform_dependent(*args, default=functions["xla"], **kernels)
+
+
+def _named(op, implementation, functions, refuse, *args):
+    if implementation not in functions:
+        raise NotImplementedError(
+            f"{op} has no implementation {implementation!r}; expected one of {sorted(functions)}"
+        )
+    function = functions[implementation]
+    if implementation not in PLATFORMS:
+        return function(*args)
+    reason = refuse(implementation, *args)
+    if reason is not None:
+        raise NotImplementedError(f"{op}, implementation {implementation!r}: {reason}")
+    compiled = {PLATFORMS[implementation]: functools.partial(function, interpret=False)}
+    interpreted = functools.partial(function, interpret=True)
+    return jax.lax.platform_dependent(*args, default=interpreted, **compiled)
