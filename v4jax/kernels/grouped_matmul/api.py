@@ -1,14 +1,16 @@
 """The routed experts: rows sorted by expert through each expert's clamped SwiGLU."""
 
 import dataclasses
+import functools
 
 import jax
 from jaxtyping import Array, Float, Inexact, Int
 
 from v4jax import quant
-from v4jax.kernels.grouped_matmul import reference, xla
+from v4jax.kernels import dispatch
+from v4jax.kernels.grouped_matmul import pallas_gpu, pallas_tpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla.expert_ffn, "reference": reference.expert_ffn}
+IMPLEMENTATIONS = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,27 +39,55 @@ def expert_ffn(
       x_XD: rows sorted by expert; the first group_sizes[0] belong to expert 0, and so on. The
         sizes add up to X. A group may be empty and costs nothing.
       gate_X: routing weight of each row.
-      w1_EFD, w2_EDF, w3_EFD: stacked experts, arrays or in stored FP8 / FP4 form, expanded an
-        expert at a time.
+      w1_EFD, w2_EDF, w3_EFD: stacked experts, all arrays or all in one stored FP8 / FP4 form, which
+        is expanded a tile (in plain XLA: an expert) at a time.
       limit: clamp of both halves; the gradient is zero where it bites.
-      implementation: None chooses; "xla" or "reference" by name.
+      rounding: where the expert rounds.
+      implementation: None chooses for the platform; or "xla", "pallas_tpu", "pallas_gpu",
+        "reference".
 
     Returns:
-      [X, D] of x's dtype; differentiable in x, gate and unquantised weights.
+      [X, D] of rounding.dtype; differentiable in x, gate and unquantised weights. Only the inputs
+      are kept for the gradient, and everything else is computed again.
 
     Raises:
-      NotImplementedError: an implementation of that name does not exist.
+      NotImplementedError: there is no such implementation, or it cannot take the arguments.
     """
-    function = IMPLEMENTATIONS.get(implementation or "xla")
-    if function is None:
-        raise NotImplementedError(
-            f"expert_ffn has no implementation {implementation!r}; "
-            f"expected one of {sorted(IMPLEMENTATIONS)}"
-        )
     weights = (w1_EFD, w2_EDF, w3_EFD)
-    return function(x_XD, gate_X, group_sizes_E, weights, limit, rounding)
+    if implementation == "reference":
+        return reference.expert_ffn(x_XD, gate_X, group_sizes_E, weights, limit, rounding)
+    return _ffn(limit, rounding, implementation, x_XD, gate_X, group_sizes_E, weights)
 
 
 def gated_ffn(x, w1_FD, w2_DF, w3_FD, *, limit, rounding=Rounding(), gate=None) -> jax.Array:
     """The same expert on rows [X, D] that all belong to it: the shared expert."""
     return reference.gated_ffn(x, gate, (w1_FD, w2_DF, w3_FD), limit, rounding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _ffn(limit, rounding, implementation, *args):
+    return _run("forward", limit, rounding, implementation, *args)
+
+
+def _run(direction, limit, rounding, implementation, *args):
+    functions = {
+        name: functools.partial(getattr(module, direction), limit=limit, rounding=rounding)
+        for name, module in IMPLEMENTATIONS.items()
+    }
+
+    def refuse(name, *args):
+        return IMPLEMENTATIONS[name].refuse(*args[:4], rounding)
+
+    return dispatch.run("expert_ffn", implementation, functions, refuse, *args)
+
+
+def _ffn_forward(limit, rounding, implementation, *args):
+    return _ffn(limit, rounding, implementation, *args), args
+
+
+def _ffn_backward(limit, rounding, implementation, args, dy):
+    dx, dgate, dweights = _run("backward", limit, rounding, implementation, *args, dy)
+    return dx, dgate, None, dweights
+
+
+_ffn.defvjp(_ffn_forward, _ffn_backward)

@@ -13,20 +13,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from v4jax.kernels.grouped_matmul import reference
+from v4jax.kernels.grouped_matmul import formats, reference
 
 PIECES = (16, 64, 128, 192, 256)
 LONGEST = PIECES[-1]
 FEW_ROWS = 8
 
 
-def expert_ffn(x_XD, gate_X, group_sizes_E, weights, limit, rounding):
+def forward(x_XD, gate_X, group_sizes_E, weights, *, limit, rounding):
     """See api.expert_ffn."""
-    return _ffn(limit, rounding, x_XD, gate_X, weights, group_sizes_E)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ffn(limit, rounding, x_XD, gate_X, weights, group_sizes_E):
     rows = x_XD.shape[0]
     if rows <= FEW_ROWS:
         return _row_by_row(limit, rounding, x_XD, gate_X, weights, group_sizes_E)
@@ -40,6 +35,46 @@ def _ffn(limit, rounding, x_XD, gate_X, weights, group_sizes_E):
 
     out = jnp.zeros(inputs[0].shape, rounding.dtype)
     return _walk(group_sizes_E, weights, inputs, compute, store, out)[:rows]
+
+
+def backward(x_XD, gate_X, group_sizes_E, weights, dy_XD, *, limit, rounding):
+    """Gradients of x, gate and weights (None where they are frozen).
+
+    Recomputes each piece and adds its weight gradient in float32; no activation is kept.
+    """
+    rows = x_XD.shape[0]
+    inputs = (_pad_rows(x_XD), _pad_rows(gate_X), _pad_rows(dy_XD))
+    trained = formats.trained(weights)
+
+    def compute(size, expert, left, x, gate, dy):
+        own = jnp.arange(size) < left
+        dy = jnp.where(own[:, None], dy, 0)
+
+        def run(x, gate, expert):
+            return reference.gated_ffn(x, gate, expert, limit, rounding)
+
+        if trained:
+            dx, dgate, dexpert = jax.vjp(run, x, gate, expert)[1](dy)
+        else:
+            dx, dgate = jax.vjp(lambda x, g: run(x, g, expert), x, gate)[1](dy)
+            dexpert = None
+        return _fill(dx, size), _fill(dgate, size), dexpert
+
+    def store(carry, results, begin, e):
+        dx, dgate, dweights = carry
+        px, pgate, pweights = results
+        return (
+            jax.lax.dynamic_update_slice_in_dim(dx, px, begin, axis=0),
+            jax.lax.dynamic_update_slice_in_dim(dgate, pgate, begin, axis=0),
+            jax.tree.map(lambda total, part: _add_at(total, part, e), dweights, pweights),
+        )
+
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights) if trained else None
+    carry = (jnp.zeros_like(inputs[0]), jnp.zeros_like(inputs[1]), zeros)
+    dx, dgate, dweights = _walk(group_sizes_E, weights, inputs, compute, store, carry)
+    if trained:
+        dweights = jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights)
+    return dx[:rows], dgate[:rows], dweights
 
 
 def _pad_rows(x):
@@ -103,59 +138,7 @@ def _one_piece(compute, size, own, left, *rows):
     return compute(size, own, left, *(x[:size] for x in rows))
 
 
-def _ffn_fwd(limit, rounding, x_XD, gate_X, weights, group_sizes_E):
-    out = _ffn(limit, rounding, x_XD, gate_X, weights, group_sizes_E)
-    return out, (x_XD, gate_X, weights, group_sizes_E)
-
-
-def _ffn_bwd(limit, rounding, saved, dout):
-    """Recomputes each piece and adds its weight gradient in float32; no activation is kept."""
-    x_XD, gate_X, weights, group_sizes_E = saved
-    rows = x_XD.shape[0]
-    inputs = (_pad_rows(x_XD), _pad_rows(gate_X), _pad_rows(dout))
-    trained = _differentiable(weights)
-
-    def compute(size, expert, left, x, gate, dy):
-        own = jnp.arange(size) < left
-        dy = jnp.where(own[:, None], dy, 0)
-
-        def run(x, gate, expert):
-            return reference.gated_ffn(x, gate, expert, limit, rounding)
-
-        if trained:
-            dx, dgate, dexpert = jax.vjp(run, x, gate, expert)[1](dy)
-        else:
-            dx, dgate = jax.vjp(lambda x, g: run(x, g, expert), x, gate)[1](dy)
-            dexpert = None
-        return _fill(dx, size), _fill(dgate, size), dexpert
-
-    def store(carry, results, begin, e):
-        dx, dgate, dweights = carry
-        px, pgate, pweights = results
-        return (
-            jax.lax.dynamic_update_slice_in_dim(dx, px, begin, axis=0),
-            jax.lax.dynamic_update_slice_in_dim(dgate, pgate, begin, axis=0),
-            jax.tree.map(lambda total, part: _add_at(total, part, e), dweights, pweights),
-        )
-
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights) if trained else None
-    carry = (jnp.zeros_like(inputs[0]), jnp.zeros_like(inputs[1]), zeros)
-    dx, dgate, dweights = _walk(group_sizes_E, weights, inputs, compute, store, carry)
-    if trained:
-        dweights = jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights)
-    return dx[:rows], dgate[:rows], dweights, None
-
-
-def _differentiable(weights):
-    return all(jnp.issubdtype(w.dtype, jnp.floating) for w in jax.tree.leaves(weights)) and not any(
-        w.dtype == jnp.float8_e4m3fn for w in jax.tree.leaves(weights)
-    )
-
-
 def _add_at(total, part, index):
     old = jax.lax.dynamic_index_in_dim(total, index, axis=0, keepdims=False)
     new = old + part.astype(jnp.float32)
     return jax.lax.dynamic_update_index_in_dim(total, new, index, axis=0)
-
-
-_ffn.defvjp(_ffn_fwd, _ffn_bwd)

@@ -1,0 +1,137 @@
+"""Tiles of stored weights in VMEM, and their products with rows of activations.
+
+A tile is [columns, contracted] if `transposed` (x w^T) and [contracted, columns] if not (x w).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from v4jax.kernels.grouped_matmul import formats
+
+FP8 = 128
+FP4 = 32
+
+
+def arrays_and_specs(weight, transposed: bool, columns: int):
+    """The arrays that hold [E, out, in] and their blocks, for a grid (columns, items)."""
+    kind = formats.kind(weight)
+    if kind == "float":
+        return [weight], [_spec(weight.shape, transposed, columns)]
+    if kind == "fp8":
+        scales = formats.float_scales(weight)
+        # All scales of an expert, as scalars.
+        block = (1, *scales.shape[1:])
+        spec = pl.BlockSpec(block, lambda j, i, g, *_: (g[i], 0, 0), memory_space=pltpu.SMEM)
+        return [weight.values, scales], [_spec(weight.values.shape, transposed, columns), spec]
+    _, rows, inputs = weight.scales.shape
+    if transposed:
+        values = _spec(weight.values.shape, True, columns)
+        scales = pl.BlockSpec((1, columns, inputs), lambda j, i, g, *_: (g[i], j, 0))
+    else:
+        values = _spec(weight.values.shape, False, columns // 2)
+        scales = pl.BlockSpec((1, rows, inputs), lambda j, i, g, *_: (g[i], 0, 0))
+    return [weight.values, weight.scales], [values, scales]
+
+
+def add_product(total, x, refs, kind, transposed, chunk, depth, column):
+    """Adds a chunk of x's contracted columns times the tile's to `total`.
+
+    Args:
+      total: [parts, rows, columns / parts], float32.
+      x: [parts, rows, contracted / parts].
+      refs: of `arrays_and_specs`.
+      kind: the weight's `formats.kind`.
+      chunk, depth: which chunk, of how many contracted columns.
+      column: which tile of columns this is.
+    """
+    dtype = x.dtype
+    parts = x.shape[0] if transposed else total.shape[0]
+    width = depth // parts if transposed else depth
+    start = chunk * width if isinstance(chunk, int) else pl.multiple_of(chunk * width, width)
+    tiles = _expanded(refs, kind, start, width, column, transposed, dtype)
+    for part, tile in enumerate(tiles):
+        if transposed:
+            total[0] += dot(x[part, :, pl.ds(start, width)], tile, (1, 1))
+        else:
+            total[part] += dot(x[0, :, pl.ds(start, width)], tile, (1, 0))
+
+
+def dot(x, y, axes):
+    """x times y over one axis each, summed in float32; float32 operands keep all their bits."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    numbers = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(
+        x, y, numbers, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _spec(shape, transposed, columns):
+    if transposed:
+        return pl.BlockSpec((1, columns, shape[2]), lambda j, i, g, *_: (g[i], j, 0))
+    return pl.BlockSpec((1, shape[1], columns), lambda j, i, g, *_: (g[i], 0, j))
+
+
+def _expanded(refs, kind, start, depth, column, transposed, dtype):
+    """The chunk of the tile as matrices of `dtype`: one, or even and odd columns of FP4."""
+    values = refs[0]
+    chunk = values[0, :, pl.ds(start, depth)] if transposed else values[0, pl.ds(start, depth), :]
+    if kind == "float":
+        return [chunk.astype(dtype)]
+    if kind == "fp8":
+        first = column * (values.shape[1 if transposed else 2] // FP8)
+        row, col = (first, start // FP8) if transposed else (start // FP8, first)
+        return [_expand_fp8(chunk, refs[1], row, col).astype(dtype)]
+    scales = refs[1][0] if transposed else refs[1][0, pl.ds(start, depth), :]
+    first = start if transposed else column * values.shape[2]
+    scales = _spread(_twice_scales(scales), first, chunk.shape[1])
+    codes = chunk.astype(jnp.int32)
+    return [(_half_decoded(nibble) * scales).astype(dtype) for nibble in (codes & 15, codes >> 4)]
+
+
+def _expand_fp8(values, scales, row, column):
+    """E4M3 values times the scalar of each 128 x 128 block, the first being (row, column)."""
+    height, width = values.shape
+    values = values.astype(jnp.bfloat16).astype(jnp.float32)
+
+    def block(r, c):
+        return values[r : r + FP8, c : c + FP8] * scales[0, row + r // FP8, column + c // FP8]
+
+    rows = [
+        jnp.concatenate([block(r, c) for c in range(0, width, FP8)], axis=1)
+        for r in range(0, height, FP8)
+    ]
+    return jnp.concatenate(rows, axis=0)
+
+
+def _half_decoded(codes):
+    """Half the value of E2M1 codes (int32), float32; half, so that the scale can be twice its own.
+
+    With the exponent's bias in place the codes 0 and 1 would be 0.5 and 0.75 instead of 0 and 0.5;
+    2 v - 1 repairs these two and is no smaller than v for the others. Here all of it halved.
+    """
+    bits = ((codes & 7) << 22) + (125 << 23)
+    value = pltpu.bitcast(bits, jnp.float32)
+    value = jnp.minimum(value, 2 * value - 0.5)
+    return pltpu.bitcast(pltpu.bitcast(value, jnp.int32) | ((codes & 8) << 28), jnp.float32)
+
+
+def _twice_scales(scales):
+    """bfloat16 2^(byte - 126) of E8M0 bytes: no subnormal for byte 0, and the largest for 254."""
+    exponent = scales.astype(jnp.int32)
+    bits = jnp.where(exponent == 255, 0x7FC00000, jnp.minimum(exponent + 1, 254) << 23)
+    return pltpu.bitcast(bits, jnp.float32).astype(jnp.bfloat16)
+
+
+def _spread(scales, first, width):
+    """Each scale [rows, n] at its 16 packed columns of [rows, width], the first being `first`.
+
+    By a matrix of zeros and ones: it repeats lanes on the MXU, which has time to spare while the
+    codes are decoded, and picks the tile's own scales without a slice. Exact: one term a sum.
+    """
+    shape = (scales.shape[1], width)
+    source = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    column = first + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    chosen = (column // (FP4 // 2) == source).astype(jnp.float32).astype(jnp.bfloat16)
+    return dot(scales, chosen, (1, 0))
