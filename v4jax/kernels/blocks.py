@@ -14,17 +14,23 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class SparseAttention:
-    """Queries of a tile (all heads each), keys of a tile, and the decode path's chunk of rows.
+    """Queries of a tile (TPU: all heads each) or heads of one query (GPU), and keys of a tile.
 
-    `gather_above`: entries beyond which the chosen rows are fetched one by one, TPU only.
+    rows: chosen rows that the TPU's decode path fetches ahead; gather_above: entries beyond which
+    it serves prefill too. backward_*: of the gradients, GPU only (the TPU uses the same tiles).
     """
 
     queries: int = 8
     keys: int = 256
     rows: int = 128
     gather_above: int = 32768
-    warps: int = 8
-    stages: int = 2
+    heads: int = 64
+    warps: int = 16
+    stages: int = 1
+    backward_heads: int = 32
+    backward_keys: int = 32
+    backward_warps: int = 8
+    backward_stages: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +96,7 @@ TABLE: dict[str, Blocks] = {
     "v6e": Blocks(),
     "tpu7x": Blocks(),
     "h100": Blocks(
-        sparse_attention=SparseAttention(queries=1, keys=32),
+        sparse_attention=SparseAttention(queries=1, keys=128),
         indexer_topk=IndexerTopk(queries=16, keys=256, warps=8, stages=3),
         grouped_matmul=GroupedMatmul(rows=128, columns=128, depth=64),
         hyper_connections=HyperConnections(tokens=64, channels=64, stages=3),

@@ -1,12 +1,82 @@
 """The lightning indexer: scores of compressed entries, and the choice of the highest."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Inexact, Int
+from jaxtyping import Array, Float32, Inexact, Int, UInt32
 
-from v4jax.kernels.indexer_topk import reference, xla
+from v4jax.kernels import dispatch, membership
+from v4jax.kernels.indexer_topk import (
+    chosen_scores,
+    pallas_gpu,
+    pallas_gpu_scores,
+    pallas_tpu,
+    pallas_tpu_scores,
+    reference,
+    xla,
+)
 
-IMPLEMENTATIONS = {"xla": xla.indexer_topk, "reference": reference.indexer_topk}
-index_scores = reference.index_scores
+MEMBER = {
+    "xla": xla.indexer_member,
+    "reference": reference.indexer_member,
+    "pallas_tpu": pallas_tpu.indexer_member,
+    "pallas_gpu": pallas_gpu.indexer_member,
+}
+# A path of their own where that is quicker than going through the packed mask.
+INDICES = {"xla": xla.indexer_topk, "reference": reference.indexer_topk}
+SCORES = {
+    "xla": xla.index_scores,
+    "reference": reference.index_scores,
+    "pallas_tpu": pallas_tpu_scores.index_scores,
+    "pallas_gpu": pallas_gpu_scores.index_scores,
+}
+GRADIENT = {
+    "xla": xla.index_scores_gradient,
+    "reference": reference.index_scores_gradient,
+    "pallas_tpu": pallas_tpu_scores.index_scores_gradient,
+    "pallas_gpu": pallas_gpu_scores.index_scores_gradient,
+}
+_REFUSE = {"pallas_tpu": pallas_tpu.refuse, "pallas_gpu": pallas_gpu.refuse}
+_REFUSE_SCORES = {"pallas_tpu": pallas_tpu_scores.refuse, "pallas_gpu": pallas_gpu_scores.refuse}
+
+
+def indexer_member(
+    q_BTIZ: Inexact[Array, "b t i z"],
+    weight_BTI: Inexact[Array, "b t i"],
+    keys_BCZ: Inexact[Array, "b c z"],
+    low_BT: Int[Array, "b t"],
+    high_BT: Int[Array, "b t"],
+    topk: int,
+    *,
+    chain: bool = False,
+    implementation: str | None = None,
+) -> UInt32[Array, "b t w"]:
+    """Which visible entries are the `topk` of highest score of every query, a bit an entry.
+
+    score[t, e] = sum over index heads of weight * relu(q . key)  (architecture section 6). Equal
+    scores go to the lower index, -0 equals 0, NaN counts as -inf. Where at most topk entries are
+    visible, all of them are chosen.
+
+    Args:
+      q_BTIZ: index queries, weight_BTI their heads' weights, keys_BCZ the entries' keys.
+      low_BT, high_BT: a query may see entries low <= e < high.
+      topk: how many to choose.
+      chain: bf16 rounding after every step of the score (section 10, point 7).
+      implementation: None chooses; "xla", "reference", "pallas_tpu" or "pallas_gpu" by name.
+
+    Returns:
+      uint32 [B,T,W], laid out as kernels/membership.py says.
+
+    Raises:
+      NotImplementedError: an implementation of that name does not exist or cannot take these.
+    """
+    topk = min(topk, keys_BCZ.shape[1])
+    if topk == 0:
+        return jnp.zeros((*low_BT.shape, membership.words(keys_BCZ.shape[1])), jnp.uint32)
+    functions = _with(MEMBER, topk=topk, chain=chain)
+    args = (q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT)
+    return dispatch.run("indexer_member", implementation, functions, _refuse, *args)
 
 
 def indexer_topk(
@@ -20,30 +90,109 @@ def indexer_topk(
     chain: bool = False,
     implementation: str | None = None,
 ) -> Int[Array, "b t k"]:
-    """The `topk` visible entries of highest score for every query, ties to the lower index.
-
-    score[t, e] = sum over index heads of weight * relu(q . key)  (architecture section 6).
+    """The choice of `indexer_member` as indices.
 
     Args:
-      q_BTIZ: index queries, weight_BTI their heads' weights, keys_BCZ the entries' keys.
-      low_BT, high_BT: a query may see entries low <= e < high.
-      topk: how many to choose.
-      chain: bf16 rounding after every step of the score (section 10, point 7).
-      implementation: None chooses; "xla" or "reference" by name.
+      As of `indexer_member`.
 
     Returns:
       int32 [B,T,min(topk, C)], ascending, -1 after the last where fewer are visible.
 
     Raises:
-      NotImplementedError: an implementation of that name does not exist.
+      NotImplementedError: an implementation of that name does not exist or cannot take these.
     """
-    function = IMPLEMENTATIONS.get(implementation or "xla")
-    if function is None:
-        raise NotImplementedError(
-            f"indexer_topk has no implementation {implementation!r}; "
-            f"expected one of {sorted(IMPLEMENTATIONS)}"
-        )
     topk = min(topk, keys_BCZ.shape[1])
     if topk == 0:
         return jnp.zeros((*low_BT.shape, 0), jnp.int32)
-    return function(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk, chain=chain)
+    from_member = {
+        name: functools.partial(_indices, MEMBER[name], topk=topk, chain=chain)
+        for name in set(MEMBER) - set(INDICES)
+    }
+    functions = _with(INDICES, topk=topk, chain=chain) | from_member
+    args = (q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT)
+    return dispatch.run("indexer_topk", implementation, functions, _refuse, *args)
+
+
+def _indices(member, *args, topk, chain, interpret):
+    word = member(*args, topk=topk, chain=chain, interpret=interpret)
+    return membership.to_indices(word, topk)
+
+
+def _with(functions, **options):
+    return {name: functools.partial(function, **options) for name, function in functions.items()}
+
+
+def _refuse(name, *args):
+    return _REFUSE[name](*args)
+
+
+def index_scores(
+    q_BTIZ: Inexact[Array, "b t i z"],
+    weight_BTI: Inexact[Array, "b t i"],
+    keys_BCZ: Inexact[Array, "b c z"],
+    *,
+    chain: bool = False,
+    implementation: str | None = None,
+) -> Float32[Array, "b t c"]:
+    """Every entry's score for every query, differentiable in q, weight and keys.
+
+    For losses, a block of queries at a time: the result is [B,T,C], but neither direction stores
+    an array with a head axis beside it.
+
+    Args:
+      q_BTIZ, weight_BTI, keys_BCZ: as of `indexer_member`.
+      chain: bf16 rounding after every step of the score; gradients pass the rounding unchanged.
+      implementation: None chooses; "xla", "reference", "pallas_tpu" or "pallas_gpu" by name.
+
+    Raises:
+      NotImplementedError: an implementation of that name does not exist or cannot take these.
+    """
+    if keys_BCZ.shape[1] == 0:
+        return jnp.zeros((*q_BTIZ.shape[:2], 0), jnp.float32)
+    return _index_scores(q_BTIZ, weight_BTI, keys_BCZ, chain, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _index_scores(q_BTIZ, weight_BTI, keys_BCZ, chain, implementation):
+    return _scores_forward(q_BTIZ, weight_BTI, keys_BCZ, chain, implementation)[0]
+
+
+def _scores_forward(q_BTIZ, weight_BTI, keys_BCZ, chain, implementation):
+    args = (q_BTIZ, weight_BTI, keys_BCZ)
+    functions = _with(SCORES, chain=chain)
+    return dispatch.run("index_scores", implementation, functions, _refuse_scores, *args), args
+
+
+def _scores_backward(chain, implementation, args, g_BTC):
+    functions = _with(GRADIENT, chain=chain)
+    gradient = dispatch.run("index_scores", implementation, functions, _refuse_scores, *args, g_BTC)
+    return tuple(g.astype(x.dtype) for g, x in zip(gradient, args, strict=True))
+
+
+_index_scores.defvjp(_scores_forward, _scores_backward)
+
+
+def _refuse_scores(name, *args):
+    return _REFUSE_SCORES[name](*args)
+
+
+def index_scores_at(
+    q_BTIZ: Inexact[Array, "b t i z"],
+    weight_BTI: Inexact[Array, "b t i"],
+    keys_BCZ: Inexact[Array, "b c z"],
+    chosen_BTK: Int[Array, "b t k"],
+    *,
+    chain: bool = False,
+) -> Float32[Array, "b t k"]:
+    """Scores of the given entries alone, differentiable in q, weight and keys; 0 at -1.
+
+    Memory grows with T x K, in blocks of queries: plain XLA on every platform.
+
+    Args:
+      q_BTIZ, weight_BTI, keys_BCZ: as of `indexer_member`.
+      chosen_BTK: entries of each query, -1 for none.
+      chain: as of `index_scores`.
+    """
+    if keys_BCZ.shape[1] == 0 or chosen_BTK.shape[2] == 0:
+        return jnp.zeros(chosen_BTK.shape, jnp.float32)
+    return chosen_scores.index_scores_at(q_BTIZ, weight_BTI, keys_BCZ, chosen_BTK, chain)

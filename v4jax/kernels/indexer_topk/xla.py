@@ -2,7 +2,7 @@
 
 A sort of every row costs several times the scores themselves on a CPU. Instead scores become
 integers of the same order, the k-th largest is found bit by bit (exactly), and the members of the
-choice are read off a running count.
+choice are read off a running count, or packed.
 """
 
 import functools
@@ -10,25 +10,64 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from v4jax.kernels import membership
 from v4jax.kernels.indexer_topk import reference
 
 QUERY_BLOCK = 128
 ENTRY_TILE = 1024
 COUNT_BLOCK = 64
+# Elements of the dot products [B,T,I,C] that dense scores may hold at a time.
+DOTS = 1 << 26
 
 
 def indexer_topk(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk, *, chain=False):
     """See api.indexer_topk."""
-    length = q_BTIZ.shape[1]
-    block = min(QUERY_BLOCK, length)
+
+    def everything(low, high):
+        entry = low[..., None] + jnp.arange(topk)[None, None]
+        return jnp.where(entry < high[..., None], entry, -1).astype(jnp.int32)
+
+    finish = functools.partial(_members, topk=topk)
     args = (q_BTIZ, weight_BTI, low_BT, high_BT)
+    return _in_blocks(args, keys_BCZ, everything, finish, topk, chain)
+
+
+def indexer_member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk, *, chain=False):
+    """See api.indexer_member."""
+    entries = keys_BCZ.shape[1]
+
+    def everything(low, high):
+        entry = jnp.arange(entries)[None, None]
+        return membership.pack((entry >= low[..., None]) & (entry < high[..., None]))
+
+    def finish(mask):
+        return membership.pack(mask[..., :entries])
+
+    args = (q_BTIZ, weight_BTI, low_BT, high_BT)
+    return _in_blocks(args, keys_BCZ, everything, finish, topk, chain)
+
+
+def _in_blocks(args, keys_BCZ, everything, finish, topk, chain):
+    """A block of queries at a time: everything(low, high), or finish(mask of the choice)."""
+    length = args[0].shape[1]
+    block = min(QUERY_BLOCK, length)
     padding = -length % block
     if padding:
         args = tuple(jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) for x in args)
     tile = min(ENTRY_TILE, -(-keys_BCZ.shape[1] // COUNT_BLOCK) * COUNT_BLOCK)
     keys_BCZ = jnp.pad(keys_BCZ, [(0, 0), (0, -keys_BCZ.shape[1] % tile), (0, 0)])
-    choose = functools.partial(_choose, keys_BCZ=keys_BCZ, tile=tile, topk=topk, chain=chain)
     blocks = (length + padding) // block
+
+    def choose(args):
+        """A block whose queries all see at most topk entries takes them all."""
+        low, high = args[2:]
+
+        def scored(args):
+            return finish(_largest(_ordered_scores(*args, keys_BCZ, tile, chain), topk))
+
+        few = jnp.max(high - low) <= topk
+        return jax.lax.cond(few, lambda args: everything(low, high), scored, args)
+
     if blocks == 1:
         return choose(args)[:, :length]
 
@@ -38,22 +77,55 @@ def indexer_topk(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk, *, chain=F
         )
 
     chosen = jnp.moveaxis(jax.lax.map(one, jnp.arange(blocks)), 0, 1)
-    return chosen.reshape(chosen.shape[0], -1, topk)[:, :length]
+    return chosen.reshape(chosen.shape[0], -1, chosen.shape[-1])[:, :length]
 
 
-def _choose(args, keys_BCZ, tile, topk, chain):
-    """One block's choice. A block whose queries all see at most topk entries takes them all."""
-    low, high = args[2:]
+def index_scores(q_BTIZ, weight_BTI, keys_BCZ, *, chain=False):
+    """See api.index_scores: a tile of keys at a time."""
+    tiles = _key_tiles(q_BTIZ, keys_BCZ)
+    if tiles.shape[0] == 1:
+        return reference.index_scores(q_BTIZ, weight_BTI, keys_BCZ, chain=chain)
 
-    def everything(args):
-        entry = low[..., None] + jnp.arange(topk)[None, None]
-        return jnp.where(entry < high[..., None], entry, -1).astype(jnp.int32)
+    def one(keys):
+        return reference.index_scores(q_BTIZ, weight_BTI, keys, chain=chain)
 
-    def scored(args):
-        order = _ordered_scores(*args, keys_BCZ, tile, chain)
-        return _members(_largest(order, topk), topk)
+    return _joined(jax.lax.map(one, tiles), 2)[:, :, : keys_BCZ.shape[1]]
 
-    return jax.lax.cond(jnp.max(high - low) <= topk, everything, scored, args)
+
+def index_scores_gradient(q_BTIZ, weight_BTI, keys_BCZ, g_BTC, *, chain=False):
+    """(dq, dweight, dkeys), float32, a tile of keys at a time."""
+    tiles = _key_tiles(q_BTIZ, keys_BCZ)
+    gradient = functools.partial(reference.index_scores_gradient, q_BTIZ, weight_BTI, chain=chain)
+    count, _, tile, _ = tiles.shape
+    if count == 1:
+        return gradient(keys_BCZ, g_BTC)
+    g = jnp.pad(g_BTC, [(0, 0), (0, 0), (0, count * tile - g_BTC.shape[2])])
+    g = jnp.moveaxis(g.reshape(*g.shape[:2], count, tile), 2, 0)
+
+    def one(sums, args):
+        dq, dweight, dkeys = gradient(*args)
+        return (sums[0] + dq, sums[1] + dweight), dkeys
+
+    zero = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_BTIZ, weight_BTI))
+    (dq, dweight), dkeys = jax.lax.scan(one, zero, (tiles, g))
+    return dq, dweight, _joined(dkeys, 1)[:, : keys_BCZ.shape[1]]
+
+
+def _key_tiles(q_BTIZ, keys_BCZ):
+    """[tiles, B, tile, Z]: as many keys at a time as keep the dot products within bounds."""
+    batch, entries, width = keys_BCZ.shape
+    batch, length, heads, _ = q_BTIZ.shape
+    tile = max(COUNT_BLOCK, DOTS // (batch * length * heads))
+    if tile >= entries:
+        return keys_BCZ[None]
+    keys = jnp.pad(keys_BCZ, [(0, 0), (0, -entries % tile), (0, 0)])
+    return jnp.moveaxis(keys.reshape(batch, -1, tile, width), 1, 0)
+
+
+def _joined(tiles, axis):
+    """Tiles along a leading axis put side by side along `axis`."""
+    x = jnp.moveaxis(tiles, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def _ordered_scores(q, weight, low, high, keys_BCZ, tile, chain):
@@ -77,8 +149,9 @@ def _ordered_scores(q, weight, low, high, keys_BCZ, tile, chain):
 
 
 def order_preserving(scores):
-    """float32 -> uint32 with the same order and -0 equal to 0; finite values map above 0."""
+    """float32 -> uint32 with the same order, all above 0; -0 equals 0, NaN equals -inf."""
     scores = jnp.where(scores == 0, 0.0, scores)
+    scores = jnp.where(scores != scores, -jnp.inf, scores)
     bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
     bits = jnp.where(bits < 0, ~bits, bits | jnp.iinfo(jnp.int32).min)
     return jax.lax.bitcast_convert_type(bits, jnp.uint32)

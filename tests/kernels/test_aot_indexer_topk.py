@@ -1,0 +1,83 @@
+"""The indexer's kernels compile for TPUs and an H100 at the released models' shapes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.kernels import aot
+from v4jax.kernels.indexer_topk import api, cases
+
+
+def member(case, chain=False):
+    return functools.partial(api.indexer_member, topk=case.topk, chain=chain), cases.specs(case)
+
+
+def scores(case, dtype=jnp.bfloat16):
+    """Forward and backward of the dense scores."""
+    *args, _, _ = cases.specs(case, dtype)
+    g = ((case.batch, case.length, case.entries), jnp.float32)
+
+    def both(q, weight, keys, g):
+        value, backward = jax.vjp(api.index_scores, q, weight, keys)
+        return value, backward(g)
+
+    return both, (*args, g)
+
+
+def kernels(compiled):
+    text = compiled.as_text()
+    return text.count("tpu_custom_call") + text.count("__gpu$xla.gpu.triton")
+
+
+@aot.needs_libtpu
+@pytest.mark.parametrize("name", cases.RELEASED)
+@pytest.mark.parametrize("chip", aot.TPU_CHIPS)
+def test_choice_compiles_for_a_tpu(chip, name):
+    function, specs = member(cases.RELEASED[name])
+    compiled = aot.compile_tpu(chip, function, *specs)
+    assert kernels(compiled) >= 1
+
+
+@aot.needs_libtpu
+@pytest.mark.parametrize("chip", aot.TPU_CHIPS)
+def test_choice_through_the_chain_compiles_for_a_tpu(chip):
+    function, specs = member(cases.RELEASED["flash_prefill_64k"], chain=True)
+    assert kernels(aot.compile_tpu(chip, function, *specs)) >= 1
+
+
+@aot.needs_libtpu
+@pytest.mark.parametrize("name", cases.TRAINING)
+@pytest.mark.parametrize("chip", aot.TPU_CHIPS)
+def test_scores_and_gradients_compile_for_a_tpu(chip, name):
+    function, specs = scores(cases.TRAINING[name])
+    assert kernels(aot.compile_tpu(chip, function, *specs)) >= 3
+
+
+@aot.needs_cuda
+@pytest.mark.parametrize("name", cases.RELEASED)
+def test_choice_compiles_for_an_h100(name):
+    function, specs = member(cases.RELEASED[name])
+    assert kernels(aot.compile_h100(function, *specs)) >= 3
+
+
+@aot.needs_cuda
+def test_choice_through_the_chain_compiles_for_an_h100():
+    function, specs = member(cases.RELEASED["flash_prefill_64k"], chain=True)
+    assert kernels(aot.compile_h100(function, *specs)) >= 3
+
+
+@aot.needs_cuda
+@pytest.mark.parametrize("name", cases.TRAINING)
+def test_scores_and_gradients_compile_for_an_h100(name):
+    function, specs = scores(cases.TRAINING[name])
+    assert kernels(aot.compile_h100(function, *specs)) >= 3
+
+
+@aot.needs_cuda
+def test_workspace_does_not_grow_with_the_queries():
+    """A 1M context's scores of 4096 queries would be 4 GiB."""
+    function, specs = member(cases.RELEASED["flash_prefill_1m"])
+    compiled = aot.compile_h100(function, *specs)
+    assert compiled.memory_analysis().temp_size_in_bytes < 1 << 30

@@ -1,0 +1,79 @@
+"""Shapes of the indexer: small odd ones for numerics, the released sizes for compilation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """B sequences of T queries whose first token is number `hidden`, C entries, topk of them."""
+
+    length: int
+    entries: int
+    topk: int
+    hidden: int = 0
+    batch: int = 2
+    heads: int = 4
+    width: int = 8
+
+
+NUMERICS = {
+    "few_entries": Case(length=9, entries=5, topk=3),
+    "one_entry": Case(length=9, entries=1, topk=1),
+    "one_choice": Case(length=33, entries=40, topk=1),
+    "all_of_them": Case(length=20, entries=12, topk=99),
+    "several_blocks": Case(length=300, entries=75, topk=12),
+    "several_tiles": Case(length=3, entries=2300, topk=100, hidden=9000),
+    "one_query": Case(length=1, entries=700, topk=64, hidden=2000),
+    "several_groups": Case(length=2, entries=9000, topk=70, hidden=36000, heads=2),
+    "odd_heads": Case(length=19, entries=130, topk=33, hidden=400, heads=3, width=24),
+}
+
+# What the released models ask for: 64 index heads of 128 channels; topk 512 (Flash), 1024 (Pro).
+_RELEASED = {"heads": 64, "width": 128, "batch": 1}
+RELEASED = {
+    f"{name}_{shape}": dataclasses.replace(case, topk=topk)
+    for name, topk in (("flash", 512), ("pro", 1024))
+    for shape, case in {
+        "prefill_4k": Case(4096, 1024, topk, **_RELEASED),
+        "prefill_64k": Case(4096, 16384, topk, 61440, **_RELEASED),
+        "prefill_1m": Case(4096, 262144, topk, 1044480, **_RELEASED),
+        "decode_1m": Case(1, 262144, topk, 1048575, **_RELEASED | {"batch": 64}),
+    }.items()
+}
+# The losses' blocks of queries.
+TRAINING = {
+    "block_4k": Case(512, 1024, 512, **_RELEASED),
+    "block_64k": Case(256, 16384, 512, **_RELEASED),
+    "block_1m": Case(256, 262144, 1024, **_RELEASED),
+}
+
+
+def arguments(case: Case, dtype=jnp.float32, rounded: bool = False):
+    """q, weight, keys, low, high of a case; `rounded`: on a coarse grid, where ties are common."""
+    keys = jax.random.split(jax.random.key(case.length), 3)
+    q = jax.random.normal(keys[0], (case.batch, case.length, case.heads, case.width))
+    weight = jax.random.normal(keys[1], (case.batch, case.length, case.heads))
+    index_keys = jax.random.normal(keys[2], (case.batch, case.entries, case.width))
+    if rounded:
+        q, weight, index_keys = jnp.round(q), jnp.round(weight), jnp.round(index_keys)
+    position = case.hidden + jnp.arange(case.length)[None]
+    high = jnp.minimum((position + 1) // 4, case.entries)
+    high = jnp.broadcast_to(high, (case.batch, case.length))
+    # Every other sequence starts later, as packed documents do.
+    low = jnp.where(jnp.arange(case.batch)[:, None] % 2 == 1, high // 3, 0)
+    return q.astype(dtype), weight.astype(dtype), index_keys.astype(dtype), low, high
+
+
+def specs(case: Case, dtype=jnp.bfloat16):
+    """Shapes and types of `arguments`."""
+    queries = (case.batch, case.length)
+    return (
+        ((*queries, case.heads, case.width), dtype),
+        ((*queries, case.heads), dtype),
+        ((case.batch, case.entries, case.width), dtype),
+        (queries, jnp.int32),
+        (queries, jnp.int32),
+    )

@@ -1,0 +1,83 @@
+"""What the indexer's GPU kernels share: shapes Triton can take, and the scores of a tile."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+# A side of a matmul in Triton is a power of two, this at least.
+LEAST = 16
+# Without tensor cores, wider tiles of float32 do not fit the registers.
+FLOAT32_KEYS = 32
+DTYPES = ("bfloat16", "float32")
+# Index heads x channels of a tile of queries that fit shared memory twice over.
+LARGEST_QUERY = 64 * 256
+
+
+def refuse(q_BTIZ, keys_BCZ) -> str | None:
+    """Why the kernels cannot take such queries and keys."""
+    for name, x in (("q", q_BTIZ), ("keys", keys_BCZ)):
+        if x.dtype.name not in DTYPES:
+            return f"{name} is {x.dtype.name}; supported are {' and '.join(DTYPES)}"
+    heads, width = (power_of_two(size) for size in q_BTIZ.shape[2:])
+    if heads * width > LARGEST_QUERY:
+        return f"I x Z is {heads} x {width} (padded); supported is a product up to {LARGEST_QUERY}"
+    return None
+
+
+def power_of_two(size):
+    """The next power of two that a matmul can take."""
+    return max(LEAST, 1 << (size - 1).bit_length())
+
+
+def pad_to(x, axis, size):
+    """Zeros appended along the axis up to `size`."""
+    if x.shape[axis] == size:
+        return x
+    return jnp.pad(x, [(0, size - x.shape[axis] if a == axis else 0) for a in range(x.ndim)])
+
+
+def prepared(q_BTIZ, weight_BTI, keys_BCZ):
+    """Heads and channels padded to powers of two: zeros change no score."""
+    heads, width = (power_of_two(size) for size in q_BTIZ.shape[2:])
+    dtype = jnp.promote_types(q_BTIZ.dtype, keys_BCZ.dtype)
+    q = pad_to(pad_to(q_BTIZ.astype(dtype), 2, heads), 3, width)
+    weight = pad_to(weight_BTI.astype(jnp.float32), 2, heads)
+    return q, weight, pad_to(keys_BCZ.astype(dtype), 2, width)
+
+
+def round_up(size, multiple):
+    return -(-size // multiple) * multiple
+
+
+def matmul(a, b, **transposed):
+    """A product summed in float32; float32 arguments keep their precision."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return plt.dot(a, b, precision=precision, **transposed)
+
+
+def rounded(x, chain, interpret):
+    """A step of the chain of bf16 tensors."""
+    if not chain:
+        return x
+    if interpret:  # compiled by XLA, which may drop a pair of casts
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def load_rows(ref, start, count, rows):
+    """`count` rows from `start` on, zeros past the last of `rows`."""
+    row = start + lax.broadcasted_iota(jnp.int32, (count, ref.shape[1]), 0)
+    return plt.load(ref.at[pl.ds(start, count), :], mask=row < rows, other=0.0)
+
+
+def scores(keys, q, weight, chain, interpret):
+    """[K, Z], [I, Z] and [I] -> [K].
+
+    The keys are the rows of the matmul: its accumulators then hold a key's heads in four threads
+    of one warp, which sum them with two shuffles.
+    """
+    dots = rounded(matmul(keys, q, trans_b=True), chain, interpret)
+    terms = rounded(jax.nn.relu(dots) * weight[None, :], chain, interpret)
+    return rounded(jnp.sum(terms, axis=1), chain, interpret)

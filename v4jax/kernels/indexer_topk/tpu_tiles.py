@@ -1,0 +1,110 @@
+"""What the indexer's TPU kernels share: how a tile of queries lies in memory, and its scores."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+LANES = 128
+SUBLANES = 8
+# Keys of one matmul: two registers across, as wide as the widest matrix unit.
+WIDE = 256
+DTYPES = ("bfloat16", "float32")
+
+
+def refuse_types(q_BTIZ, keys_BCZ) -> str | None:
+    """Why the kernels cannot take arguments of these types."""
+    for name, x in (("q", q_BTIZ), ("keys", keys_BCZ)):
+        if x.dtype.name not in DTYPES:
+            return f"{name} is {x.dtype.name}; supported are {' and '.join(DTYPES)}"
+    return None
+
+
+def pad_to(x, axis, multiple):
+    """Zeros appended along the axis up to a multiple."""
+    short = -x.shape[axis] % multiple
+    if not short:
+        return x
+    return jnp.pad(x, [(0, short if a == axis else 0) for a in range(x.ndim)])
+
+
+def pad_channels(q_BTIZ, keys_BCZ):
+    """Both as one type, their channels padded to whole registers: zeros change no score."""
+    dtype = jnp.promote_types(q_BTIZ.dtype, keys_BCZ.dtype)
+    return pad_to(q_BTIZ.astype(dtype), 3, LANES), pad_to(keys_BCZ.astype(dtype), 2, LANES)
+
+
+def by_head(q_BTIZ, tile):
+    """[B, tiles, I * tile, Z]: the rows of a tile, head by head."""
+    batch, length, heads, width = pad_to(q_BTIZ, 1, tile).shape
+    q = pad_to(q_BTIZ, 1, tile).reshape(batch, length // tile, tile, heads, width)
+    return jnp.swapaxes(q, 2, 3).reshape(batch, length // tile, heads * tile, width)
+
+
+def from_by_head(rows, tile, length):
+    """The [B,T,I,Z] that `by_head` took."""
+    batch, tiles, count, width = rows.shape
+    q = jnp.swapaxes(rows.reshape(batch, tiles, count // tile, tile, width), 2, 3)
+    return q.reshape(batch, tiles * tile, count // tile, width)[:, :length]
+
+
+def weight_tiles(weight_BTI, tile):
+    """float32 [B, tiles, tile, I], or [B, T, I, 1] for tiles of one query."""
+    weight = pad_to(weight_BTI.astype(jnp.float32), 1, tile)
+    batch, length, heads = weight.shape
+    if tile == 1:
+        return weight[..., None]
+    return weight.reshape(batch, length // tile, tile, heads)
+
+
+def spread_weights(weight_ref, spread_ref):
+    """A tile's weights, one across each row of `spread_ref` [I * tile, LANES]."""
+    count = spread_ref.shape[0]
+    if weight_ref.shape == (count, 1):
+        spread_ref[...] = jnp.broadcast_to(weight_ref[...], spread_ref.shape)
+        return
+    tile, heads = weight_ref.shape
+    for head in range(heads):
+        weight = jnp.broadcast_to(weight_ref[:, head : head + 1], (tile, LANES))
+        spread_ref[head * tile : (head + 1) * tile, :] = weight
+
+
+def matmul(a, b, dims=((1,), (1,))):
+    """A product on the matrix unit, summed in float32; float32 arguments keep their precision."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(
+        a, b, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def rounded(x, chain, interpret):
+    """A step of the chain of bf16 tensors."""
+    if not chain:
+        return x
+    if interpret:  # compiled by XLA, which may drop a pair of casts
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def scores(q_ref, keys_ref, spread_ref, start, count, tile, chain, interpret):
+    """Scores of `count` keys from `start` on, as pairs of offset and [tile, LANES]."""
+    wide = min(WIDE, count)
+    for offset in range(0, count, wide):
+        dots = matmul(q_ref[...], keys_ref[pl.ds(start + offset, wide), :])
+        for lane in range(0, wide, LANES):
+            part = rounded(dots[:, lane : lane + LANES], chain, interpret)
+            terms = rounded(jax.nn.relu(part) * spread_ref[...], chain, interpret)
+            yield offset + lane, rounded(sum_heads(terms, tile), chain, interpret)
+
+
+def sum_heads(terms, tile):
+    """[I * tile, LANES] -> [tile, LANES]."""
+    if tile == 1:
+        return jnp.sum(terms, axis=0, keepdims=True)
+    return jnp.sum(terms.reshape(-1, tile, LANES), axis=0)
+
+
+def over_heads(x, count):
+    """[tile, LANES] -> [I * tile, LANES], the same for every head."""
+    tile = x.shape[0]
+    return jnp.broadcast_to(x[None], (count // tile, tile, LANES)).reshape(count, LANES)
