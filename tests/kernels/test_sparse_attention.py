@@ -1,82 +1,119 @@
 """Sparse attention: every implementation against full masks and one softmax, with gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4jax.kernels.sparse_attention import api, reference, xla
+from v4jax.kernels import membership
+from v4jax.kernels.sparse_attention import api, cases, reference, xla
+from v4jax.kernels.sparse_attention.plan import Places, Plan
 
-CASES = {
-    "window_only": {"length": 37, "window": 9, "entries": 0},
-    "window_with_older_rows": {"length": 5, "window": 9, "entries": 0, "older": 8},
-    "few_older_rows": {"length": 150, "window": 64, "entries": 0, "older": 3},
-    "every_entry": {"length": 300, "window": 24, "entries": 75, "ratio": 4},
-    "several_tiles": {"length": 270, "window": 8, "entries": 1100, "ratio": 1, "hidden": 830},
-    "one_entry": {"length": 6, "window": 3, "entries": 1, "ratio": 4},
-    "chosen_masked": {"length": 140, "window": 16, "entries": 35, "ratio": 4, "choices": 10},
-    "chosen_gathered": {"length": 260, "window": 16, "entries": 65, "ratio": 4, "choices": 6},
-    "one_query": {"length": 1, "window": 16, "entries": 90, "ratio": 4, "choices": 7, "older": 15},
-    "no_window": {"length": 140, "window": 0, "entries": 140, "ratio": 1},
-}
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 
 
-def make(length, window, entries, ratio=4, older=0, hidden=0, choices=0, seed=0):
-    """Random inputs; `hidden` tokens stand before the first query."""
-    keys = iter(jax.random.split(jax.random.key(seed), 8))
-    batch, heads, width = 2, 3, 16
+@functools.partial(jax.jit, static_argnames=("implementation", "scale", "window", "topk"))
+def value_and_gradients(diff, weight, arrays, implementation, scale, window, topk=0):
+    """The output, and the gradients of its weighted sum."""
 
-    def normal(*shape):
-        return jax.random.normal(next(keys), shape)
+    def loss(diff):
+        out = api.sparse_attention(
+            **diff, **arrays, scale=scale, window=window, topk=topk, implementation=implementation
+        )
+        return jnp.sum(out.astype(jnp.float32) * weight), out
 
-    position = hidden + jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
-    diff = {"q_BTNH": normal(batch, length, heads, width), "sink_N": normal(heads)}
-    other = {"scale": width**-0.5, "window": window}
-    if window:
-        diff["window_BSH"] = normal(batch, older + length, width)
-        first = jnp.array([[0], [min(older, 2)]])
-        other["first_BT"] = jnp.broadcast_to(first, (batch, length))
-    if entries:
-        diff["entries_BCH"] = normal(batch, entries, width)
-        high = jnp.minimum((position + 1) // ratio, entries)
-        low = jnp.where(jnp.arange(batch)[:, None] == 1, jnp.minimum(high, 2), 0)
-        other |= {"low_BT": low, "high_BT": high}
-        if choices:
-            other["chosen_BTK"] = choose(next(keys), low, high, entries, choices)
-    return diff, other
+    (_, out), grads = jax.value_and_grad(loss, has_aux=True)(diff)
+    return out, grads
 
 
-def choose(key, low, high, entries, choices):
-    """Random distinct visible entries in ascending order, -1 where there are fewer."""
-    order = jax.random.uniform(key, (*low.shape, entries))
-    entry = jnp.arange(entries)[None, None]
-    visible = (entry >= low[..., None]) & (entry < high[..., None])
-    picked = jnp.argsort(jnp.where(visible, order, 2.0), axis=-1)[..., :choices]
-    count = (high - low)[..., None]
-    picked = jnp.where(jnp.arange(choices)[None, None] < count, picked, entries)
-    picked = jnp.sort(picked, axis=-1)
-    return jnp.where(picked == entries, -1, picked).astype(jnp.int32)
+def split(other):
+    """Static arguments and arrays."""
+    static = {name: other[name] for name in ("scale", "window")}
+    return static, {name: x for name, x in other.items() if name not in static}
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("implementation", ["xla"])
+def weight_like(x):
+    return jax.random.normal(jax.random.key(9), x.shape)
+
+
+@pytest.mark.parametrize("case", cases.SMALL)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_forward_and_gradients(case, implementation):
-    diff, other = make(**CASES[case])
-    weight = jax.random.normal(jax.random.key(9), diff["q_BTNH"].shape)
-
-    def run(name):
-        def loss(diff):
-            out = api.sparse_attention(**diff, **other, implementation=name)
-            return jnp.sum(out * weight), out
-
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))(diff)
-
-    (_, out), grads = run(implementation)
-    (_, wanted), wanted_grads = run("reference")
+    diff, other = cases.make(cases.SMALL[case])
+    static, arrays = split(other)
+    weight = weight_like(diff["q_BTNH"])
+    out, grads = value_and_gradients(diff, weight, arrays, implementation, **static)
+    wanted, wanted_grads = value_and_gradients(diff, weight, arrays, "reference", **static)
     np.testing.assert_allclose(out, wanted, atol=1e-5, rtol=1e-5)
     for name, grad in grads.items():
         size = np.abs(wanted_grads[name]).max()
         np.testing.assert_allclose(grad, wanted_grads[name], atol=1e-5 * max(size, 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["chosen_masked", "chosen_gathered", "one_query"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_packed_choice_is_the_listed_one(case, implementation):
+    diff, other = cases.make(cases.SMALL[case])
+    static, arrays = split(other)
+    weight = weight_like(diff["q_BTNH"])
+    listed = value_and_gradients(diff, weight, arrays, implementation, **static)
+    chosen = arrays.pop("chosen_BTK")
+    arrays["member_BTW"] = membership.from_indices(chosen, diff["entries_BCH"].shape[1])
+    static["topk"] = chosen.shape[2]
+    packed = value_and_gradients(diff, weight, arrays, implementation, **static)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), listed, packed)
+
+
+@pytest.mark.parametrize("case", ["every_entry", "chosen_masked", "chosen_gathered"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bf16_is_as_near_as_bf16_can_be(case, implementation):
+    """The error beside float32 is at most twice that of the reference computed in bf16."""
+    diff, other = cases.make(cases.SMALL[case], jnp.bfloat16)
+    static, arrays = split(other)
+    weight = weight_like(diff["q_BTNH"])
+    exact = {name: x.astype(jnp.float32) for name, x in diff.items()}
+    wanted, wanted_grads = value_and_gradients(exact, weight, arrays, "reference", **static)
+    rounded, rounded_grads = bf16_reference(diff, weight, arrays, **static)
+    out, grads = value_and_gradients(diff, weight, arrays, implementation, **static)
+    assert out.dtype == jnp.bfloat16
+    assert error(out, wanted) <= 2 * error(rounded, wanted)
+    for name, grad in grads.items():
+        assert error(grad, wanted_grads[name]) <= 2 * error(rounded_grads[name], wanted_grads[name])
+
+
+def error(x, wanted):
+    return float(jnp.abs(x.astype(jnp.float32) - wanted).max())
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "window"))
+def bf16_reference(diff, weight, arrays, scale, window):
+    """The reference's equations with the results of every step rounded to bf16."""
+
+    def rounded(x):
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+    def loss(diff):
+        q, sink = (diff[name].astype(jnp.float32) for name in ("q_BTNH", "sink_N"))
+        keys, masks = [], []
+        if "window_BSH" in diff:
+            rows = diff["window_BSH"]
+            keys.append(rows)
+            masks.append(reference.window_mask(arrays["first_BT"], rows.shape[1], window))
+        places = Places(None, arrays["low_BT"], arrays["high_BT"], arrays.get("chosen_BTK"))
+        keys.append(diff["entries_BCH"])
+        masks.append(reference.entry_mask(keys[-1].shape[1], places))
+        kv = jnp.concatenate(keys, axis=1).astype(jnp.float32)
+        scores = rounded(jnp.einsum("btnh,bkh->btnk", q, kv) * scale)
+        scores = jnp.where(jnp.concatenate(masks, axis=2)[:, :, None], scores, -jnp.inf)
+        top = jnp.broadcast_to(sink[None, None, :, None], (*scores.shape[:3], 1))
+        p = rounded(jax.nn.softmax(jnp.concatenate([scores, top], axis=-1), axis=-1))
+        out = rounded(jnp.einsum("btnk,bkh->btnh", p[..., :-1], kv))
+        return jnp.sum(out * weight), out
+
+    (_, out), grads = jax.value_and_grad(loss, has_aux=True)(diff)
+    return out, grads
 
 
 def test_masks_by_eye():
@@ -86,26 +123,40 @@ def test_masks_by_eye():
     assert mask[0].tolist() == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     assert mask[1].tolist() == [[0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     low, high = jnp.array([[0, 1, 1]]), jnp.array([[0, 2, 3]])
-    visible = reference.entry_mask(3, low, high, None).astype(int)
+    visible = reference.entry_mask(3, Places(None, low, high)).astype(int)
     assert visible[0].tolist() == [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
     chosen = jnp.array([[[-1, -1], [1, -1], [2, -1]]])
-    picked = reference.entry_mask(3, low, high, chosen).astype(int)
+    picked = reference.entry_mask(3, Places(None, low, high, chosen)).astype(int)
     assert picked[0].tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]
 
 
-def test_a_query_that_sees_nothing_attends_to_the_sink():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_query_that_sees_nothing_attends_to_the_sink(implementation):
     q, sink = jnp.ones((1, 1, 2, 4)), jnp.zeros(2)
     places = {"low_BT": jnp.array([[3]]), "high_BT": jnp.array([[3]])}
-    out = api.sparse_attention(q, sink, scale=1.0, entries_BCH=jnp.ones((1, 5, 4)), **places)
+    entries = jnp.ones((1, 5, 4))
+    out = api.sparse_attention(
+        q, sink, scale=1.0, entries_BCH=entries, implementation=implementation, **places
+    )
     assert np.all(out == 0)
 
 
 def test_both_ways_to_meet_the_chosen_entries_are_tested():
     for case, gathers in (("chosen_masked", False), ("chosen_gathered", True)):
-        diff, other = make(**CASES[case])
-        assert xla._gathers(diff["entries_BCH"], other["chosen_BTK"]) == gathers
+        small = cases.SMALL[case]
+        plan = Plan(1.0, small.window, small.choices)
+        assert xla._gathers(plan, jnp.zeros((1, small.entries, 1))) == gathers
 
 
 def test_unknown_implementation_is_named():
     with pytest.raises(NotImplementedError, match="no implementation 'cuda'"):
         api.sparse_attention(jnp.ones((1, 1, 1, 2)), jnp.ones(1), scale=1.0, implementation="cuda")
+
+
+def test_what_a_kernel_cannot_take_is_said():
+    q = jnp.ones((1, 1, 1, 2), jnp.float16)
+    with pytest.raises(NotImplementedError, match="q is float16; supported: float32, bfloat16"):
+        api.sparse_attention(q, jnp.ones(1), scale=1.0, implementation="pallas_tpu")
+    q = jnp.ones((1, 1, 1, 1024), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="is 1024; supported: at most 512"):
+        api.sparse_attention(q, jnp.ones(1), scale=1.0, implementation="pallas_gpu")

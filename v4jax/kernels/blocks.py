@@ -24,9 +24,9 @@ class SparseAttention:
     keys: int = 256
     rows: int = 128
     gather_above: int = 32768
-    heads: int = 64
-    warps: int = 16
-    stages: int = 1
+    heads: int = 32
+    warps: int = 8
+    stages: int = 2
     backward_heads: int = 32
     backward_keys: int = 32
     backward_warps: int = 8
@@ -96,7 +96,7 @@ TABLE: dict[str, Blocks] = {
     "v6e": Blocks(),
     "tpu7x": Blocks(),
     "h100": Blocks(
-        sparse_attention=SparseAttention(queries=1, keys=128),
+        sparse_attention=SparseAttention(queries=1, keys=64),
         indexer_topk=IndexerTopk(queries=16, keys=256, warps=8, stages=3),
         grouped_matmul=GroupedMatmul(rows=128, columns=128, depth=64),
         hyper_connections=HyperConnections(tokens=64, channels=64, stages=3),

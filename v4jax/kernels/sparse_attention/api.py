@@ -1,11 +1,27 @@
 """The core attention of every layer kind: a window, compressed entries, a sink, one softmax."""
 
+import functools
+
 import jax
-from jaxtyping import Array, Float, Inexact, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Inexact, Int, UInt32
 
-from v4jax.kernels.sparse_attention import reference, xla
+from v4jax.kernels import dispatch
+from v4jax.kernels.sparse_attention import pallas_gpu, pallas_tpu, reference, xla
+from v4jax.kernels.sparse_attention.plan import Places, Plan
 
-IMPLEMENTATIONS = {"xla": xla.sparse_attention, "reference": reference.sparse_attention}
+FORWARD = {
+    "xla": xla.forward,
+    "pallas_tpu": pallas_tpu.forward,
+    "pallas_gpu": pallas_gpu.forward,
+}
+BACKWARD = {
+    "xla": xla.backward,
+    "pallas_tpu": pallas_tpu.backward,
+    "pallas_gpu": pallas_gpu.backward,
+}
+OP = "sparse_attention"
+REFUSE = {"pallas_tpu": pallas_tpu.refuse, "pallas_gpu": pallas_gpu.refuse}
 
 
 def sparse_attention(
@@ -20,8 +36,11 @@ def sparse_attention(
     low_BT: Int[Array, "b t"] | None = None,
     high_BT: Int[Array, "b t"] | None = None,
     chosen_BTK: Int[Array, "b t k"] | None = None,
+    member_BTW: UInt32[Array, "b t w"] | None = None,
+    topk: int = 0,
+    with_lse: bool = False,
     implementation: str | None = None,
-) -> Float[Array, "b t n h"]:
+) -> Inexact[Array, "b t n h"] | tuple[Inexact[Array, "b t n h"], Float[Array, "b t n"]]:
     """Attention with one key-value head whose keys are its values (architecture section 4).
 
     Args:
@@ -34,32 +53,65 @@ def sparse_attention(
       entries_BCH: compressed entries (or, for full attention, every token's own row).
       low_BT, high_BT: a query may see entries low <= e < high.
       chosen_BTK: the entries that a query attends to, -1 where there is none; each must lie in
-        [low, high). None: all of [low, high).
-      implementation: None chooses; "xla" or "reference" by name.
+        [low, high) and stand once.
+      member_BTW: the same choice as a packed mask (`kernels.membership`); then `topk` is the
+        most that a query chooses. Neither: all of [low, high).
+      with_lse: also return the log-sum-exp of scores and sink, [B,T,N], which passes no gradient;
+        `mass.attention_mass` reads it.
+      implementation: None chooses; "xla", "pallas_tpu", "pallas_gpu" or "reference" by name.
 
     Returns:
-      float32 [B,T,N,H]; differentiable in q, sink, window and entries.
+      [B,T,N,H] of q's dtype; differentiable in q, sink, window and entries.
 
     Raises:
-      NotImplementedError: an implementation of that name does not exist.
+      NotImplementedError: the named implementation does not exist or cannot take the arguments.
     """
-    function = IMPLEMENTATIONS.get(implementation or "xla")
-    if function is None:
-        raise NotImplementedError(
-            f"sparse_attention has no implementation {implementation!r}; "
-            f"expected one of {sorted(IMPLEMENTATIONS)}"
-        )
     if entries_BCH is not None and entries_BCH.shape[1] == 0:
-        entries_BCH = chosen_BTK = None
-    return function(
-        q_BTNH,
-        sink_N,
-        scale=scale,
-        window_BSH=window_BSH,
-        first_BT=first_BT,
-        window=window,
-        entries_BCH=entries_BCH,
-        low_BT=low_BT,
-        high_BT=high_BT,
-        chosen_BTK=None if chosen_BTK is None else jax.lax.stop_gradient(chosen_BTK),
-    )
+        entries_BCH = low_BT = high_BT = chosen_BTK = member_BTW = None
+    if chosen_BTK is not None:
+        topk = chosen_BTK.shape[2]
+    plan = Plan(scale, window, topk)
+    places = Places(first_BT, low_BT, high_BT, chosen_BTK, member_BTW)
+    arrays = (q_BTNH, sink_N.astype(jnp.float32), window_BSH, entries_BCH, places)
+    if implementation == "reference":
+        out, lse = reference.sparse_attention(plan, *arrays)
+    else:
+        out, lse = _attend(plan, implementation, *arrays)
+    return (out, jax.lax.stop_gradient(lse)) if with_lse else out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(plan, implementation, *arrays):
+    """Output and log-sum-exp."""
+    return _attend_fwd(plan, implementation, *arrays)[0]
+
+
+def _attend_fwd(plan, implementation, q_BTNH, sink_N, window_BSH, entries_BCH, places):
+    arrays = (q_BTNH, sink_N, window_BSH, entries_BCH, places)
+    refuse = _refusal(plan, q_BTNH, window_BSH, entries_BCH)
+    out, lse = dispatch.run(OP, implementation, _bind(FORWARD, plan), refuse, *arrays)
+    return (out, lse), (*arrays, out, lse)
+
+
+def _attend_bwd(plan, implementation, saved, gradients):
+    """ds = p (dp - delta), delta = sum over H of do * o; the sink's value is 0, so its dp is 0."""
+    dout, _ = gradients
+    q_BTNH, sink_N, window_BSH, entries_BCH, places, out, lse = saved
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    dsink = -jnp.sum(jnp.exp(sink_N[None, None] - lse) * delta, axis=(0, 1))
+    arrays = (q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout)
+    refuse = _refusal(plan, q_BTNH, window_BSH, entries_BCH)
+    grads = dispatch.run(OP, implementation, _bind(BACKWARD, plan), refuse, *arrays)
+    dq, dwindow, dentries = grads
+    return dq, dsink, dwindow, dentries, jax.tree.map(lambda _: None, places)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _bind(functions, plan):
+    return {name: functools.partial(function, plan) for name, function in functions.items()}
+
+
+def _refusal(plan, q_BTNH, window_BSH, entries_BCH):
+    return lambda name, *_: REFUSE[name](plan, q_BTNH, window_BSH, entries_BCH)

@@ -1,38 +1,30 @@
 """Sparse attention as the specification reads: full masks, one softmax, float32. For tests."""
 
+import jax
 import jax.numpy as jnp
 
+from v4jax.kernels import membership
 
-def sparse_attention(
-    q_BTNH,
-    sink_N,
-    *,
-    scale,
-    window_BSH=None,
-    first_BT=None,
-    window=0,
-    entries_BCH=None,
-    low_BT=None,
-    high_BT=None,
-    chosen_BTK=None,
-):
-    """See api.sparse_attention; holds [B,T,N,S+C]."""
+
+def sparse_attention(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
+    """See api.sparse_attention: output and log-sum-exp; holds [B,T,N,S+C]."""
     keys, masks = [], []
     if window_BSH is not None:
         keys.append(window_BSH)
-        masks.append(window_mask(first_BT, window_BSH.shape[1], window))
+        masks.append(window_mask(places.first, window_BSH.shape[1], plan.window))
     if entries_BCH is not None:
         keys.append(entries_BCH)
-        masks.append(entry_mask(entries_BCH.shape[1], low_BT, high_BT, chosen_BTK))
+        masks.append(entry_mask(entries_BCH.shape[1], places))
     kv_BKH = jnp.concatenate(keys, axis=1).astype(jnp.float32)
     mask_BTK = jnp.concatenate(masks, axis=2)
-    scores = jnp.einsum("btnh,bkh->btnk", q_BTNH.astype(jnp.float32), kv_BKH) * scale
+    scores = jnp.einsum("btnh,bkh->btnk", q_BTNH.astype(jnp.float32), kv_BKH) * plan.scale
     scores = jnp.where(mask_BTK[:, :, None], scores, -jnp.inf)
     sink = jnp.broadcast_to(sink_N[None, None, :, None], (*scores.shape[:3], 1))
     scores = jnp.concatenate([scores, sink], axis=-1)
-    p = jnp.exp(scores - scores.max(-1, keepdims=True))
-    p = p / p.sum(-1, keepdims=True)
-    return jnp.einsum("btnk,bkh->btnh", p[..., :-1], kv_BKH)
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    p = jnp.exp(scores - lse[..., None])
+    out = jnp.einsum("btnk,bkh->btnh", p[..., :-1], kv_BKH)
+    return out.astype(q_BTNH.dtype), lse
 
 
 def window_mask(first_BT, rows, window):
@@ -43,11 +35,13 @@ def window_mask(first_BT, rows, window):
     return (row >= first_BT[..., None]) & (row <= own) & (row > own - window)
 
 
-def entry_mask(entries, low_BT, high_BT, chosen_BTK):
+def entry_mask(entries, places):
     """[B,T,C]: the entries that a query attends to."""
     entry = jnp.arange(entries)[None, None]
-    visible = (entry >= low_BT[..., None]) & (entry < high_BT[..., None])
-    if chosen_BTK is None:
+    visible = (entry >= places.low[..., None]) & (entry < places.high[..., None])
+    if places.member is not None:
+        return visible & membership.unpack(places.member, entries)
+    if places.chosen is None:
         return visible
-    picked = (chosen_BTK[..., None] == jnp.arange(entries)[None, None, None]).any(2)
+    picked = (places.chosen[..., None] == jnp.arange(entries)[None, None, None]).any(2)
     return visible & picked

@@ -7,11 +7,13 @@ visited. Nothing of size T x S or T x K x H exists. The backward pass recomputes
 from the saved log-sum-exp, in the same blocks.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+
+from v4jax import quant
+from v4jax.kernels import membership
 
 QUERY_BLOCK = 128
 ENTRY_TILE = 512
@@ -20,46 +22,47 @@ MASKED_ENTRIES_PER_CHOICE = 4
 GATHERED_ELEMENTS = 1 << 22
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What the trace needs to know beside the arrays."""
-
-    scale: float
-    window: int
-    query_block: int
-
-
-def sparse_attention(
-    q_BTNH,
-    sink_N,
-    *,
-    scale,
-    window_BSH=None,
-    first_BT=None,
-    window=0,
-    entries_BCH=None,
-    low_BT=None,
-    high_BT=None,
-    chosen_BTK=None,
-):
-    """See api.sparse_attention."""
+def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
+    """See api.sparse_attention: out [B,T,N,H] of q's dtype and log-sum-exp [B,T,N]."""
     length = q_BTNH.shape[1]
-    plan = Plan(scale, window, min(QUERY_BLOCK, length))
-    padding = -length % plan.query_block
+    q, window, entries, places = _pad(plan, q_BTNH, window_BSH, entries_BCH, places)
+    block = min(QUERY_BLOCK, length)
+
+    def run(index):
+        q_block, start, here = _take_block(block, index, q, places)
+        carry = _start(q_block, sink_N)
+        if window is not None:
+            kv, mask = _band(plan, block, start, here, window, q.shape[1])
+            carry = _absorb(plan, carry, q_block, kv, mask)
+        if entries is not None:
+            carry = _absorb_entries(plan, carry, q_block, entries, here)
+        top, total, acc = carry
+        out = quant.round_to(acc / total[..., None], q_BTNH.dtype)
+        return out, top + jnp.log(total)
+
+    blocks = q.shape[1] // block
+    if blocks == 1:
+        out, lse = run(0)
+    else:
+        out, lse = map(_join, jax.lax.map(run, jnp.arange(blocks)))  # from [blocks, B, Q, ...]
+    return out[:, :length], lse[:, :length]
+
+
+def _pad(plan, q_BTNH, window_BSH, entries_BCH, places):
+    """Whole blocks of queries, windows that begin inside the rows, whole tiles of entries."""
+    length = q_BTNH.shape[1]
+    padding = -length % min(QUERY_BLOCK, length)
     pad = functools.partial(_pad_axis_1, after=padding)
+    first = places.first
     if window_BSH is not None:
-        older = window_BSH.shape[1] - length
-        short = max(window - 1 - older, 0)
+        short = max(plan.window - 1 - (window_BSH.shape[1] - length), 0)
         window_BSH = _pad_axis_1(window_BSH, before=short, after=padding)
-        first_BT = pad(first_BT + short)
+        first = first + short
     if entries_BCH is not None:
         tile = min(ENTRY_TILE, entries_BCH.shape[1])
         entries_BCH = _pad_axis_1(entries_BCH, after=-entries_BCH.shape[1] % tile)
-        low_BT, high_BT = pad(low_BT), pad(high_BT)
-        chosen_BTK = None if chosen_BTK is None else pad(chosen_BTK)
-    places = (first_BT, low_BT, high_BT, chosen_BTK)
-    out = _attend(plan, pad(q_BTNH), sink_N.astype(jnp.float32), window_BSH, entries_BCH, places)
-    return out[:, :length]
+    places = jax.tree.map(pad, places._replace(first=first))
+    return pad(q_BTNH), window_BSH, entries_BCH, places
 
 
 def _pad_axis_1(x, before=0, after=0):
@@ -68,42 +71,16 @@ def _pad_axis_1(x, before=0, after=0):
     return jnp.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
-    return _forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places)[0]
-
-
-def _forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
-    """Output [B,T,N,H] and log-sum-exp [B,T,N], both float32."""
-
-    def block(index):
-        q, start, here = _take_block(plan, index, q_BTNH, places)
-        carry = _start(q, sink_N)
-        if window_BSH is not None:
-            kv, mask = _band(plan, start, here, window_BSH, q_BTNH.shape[1])
-            carry = _absorb(plan, carry, q, kv, mask)
-        if entries_BCH is not None:
-            carry = _absorb_entries(plan, carry, q, entries_BCH, here)
-        top, total, acc = carry
-        return acc / total[..., None], top + jnp.log(total)
-
-    blocks = q_BTNH.shape[1] // plan.query_block
-    if blocks == 1:
-        return block(0)
-    out, lse = jax.lax.map(block, jnp.arange(blocks))  # [blocks, B, Q, ...]
-    return _join(out), _join(lse)
-
-
 def _join(x):
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _take_block(plan, index, q_BTNH, places):
-    start = index * plan.query_block
+def _take_block(block, index, q_BTNH, places):
+    start = index * block
 
     def take(x):
-        return jax.lax.dynamic_slice_in_dim(x, start, plan.query_block, axis=1)
+        return jax.lax.dynamic_slice_in_dim(x, start, block, axis=1)
 
     return take(q_BTNH).astype(jnp.float32), start, jax.tree.map(take, places)
 
@@ -134,29 +111,32 @@ def _absorb(plan, carry, q_BQNH, kv, mask):
     return new_top, total * shrink + p.sum(-1), acc
 
 
-def _band(plan, start, here, window_BSH, length):
+def _band(plan, block, start, here, window_BSH, length):
     """The rows that the block's windows cover, and which query sees which."""
-    first_BQ = here[0]
-    rows = plan.query_block + plan.window - 1
+    rows = block + plan.window - 1
     begin = start + window_BSH.shape[1] - length - (plan.window - 1)
     kv = jax.lax.dynamic_slice_in_dim(window_BSH, begin, rows, axis=1)
-    offset = jnp.arange(rows)[None] - jnp.arange(plan.query_block)[:, None]
+    offset = jnp.arange(rows)[None] - jnp.arange(block)[:, None]
     in_window = (offset >= 0) & (offset < plan.window)
     row = begin + jnp.arange(rows)
-    return kv, in_window[None] & (row[None, None] >= first_BQ[..., None])
+    return kv, in_window[None] & (row[None, None] >= here.first[..., None])
 
 
-def _gathers(entries_BCH, chosen):
-    if chosen is None:
-        return False
-    return entries_BCH.shape[1] > MASKED_ENTRIES_PER_CHOICE * chosen.shape[2]
+def _gathers(plan, entries_BCH):
+    return 0 < plan.topk * MASKED_ENTRIES_PER_CHOICE < entries_BCH.shape[1]
+
+
+def _indices(plan, here):
+    """The chosen entries [B,Q,K] in whichever form the choice came."""
+    if here.member is None:
+        return here.chosen
+    return membership.to_indices(here.member, plan.topk)
 
 
 def _absorb_entries(plan, carry, q, entries_BCH, here):
-    _, low, high, chosen = here
-    if _gathers(entries_BCH, chosen):
-        return _absorb_gathered(plan, carry, q, entries_BCH, chosen)
-    picked = _picked(chosen, entries_BCH.shape[1])
+    if _gathers(plan, entries_BCH):
+        return _absorb_gathered(plan, carry, q, entries_BCH, _indices(plan, here))
+    picked, low, high = _picked(here, entries_BCH.shape[1]), here.low, here.high
 
     def tile(index, carry):
         kv, mask = _entry_tile(index, entries_BCH, low, high, picked)
@@ -176,10 +156,13 @@ def _tile_range(low, high, size):
     return begin, end
 
 
-def _picked(chosen_BQK, entries):
-    """Membership of each entry in a query's choice, [B,Q,C]."""
-    if chosen_BQK is None:
+def _picked(here, entries):
+    """Membership of each entry in a query's choice, [B,Q,C]; None without a choice."""
+    if here.member is not None:
+        return membership.unpack(here.member, entries)
+    if here.chosen is None:
         return None
+    chosen_BQK = here.chosen
     batch, queries, _ = chosen_BQK.shape
     b, t = jnp.arange(batch)[:, None, None], jnp.arange(queries)[None, :, None]
     # Negative indices would wrap around: -1 goes past the end, where it is dropped.
@@ -235,42 +218,38 @@ def _absorb_gathered(plan, carry, q, entries_BCH, chosen):
 # probability exp(sink - lse) has value 0, so its ds is -p * delta.
 
 
-def _attend_fwd(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
-    out, lse = _forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places)
-    return out, (q_BTNH, sink_N, window_BSH, entries_BCH, places, out, lse)
-
-
-def _attend_bwd(plan, saved, dout):
-    q_BTNH, sink_N, window_BSH, entries_BCH, places, out, lse = saved
-    delta_BTN = jnp.sum(dout * out, axis=-1)
-    dsink = -jnp.sum(jnp.exp(sink_N[None, None] - lse) * delta_BTN, axis=(0, 1))
+def backward(plan, q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout):
+    """dq, d(window rows) and d(entries), each of its array's dtype (None for an absent one)."""
+    length = q_BTNH.shape[1]
+    q, window, entries, places = _pad(plan, q_BTNH, window_BSH, entries_BCH, places)
+    block = min(QUERY_BLOCK, length)
+    row = [_pad_axis_1(x.astype(jnp.float32), after=-length % block) for x in (dout, delta, lse)]
 
     def zeros(x):
         return None if x is None else jnp.zeros(x.shape, jnp.float32)
 
-    def block(grads, index):
+    def run(grads, index):
         dwindow, dentries = grads
-        q, start, here = _take_block(plan, index, q_BTNH, places)
-        _, _, row = _take_block(plan, index, q_BTNH, (dout, delta_BTN, lse))
-        dq = jnp.zeros_like(q)
-        if window_BSH is not None:
-            kv, mask = _band(plan, start, here, window_BSH, q_BTNH.shape[1])
-            dq, dkv = _tile_grads(plan, dq, q, kv, mask, row)
-            begin = start + window_BSH.shape[1] - q_BTNH.shape[1] - (plan.window - 1)
+        q_block, start, here = _take_block(block, index, q, places)
+        _, _, own = _take_block(block, index, q, tuple(row))
+        dq = jnp.zeros_like(q_block)
+        if window is not None:
+            kv, mask = _band(plan, block, start, here, window, q.shape[1])
+            dq, dkv = _tile_grads(plan, dq, q_block, kv, mask, own)
+            begin = start + window.shape[1] - q.shape[1] - (plan.window - 1)
             dwindow = _add_rows(dwindow, dkv, begin)
-        if entries_BCH is not None:
-            dq, dentries = _entry_grads(plan, dq, q, entries_BCH, here, row, dentries)
+        if entries is not None:
+            dq, dentries = _entry_grads(plan, dq, q_block, entries, here, own, dentries)
         return (dwindow, dentries), dq
 
-    blocks = q_BTNH.shape[1] // plan.query_block
-    grads = (zeros(window_BSH), zeros(entries_BCH))
-    (dwindow, dentries), dq = jax.lax.scan(block, grads, jnp.arange(blocks))
-
-    def like(grad, x):
-        return None if x is None else grad.astype(x.dtype)
-
-    grads = like(_join(dq), q_BTNH), dsink, like(dwindow, window_BSH), like(dentries, entries_BCH)
-    return *grads, jax.tree.map(lambda _: None, places)
+    grads = (zeros(window), zeros(entries))
+    (dwindow, dentries), dq = jax.lax.scan(run, grads, jnp.arange(q.shape[1] // block))
+    if window is not None:
+        before = max(plan.window - 1 - (window_BSH.shape[1] - length), 0)
+        dwindow = dwindow[:, before : before + window_BSH.shape[1]].astype(window_BSH.dtype)
+    if entries is not None:
+        dentries = dentries[:, : entries_BCH.shape[1]].astype(entries_BCH.dtype)
+    return _join(dq)[:, :length].astype(q_BTNH.dtype), dwindow, dentries
 
 
 def _tile_grads(plan, dq, q, kv, mask, row):
@@ -292,10 +271,10 @@ def _add_rows(total, rows, begin):
 
 
 def _entry_grads(plan, dq, q, entries_BCH, here, row, dentries):
-    _, low, high, chosen = here
-    if _gathers(entries_BCH, chosen):
+    if _gathers(plan, entries_BCH):
+        chosen = _indices(plan, here)
         return _gathered_grads(plan, dq, q, entries_BCH, chosen, row, dentries)
-    picked = _picked(chosen, entries_BCH.shape[1])
+    picked, low, high = _picked(here, entries_BCH.shape[1]), here.low, here.high
     size = min(ENTRY_TILE, entries_BCH.shape[1])
 
     def tile(index, carry):
@@ -319,6 +298,3 @@ def _gathered_grads(plan, dq, q, entries_BCH, chosen, row, dentries):
     split = jax.tree.map(lambda x: _split(x, parts), (dq, q, chosen, row))
     dentries, dq = jax.lax.scan(part, dentries, split)
     return _join(dq), dentries
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -1,0 +1,59 @@
+"""Sparse attention compiles for the chips it is meant for, at the released models' shapes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.kernels import aot
+from v4jax.kernels.sparse_attention import api, cases
+
+TRAINED = [name for name in cases.REAL if "decode" not in name]
+
+
+def forward(case, diff, arrays):
+    return api.sparse_attention(**diff, **arrays, scale=case.width**-0.5, window=case.window)
+
+
+def gradients(case, diff, arrays):
+    def loss(diff):
+        return jnp.sum(forward(case, diff, arrays).astype(jnp.float32))
+
+    return jax.grad(loss)(diff)
+
+
+@aot.needs_libtpu
+@pytest.mark.parametrize("name", cases.REAL)
+@pytest.mark.parametrize("chip", aot.TPU_CHIPS)
+def test_forward_compiles_for_tpus(chip, name):
+    case = cases.REAL[name]
+    compiled = aot.compile_tpu(chip, functools.partial(forward, case), *cases.specs(case))
+    assert "tpu_custom_call" in compiled.as_text()
+
+
+@aot.needs_libtpu
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("chip", aot.TPU_CHIPS)
+def test_backward_compiles_for_tpus(chip, name):
+    case = cases.REAL[name]
+    compiled = aot.compile_tpu(chip, functools.partial(gradients, case), *cases.specs(case))
+    # forward, dq, and the gradient of every array of keys
+    keys = 1 + (case.entries > 0)
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2 + keys
+
+
+@aot.needs_cuda
+@pytest.mark.parametrize("name", cases.REAL)
+def test_forward_compiles_for_an_h100(name):
+    case = cases.REAL[name]
+    compiled = aot.compile_h100(functools.partial(forward, case), *cases.specs(case))
+    assert "triton" in compiled.as_text()
+
+
+@aot.needs_cuda
+@pytest.mark.parametrize("name", TRAINED)
+def test_backward_compiles_for_an_h100(name):
+    case = cases.REAL[name]
+    compiled = aot.compile_h100(functools.partial(gradients, case), *cases.specs(case))
+    assert "triton" in compiled.as_text()
