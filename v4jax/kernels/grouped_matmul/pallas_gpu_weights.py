@@ -11,7 +11,7 @@ from v4jax.kernels.grouped_matmul import formats
 
 FP8 = 128
 FP4 = 32
-PACKED = FP4 // 2  # bytes that share a scale
+CODES = 8  # FP4 codes of a word
 
 
 def arrays(weight) -> list[jax.Array]:
@@ -21,7 +21,10 @@ def arrays(weight) -> list[jax.Array]:
         return [weight]
     if kind == "fp8":
         return [weight.values, formats.float_scales(weight)]
-    return [weight.values, weight.scales]
+    # Words of four bytes, without a copy: Pallas Triton's offsets would not reach the bytes of
+    # Pro's experts, and two codes of a word are decoded at a time.
+    values = weight.values.reshape(*weight.values.shape[:-1], -1, 4)
+    return [jax.lax.bitcast_convert_type(values, jnp.int32), weight.scales]
 
 
 def tile(refs, kind, expert, rows, column, width, dtype):
@@ -38,7 +41,7 @@ def tile(refs, kind, expert, rows, column, width, dtype):
         values = _block(refs[0], expert, rows, column, width).astype(jnp.float32)
         scales = plt.load(refs[1].at[expert, rows // FP8, column * width // FP8])
         return (values * scales[:, None]).astype(dtype)
-    codes = _block(refs[0], expert, rows, column, width // 2)
+    codes = _block(refs[0], expert, rows, column, width // CODES)
     scales = _block(refs[1], expert, rows, column, width // FP4)
     return _expand_fp4(codes, scales, dtype)
 
@@ -63,32 +66,37 @@ def _block(ref, expert, rows, column, width):
     return plt.load(at, mask=mask, other=jnp.zeros((), ref.dtype))
 
 
-def _expand_fp4(codes, scales, dtype):
-    """Packed codes [r, n] and E8M0 bytes [r, n / 16] to the [r, 2 n] that they stand for."""
-    rows, packed = codes.shape
-    scales = jnp.broadcast_to(_twice_scales(scales)[:, :, None], (*scales.shape, PACKED))
-    scales = scales.reshape(rows, packed)
-    codes = codes.astype(jnp.int32)
-    even = (_half_decoded(codes & 15) * scales).astype(dtype)
-    odd = (_half_decoded(codes >> 4) * scales).astype(dtype)
-    return jnp.stack([even, odd], axis=-1).reshape(rows, 2 * packed)
+def _expand_fp4(words, scales, dtype):
+    """Words of eight codes [r, n] and E8M0 bytes [r, n / 4] to the [r, 8 n] that they stand for."""
+    rows, count = words.shape
+    shape = (*scales.shape, FP4 // CODES)
+    scales = jnp.broadcast_to(_scales(scales)[:, :, None], shape).reshape(rows, count)
+
+    def pair(n):
+        """Codes n and n + 4: [r, n, 2]."""
+        low, high = (value * scales for value in _decoded(words >> (4 * n)))
+        return jnp.stack([low.astype(dtype), high.astype(dtype)], axis=-1)
+
+    # Each stack adds the next lower bit of a code's place in its word.
+    even = jnp.stack([pair(0), pair(2)], axis=-1)
+    odd = jnp.stack([pair(1), pair(3)], axis=-1)
+    return jnp.stack([even, odd], axis=-1).reshape(rows, CODES * count)
 
 
-def _half_decoded(codes):
-    """Half the value of E2M1 codes (int32), float32; half, so that the scale can be twice its own.
+def _decoded(words):
+    """float32 values times 2^-14 of the codes in bits 0 to 3 and 16 to 19.
 
-    With the exponent's bias in place the codes 0 and 1 would be 0.5 and 0.75 instead of 0 and 0.5;
-    2 v - 1 repairs these two and is no smaller than v for the others. Here all of it halved.
+    Sign, exponent and mantissa go where a float16 has them, both codes at once. E2M1's subnormals
+    then are float16's, and its exponents are smaller by 14.
     """
-    bits = ((codes & 7) << 22) + (125 << 23)
-    value = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    value = jnp.minimum(value, 2 * value - 0.5)
-    bits = jax.lax.bitcast_convert_type(value, jnp.int32) | ((codes & 8) << 28)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    bits = ((words << 12) & -0x7FFF8000) | ((words << 9) & 0x0E000E00)
+    for half in (bits, bits >> 16):
+        value = jax.lax.bitcast_convert_type(half.astype(jnp.int16), jnp.float16)
+        yield value.astype(jnp.float32)
 
 
-def _twice_scales(scales):
-    """float32 2^(byte - 126) of E8M0 bytes: no subnormal for byte 0, and the largest for 254."""
+def _scales(scales):
+    """float32 2^(byte - 127 + 14) of E8M0 bytes; bytes over 240 count as 240, which is 2^113."""
     exponent = scales.astype(jnp.int32)
-    bits = jnp.where(exponent == 255, 0x7FC00000, jnp.minimum(exponent + 1, 254) << 23)
+    bits = jnp.where(exponent == 255, 0x7FC00000, (jnp.minimum(exponent, 240) + 14) << 23)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -44,6 +44,9 @@ def plan(x_XD, weights, rounding) -> Plan:
     if formats.kind(weights[0]) == "fp8":
         # A tile lies in one column of scale blocks.
         columns, depth = min(columns, 128), min(depth, 128)
+    if formats.kind(weights[0]) == "fp4":
+        # Half a byte an element: as many bytes in a row of the tile as of FP8.
+        depth = 2 * depth
     if np.dtype(formats.gradient_dtype(weights, rounding)).itemsize == 4:
         # Three passes of the tensor cores hold both halves of every operand in registers.
         return Plan(min(rows, 64), min(columns, 64), min(depth, 32), 4, 2, memory)
