@@ -5,6 +5,8 @@ entries from one row of 128 words with a shift. Words are uint32; a mask of C en
 128 * ceil(C / 4096) of them, and bits past C are zero.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt32
@@ -52,22 +54,39 @@ def from_indices(chosen_BTK: Int[Array, "b t k"], entries: int) -> UInt32[Array,
 
 def to_indices(member_BTW: UInt32[Array, "b t w"], topk: int) -> Int[Array, "b t k"]:
     """The first `topk` chosen entries of each query, ascending, -1 after the last."""
-    batch, length, count = member_BTW.shape
-    groups = count // LANES
-    # A row of 128 entries (one bit of 128 words) at a time: rows in the order of the entries.
-    bit = jnp.arange(BITS, dtype=jnp.uint32)[None, None, None, :, None]
-    rows = (member_BTW.reshape(batch, length, groups, 1, LANES) >> bit) & 1
-    rows = rows.reshape(batch * length, groups * BITS, LANES).astype(jnp.int32)
-    ends = jnp.cumsum(rows.sum(-1), axis=-1)
+    return indices_of(unpack(member_BTW, member_BTW.shape[2] * BITS), topk)
 
-    def one(rows_RL, end_R):
-        slot = jnp.arange(1, topk + 1)
-        row = jnp.searchsorted(end_R, slot, side="left", method="scan_unrolled")
-        row = jnp.minimum(row, end_R.shape[0] - 1)
-        within = jnp.cumsum(rows_RL, axis=-1)[row]  # [K, LANES]
-        wanted = slot - (end_R[row] - rows_RL.sum(-1)[row])
-        lane = jnp.sum(within < wanted[:, None], axis=-1)
-        return jnp.where(slot <= end_R[-1], LANES * row + lane, -1)
 
-    chosen = jax.vmap(one)(rows, ends)
-    return chosen.reshape(batch, length, topk).astype(jnp.int32)
+def indices_of(mask_BTC: Bool[Array, "b t c"], topk: int) -> Int[Array, "b t k"]:
+    """The same of a mask that is not packed."""
+    batch, length, entries = mask_BTC.shape
+    # Words of 32 neighbouring entries: a search over their counts, then bits of the one found.
+    mask = jnp.pad(mask_BTC, ((0, 0), (0, 0), (0, -entries % BITS)))
+    mask = mask.reshape(batch * length, -1, BITS).astype(jnp.uint32)
+    bit = jnp.arange(BITS, dtype=jnp.uint32)[None, None]
+    word = jnp.sum(mask << bit, axis=-1, dtype=jnp.uint32)
+    count = jax.lax.population_count(word).astype(jnp.int32)
+    chosen = jax.vmap(functools.partial(_indices_of_row, topk=topk))(word, count)
+    return chosen.reshape(batch, length, topk)
+
+
+def _indices_of_row(word_R, count_R, topk):
+    end = jnp.cumsum(count_R)
+    slot = jnp.arange(1, topk + 1, dtype=jnp.int32)
+    at = jnp.searchsorted(end, slot, side="left", method="scan_unrolled")
+    at = jnp.minimum(at, end.shape[0] - 1)
+    entry = BITS * at.astype(jnp.int32) + _nth_bit(word_R[at], slot - (end - count_R)[at])
+    return jnp.where(slot <= end[-1], entry, -1)
+
+
+def _nth_bit(word, n):
+    """Where the n-th set bit is, counted from 1 and from the lowest."""
+    where = jnp.zeros_like(n)
+    for half in (16, 8, 4, 2, 1):
+        low = word & ((1 << half) - 1)
+        count = jax.lax.population_count(low).astype(n.dtype)
+        higher = n > count
+        word = jnp.where(higher, word >> half, low)
+        n = jnp.where(higher, n - count, n)
+        where = jnp.where(higher, where + half, where)
+    return where

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,10 @@ NUMERICS = {
     "several_blocks": Case(length=300, entries=75, topk=12),
     "several_tiles": Case(length=3, entries=2300, topk=100, hidden=9000),
     "one_query": Case(length=1, entries=700, topk=64, hidden=2000),
-    "several_groups": Case(length=2, entries=9000, topk=70, hidden=36000, heads=2),
+    "two_queries": Case(length=2, entries=4200, topk=70, hidden=17000, heads=2),
     "odd_heads": Case(length=19, entries=130, topk=33, hidden=400, heads=3, width=24),
+    "long_tile": Case(length=3, entries=9000, topk=70, hidden=36000, batch=1, heads=2),
+    "long_decode": Case(length=1, entries=40000, topk=60, hidden=160000, batch=1, heads=2),
 }
 
 # What the released models ask for: 64 index heads of 128 channels; topk 512 (Flash), 1024 (Pro).
@@ -53,18 +55,19 @@ TRAINING = {
 
 def arguments(case: Case, dtype=jnp.float32, rounded: bool = False):
     """q, weight, keys, low, high of a case; `rounded`: on a coarse grid, where ties are common."""
-    keys = jax.random.split(jax.random.key(case.length), 3)
-    q = jax.random.normal(keys[0], (case.batch, case.length, case.heads, case.width))
-    weight = jax.random.normal(keys[1], (case.batch, case.length, case.heads))
-    index_keys = jax.random.normal(keys[2], (case.batch, case.entries, case.width))
+    random = np.random.default_rng(case.length)
+    q = random.standard_normal((case.batch, case.length, case.heads, case.width))
+    weight = random.standard_normal((case.batch, case.length, case.heads))
+    index_keys = random.standard_normal((case.batch, case.entries, case.width))
     if rounded:
-        q, weight, index_keys = jnp.round(q), jnp.round(weight), jnp.round(index_keys)
-    position = case.hidden + jnp.arange(case.length)[None]
-    high = jnp.minimum((position + 1) // 4, case.entries)
-    high = jnp.broadcast_to(high, (case.batch, case.length))
+        q, weight, index_keys = np.round(q), np.round(weight), np.round(index_keys)
+    position = case.hidden + np.arange(case.length)[None]
+    high = np.minimum((position + 1) // 4, case.entries)
+    high = np.broadcast_to(high, (case.batch, case.length))
     # Every other sequence starts later, as packed documents do.
-    low = jnp.where(jnp.arange(case.batch)[:, None] % 2 == 1, high // 3, 0)
-    return q.astype(dtype), weight.astype(dtype), index_keys.astype(dtype), low, high
+    low = np.where(np.arange(case.batch)[:, None] % 2 == 1, high // 3, 0)
+    arrays = (jnp.asarray(x, dtype) for x in (q, weight, index_keys))
+    return *arrays, jnp.asarray(low, jnp.int32), jnp.asarray(high, jnp.int32)
 
 
 def specs(case: Case, dtype=jnp.bfloat16):

@@ -27,7 +27,7 @@ def indexer_topk(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk, *, chain=F
         entry = low[..., None] + jnp.arange(topk)[None, None]
         return jnp.where(entry < high[..., None], entry, -1).astype(jnp.int32)
 
-    finish = functools.partial(_members, topk=topk)
+    finish = functools.partial(membership.indices_of, topk=topk)
     args = (q_BTIZ, weight_BTI, low_BT, high_BT)
     return _in_blocks(args, keys_BCZ, everything, finish, topk, chain)
 
@@ -209,15 +209,3 @@ def _running_count(mask_BQC):
     total = within[..., -1]
     before = jnp.cumsum(total, axis=-1) - total
     return (within + before[..., None]).reshape(mask_BQC.shape).astype(jnp.int32)
-
-
-def _members(mask_BQC, topk):
-    """The indices at which the mask is set, ascending, -1 after the last: [B,Q,K]."""
-    count = _running_count(mask_BQC)
-    slot = jnp.arange(1, topk + 1)
-
-    def row(count):
-        return jnp.searchsorted(count, slot, side="left", method="scan_unrolled")
-
-    index = jax.vmap(jax.vmap(row))(count).astype(jnp.int32)
-    return jnp.where(slot[None, None] <= count[..., -1:], index, -1)
