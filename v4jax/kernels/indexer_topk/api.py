@@ -75,7 +75,7 @@ def indexer_member(
     if topk == 0:
         return jnp.zeros((*low_BT.shape, membership.words(keys_BCZ.shape[1])), jnp.uint32)
     functions = _with(MEMBER, topk=topk, chain=chain)
-    args = (q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT)
+    args = _fixed(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT)
     return dispatch.run("indexer_member", implementation, functions, _refuse, *args)
 
 
@@ -109,13 +109,18 @@ def indexer_topk(
         for name in set(MEMBER) - set(INDICES)
     }
     functions = _with(INDICES, topk=topk, chain=chain) | from_member
-    args = (q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT)
+    args = _fixed(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT)
     return dispatch.run("indexer_topk", implementation, functions, _refuse, *args)
 
 
 def _indices(member, *args, topk, chain, interpret):
     word = member(*args, topk=topk, chain=chain, interpret=interpret)
     return membership.to_indices(word, topk)
+
+
+def _fixed(*arrays):
+    """A choice passes no gradient."""
+    return jax.lax.stop_gradient(arrays)
 
 
 def _with(functions, **options):
