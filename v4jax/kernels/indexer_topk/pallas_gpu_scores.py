@@ -154,10 +154,14 @@ def _key_gradient(q, weight, keys, g, interpret):
     tile = _key_tile(keys, KEY_KEYS)
     tiles = keys.shape[1] // tile
     # Few key tiles: several programs each, over parts of the queries, whose sums are added after.
-    parts = min(length, -(-PROGRAMS // (batch * tiles)))
-    per = -(-length // parts)
+    parts = 1 << (-(-PROGRAMS // (batch * tiles)) - 1).bit_length()
+    per = -(-length // min(parts, length))
+    parts = -(-length // per)
+    # A loop of a length known here keeps the matmuls asynchronous.
+    length = parts * per
+    q, weight, g = (gpu_tiles.pad_to(x, 1, length) for x in (q, weight, g))
     dkeys = pl.pallas_call(
-        functools.partial(_key_kernel, per=per, length=length),
+        functools.partial(_key_kernel, per=per),
         out_shape=jax.ShapeDtypeStruct((batch, parts, *keys.shape[1:]), jnp.float32),
         grid=(tiles, parts, batch),
         in_specs=[
@@ -174,16 +178,16 @@ def _key_gradient(q, weight, keys, g, interpret):
     return dkeys[:, 0] if parts == 1 else jnp.sum(dkeys, axis=1)
 
 
-def _key_kernel(q_ref, weight_ref, keys_ref, g_ref, dkeys_ref, *, per, length):
+def _key_kernel(q_ref, weight_ref, keys_ref, g_ref, dkeys_ref, *, per):
     """Keys are the rows, as in the forward kernel."""
     first = pl.program_id(1) * per
     keys = keys_ref[...]
 
-    def body(t, dkeys):
+    def body(index, dkeys):
+        t = first + index
         q = q_ref[t]
         dots = gpu_tiles.matmul(keys, q, trans_b=True)
         slope = jnp.where(dots > 0, g_ref[t][:, None] * weight_ref[t][None, :], 0.0)
         return dkeys + gpu_tiles.matmul(slope.astype(q.dtype), q)
 
-    last = jnp.minimum(first + per, length)
-    dkeys_ref[...] = lax.fori_loop(first, last, body, jnp.zeros(keys.shape, jnp.float32))
+    dkeys_ref[...] = lax.fori_loop(0, per, body, jnp.zeros(keys.shape, jnp.float32))
