@@ -84,7 +84,8 @@ def test_bf16_is_as_near_as_bf16_can_be(case, implementation):
 
 
 def error(x, wanted):
-    return float(jnp.abs(x.astype(jnp.float32) - wanted).max())
+    """The error's norm: its maximum over a sink's few numbers is a matter of luck."""
+    return float(jnp.linalg.norm((x.astype(jnp.float32) - wanted).ravel()))
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "window"))

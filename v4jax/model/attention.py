@@ -6,6 +6,7 @@ from jaxtyping import Array
 
 from v4jax import quant
 from v4jax.config import LayerSpec, ModelConfig
+from v4jax.kernels import membership
 from v4jax.kernels.sparse_attention import api as sparse_attention
 from v4jax.model import rope
 from v4jax.model.cache import LayerCache, read_layer, shift_in, write_layer, write_rows
@@ -78,13 +79,14 @@ class Attention(nn.Module):
             keys |= {"entries_BCH": entries, "low_BT": low, "high_BT": high}
         if self.spec.attention == "csa":
             index_keys, cache = self._index_keys(x_BTD, context, cache, layer)
-            chosen, aux = replayed_BTK, {}
-            if chosen is None:
+            choice = {"chosen_BTK": replayed_BTK}
+            if replayed_BTK is None:
                 q_index = self.indexer.queries(x_BTD, q_lat, turn)
-                chosen, aux = self._choose(*q_index, index_keys, low, high, context.aux)
-            keys |= {"chosen_BTK": chosen}
+                choice, aux = self._choose(*q_index, index_keys, low, high, context.aux)
+            keys |= choice
+        scale, kernels = self.config.head_dim**-0.5, self.numerics.kernels
         o = sparse_attention.sparse_attention(
-            q, self.attn_sink, scale=self.config.head_dim**-0.5, **keys
+            q, self.attn_sink, scale=scale, implementation=kernels, **keys
         )
         if "attention" in context.aux:
             aux |= {"q": q, "kv": kv, "entries": keys.get("entries_BCH"), "o": o}
@@ -161,15 +163,20 @@ class Attention(nn.Module):
         return read_layer(state.entries, layer), cache.replace(index=state)
 
     def _choose(self, q_BTIZ, weight_BTI, keys_BCZ, low, high, wanted):
-        """The indexer's choice [B,T,K], or None where every visible entry would be in it."""
+        """The indexer's choice, or none where every visible entry would be in it."""
         topk, aux = self.config.index_topk or keys_BCZ.shape[1], {}
         if "index_scores" in wanted:
             scores = self.indexer.scores(q_BTIZ, weight_BTI, keys_BCZ)
             aux = {"index_scores": scores, "index_keys": keys_BCZ}
         if keys_BCZ.shape[1] <= topk and "chosen" not in wanted:
-            return None, aux
-        chosen = self.indexer.choose(q_BTIZ, weight_BTI, keys_BCZ, low, high, topk)
-        return chosen, aux | {"chosen": chosen}
+            return {}, aux
+        choice = self.indexer.choose(q_BTIZ, weight_BTI, keys_BCZ, low, high, topk)
+        if "chosen" in wanted:
+            chosen = choice.get("chosen_BTK")
+            if chosen is None:
+                chosen = membership.to_indices(choice["member_BTW"], choice["topk"])
+            aux |= {"chosen": chosen}
+        return choice, aux
 
     def _output(self, o, turn):
         """Turns the values back, projects each group of heads down, then all of them up."""

@@ -6,6 +6,7 @@ from jaxtyping import Array
 
 from v4jax import quant
 from v4jax.config import LayerSpec, ModelConfig
+from v4jax.kernels import membership
 from v4jax.kernels.indexer_topk import api
 from v4jax.model import rope
 from v4jax.model.cache import CompressorState
@@ -48,15 +49,21 @@ class Indexer(nn.Module):
         weight = self.weights_proj("btd,id->bti", x_BTD).astype(jnp.float32) * factor
         return q, round_(weight)
 
-    def choose(self, q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk: int) -> Array:
-        """The chosen entries, int32 [B,T,min(topk, C)], -1 where there are fewer."""
-        return api.indexer_topk(
-            q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk, chain=self.numerics.native
-        )
+    def choose(self, q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk: int) -> dict[str, Array]:
+        """The choice as the core attention takes it: a packed mask, or indices where those are
+        fewer bytes or the call is a decode step's.
+        """
+        arguments = (q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk)
+        options = {"chain": self.numerics.native, "implementation": self.numerics.kernels}
+        if low_BT.shape[1] == 1 or keys_BCZ.shape[1] > membership.BITS * topk:
+            return {"chosen_BTK": api.indexer_topk(*arguments, **options)}
+        member_BTW = api.indexer_member(*arguments, **options)
+        return {"member_BTW": member_BTW, "topk": min(topk, keys_BCZ.shape[1])}
 
     def scores(self, q_BTIZ, weight_BTI, keys_BCZ) -> Array:
         """Every entry's score for every query, float32 [B,T,C]: for losses and pictures."""
-        return api.index_scores(q_BTIZ, weight_BTI, keys_BCZ, chain=self.numerics.native)
+        options = {"chain": self.numerics.native, "implementation": self.numerics.kernels}
+        return api.index_scores(q_BTIZ, weight_BTI, keys_BCZ, **options)
 
     def _rotate_and_quantize(self, x):
         """The Hadamard rotation and E2M1 rounding of native numerics.

@@ -22,10 +22,13 @@ class Numerics:
       dtype: the activations' type; every rounding point of architecture section 10 casts to it.
       native: also the official FP8 / FP4 rounding of matmul inputs, KV and indexer, the bf16
         chains of section 10 (points 2 and 7) and the Hadamard rotation.
+      kernels: the implementation of every kernel by name ("xla", "pallas_tpu", ...); None takes
+        the best of the platform that the program is compiled for.
     """
 
     dtype: str = "float32"
     native: bool = False
+    kernels: str | None = None
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):

@@ -103,6 +103,7 @@ class Experts(nn.Module):
             w3,
             limit=config.swiglu_limit,
             rounding=grouped_matmul.Rounding(self.numerics.dtype, self.numerics.native),
+            implementation=self.numerics.kernels,
         )
         back_X = jnp.zeros_like(order_X).at[order_X].set(jnp.arange(order_X.size))
         back_BTK = back_X.reshape(chosen_BTK.shape)

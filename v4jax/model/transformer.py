@@ -58,6 +58,8 @@ class Transformer(nn.Module):
       min_repeats: a unit of layers that repeats at least so often is scanned, its weights stacked.
         Below it layers are unrolled, which spares a scan's copies of weights out of the stack.
       remat: recompute each unit's activations in the backward pass.
+      kernels: "xla", "pallas_tpu" or "pallas_gpu" for every kernel (a Pallas one is interpreted
+        where it cannot run); None takes the best of the platform that is compiled for.
     """
 
     config: ModelConfig
@@ -65,6 +67,7 @@ class Transformer(nn.Module):
     numerics: str | None = None
     min_repeats: int = 4
     remat: bool = False
+    kernels: str | None = None
 
     @nn.nowrap
     def rounding(self) -> Numerics:
@@ -73,7 +76,7 @@ class Transformer(nn.Module):
             raise InputError(f"numerics is {self.numerics!r}; expected None or 'native'")
         native = self.numerics == "native"
         default = "bfloat16" if native else self.config.dtype
-        return Numerics(str(jnp.dtype(self.dtype or default)), native)
+        return Numerics(str(jnp.dtype(self.dtype or default)), native, self.kernels)
 
     @nn.nowrap
     def segments(self) -> tuple[config_lib.Segment, ...]:

@@ -1,0 +1,91 @@
+"""The model with Pallas kernels computes what it computes without: interpreted, tiny, float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tiny import tiny_model
+
+KERNELS = ("pallas_tpu", "pallas_gpu")
+TOLERANCE = 1e-4
+CHUNKS = (40, 37, 1, 1, 1)
+LENGTH = sum(CHUNKS)
+
+
+@functools.cache
+def model_and_variables(kernels):
+    """The same variables for every choice of kernels; layers are not scanned."""
+    model, _ = tiny_model(kernels=kernels)
+    variables = tiny_model(kernels="xla")[1] if kernels == "xla" else model_and_variables("xla")[1]
+    return model, variables
+
+
+def tokens():
+    return jax.random.randint(jax.random.key(3), (2, LENGTH), 0, 331)
+
+
+@functools.cache
+def prefilled(kernels):
+    model, variables = model_and_variables(kernels)
+    out = jax.jit(lambda v, t: model.apply(v, t, aux=("chosen",)))(variables, tokens())
+    return np.asarray(out.logits), jax.tree.map(np.asarray, out.aux["chosen"])
+
+
+@functools.cache
+def chunked(kernels):
+    """Logits and choices of every chunk and decode step through a cache."""
+    model, variables = model_and_variables(kernels)
+    run = jax.jit(lambda v, t, c: model.apply(v, t, cache=c, aux=("chosen",)))
+    cache, at, found = model.init_cache(2, LENGTH), 0, []
+    for size in CHUNKS:
+        out = run(variables, tokens()[:, at : at + size], cache)
+        cache, at = out.cache, at + size
+        found.append((np.asarray(out.logits), jax.tree.map(np.asarray, out.aux["chosen"])))
+    return found
+
+
+@functools.cache
+def gradients(kernels):
+    model, variables = model_and_variables(kernels)
+
+    def loss(params):
+        out = model.apply({**variables, "params": params}, tokens(), mtp=True)
+        weight = jnp.cos(jnp.arange(out.logits.size, dtype=jnp.float32)).reshape(out.logits.shape)
+        return jnp.mean(out.logits * weight) + jnp.mean(out.mtp_logits[0] ** 2)
+
+    return jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(variables["params"]))
+
+
+def close(got, wanted):
+    np.testing.assert_allclose(got, wanted, atol=TOLERANCE * np.std(wanted), rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_prefill(kernels):
+    logits, chosen = prefilled(kernels)
+    wanted, wanted_chosen = prefilled("xla")
+    close(logits, wanted)
+    jax.tree.map(np.testing.assert_array_equal, chosen, wanted_chosen)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_chunks_and_decode(kernels):
+    for got, wanted in zip(chunked(kernels), chunked("xla"), strict=True):
+        close(got[0], wanted[0])
+        jax.tree.map(np.testing.assert_array_equal, got[1], wanted[1])
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_training_gradients(kernels):
+    got, wanted = gradients(kernels), gradients("xla")
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(wanted))
+
+    def check(path, a, b):
+        where = jax.tree_util.keystr(path)
+        scale = max(np.abs(b).max(), 1e-3 * largest)
+        np.testing.assert_allclose(a, b, atol=TOLERANCE * scale, rtol=0, err_msg=where)
+
+    jax.tree_util.tree_map_with_path(check, got, wanted)
