@@ -1,5 +1,6 @@
 """Grouped experts against every expert on every row, with gradients and stored weights."""
 
+import dataclasses
 import functools
 import json
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from v4jax import quant
-from v4jax.kernels.grouped_matmul import api, formats, items
-from v4jax.kernels.grouped_matmul.cases import GROUPS, inputs
+from v4jax.kernels.grouped_matmul import api, formats, items, pallas_gpu, pallas_tpu
+from v4jax.kernels.grouped_matmul.cases import GROUPS, REAL, inputs, specs
+from v4jax.kernels.grouped_matmul.plan_gpu import plan as plan_gpu
+from v4jax.kernels.grouped_matmul.plan_tpu import plan as plan_tpu
 from v4jax.kernels.quantized_matmul import api as quantized_matmul
 
 FLOAT32, BFLOAT16 = api.Rounding(), api.Rounding("bfloat16")
@@ -90,10 +93,12 @@ def test_sizes_that_no_tile_divides(d, f, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_is_within_twice_the_references_own_error(implementation):
-    args = inputs(GROUPS["skewed"], 512, 256, dtype="bfloat16")
-    exact = run(jax.tree.map(_widen, args), "reference")
-    reference = run(args, "reference", rounding=BFLOAT16)
-    ours = run(args, implementation, rounding=BFLOAT16)
+    x, gate, weights, sizes = inputs(GROUPS["skewed"], 512, 256, dtype="bfloat16")
+    # Far from the clamp: a value rounded across it would swamp every other error.
+    args = (x, gate, tuple(w / 8 for w in weights), sizes)
+    exact = run(jax.tree.map(_widen, args), "reference", limit=10.0)
+    reference = run(args, "reference", limit=10.0, rounding=BFLOAT16)
+    ours = run(args, implementation, limit=10.0, rounding=BFLOAT16)
     for mine, theirs, true in zip(ours, reference, exact, strict=True):
         assert mine.dtype == theirs.dtype
         allowed = 2 * np.abs(np.asarray(theirs, np.float32) - true).max()
@@ -146,26 +151,13 @@ def test_every_fp4_code_and_the_extreme_scales(implementation):
     w = quant.QTensor(codes[None], scales[None])
     expanded = w.dequantize(jnp.float32)
     x = jnp.zeros((1, 32)).at[0, 3].set(1.0)
-    kernel = {"pallas_tpu": _tpu_product, "pallas_gpu": _gpu_product}[implementation]
-    np.testing.assert_array_equal(kernel(x, w), x @ expanded[0].T)
-
-
-def _tpu_product(x, w):
-    from v4jax.kernels.grouped_matmul import pallas_tpu
-    from v4jax.kernels.grouped_matmul.plan_tpu import plan
-
-    sizes = plan(x, (w, w, w), api.Rounding())
+    module, plan = {"pallas_tpu": (pallas_tpu, plan_tpu), "pallas_gpu": (pallas_gpu, plan_gpu)}[
+        implementation
+    ]
+    sizes = plan(x, (w, w, w), FLOAT32)
     one = jnp.array([1], jnp.int32)
-    return pallas_tpu._Kernels(one, 1.0, "float32", sizes, interpret=True).down(x, w)
-
-
-def _gpu_product(x, w):
-    from v4jax.kernels.grouped_matmul import pallas_gpu
-    from v4jax.kernels.grouped_matmul.plan_gpu import plan
-
-    sizes = plan(x, (w, w, w), api.Rounding())
-    one = jnp.array([1], jnp.int32)
-    return pallas_gpu._Kernels(one, 1.0, "float32", sizes, interpret=True).down(x, w)
+    product = module._Kernels(one, 1.0, "float32", sizes, interpret=True).down(x, w)
+    np.testing.assert_array_equal(product, x @ expanded[0].T)
 
 
 @pytest.mark.parametrize("groups", GROUPS)
@@ -211,6 +203,14 @@ def test_refusals():
             jax.ShapeDtypeStruct((1, 10**6), "float32"),
             *wide[:3],
         )
+
+
+def test_what_a_gpus_offsets_reach():
+    """Pro's FP4 experts as words; half of its FP8 experts are just what 32 bits do not reach."""
+    half = dataclasses.replace(REAL["pro"], experts=192)
+    assert pallas_gpu.refuse(*specs(REAL["pro"], "fp4"), BFLOAT16) is None
+    assert pallas_gpu.refuse(*specs(REAL["pro"], "fp8"), BFLOAT16) is None
+    assert "offsets reach" in pallas_gpu.refuse(*specs(half, "fp8"), BFLOAT16)
 
 
 def test_operands_are_bfloat16_where_that_is_exact():

@@ -41,13 +41,14 @@ def refuse(x_XD, gate_X, group_sizes_E, weights, rounding) -> str | None:
     reason = formats.refuse(weights)
     if reason is not None:
         return reason
-    for array in jax.tree.leaves(weights):
-        # Pallas Triton counts elements in 32 signed bits up to 4 GiB, and in 64 bits beyond.
-        if array.size > 2**31 and array.size * array.dtype.itemsize <= 2**32:
-            return (
-                f"a weight of {array.shape} {array.dtype.name} has {array.size} elements; "
-                "offsets reach 2^31 elements in arrays of up to 2^32 bytes"
-            )
+    for weight in weights:
+        for array in jax.eval_shape(expand.arrays, weight):
+            # Pallas Triton counts elements in 32 signed bits up to 4 GiB, and in 64 bits beyond.
+            if array.size > 2**31 and array.size * array.dtype.itemsize <= 2**32:
+                return (
+                    f"a weight of {array.shape} {array.dtype.name} has {array.size} elements; "
+                    "offsets reach 2^31 elements in arrays of up to 2^32 bytes"
+                )
     return None
 
 
