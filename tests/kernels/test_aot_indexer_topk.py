@@ -10,8 +10,10 @@ from tests.kernels import aot
 from v4jax.kernels.indexer_topk import api, cases
 
 
-def member(case, chain=False):
-    return functools.partial(api.indexer_member, topk=case.topk, chain=chain), cases.specs(case)
+def member(case, chain=False, dtype=jnp.bfloat16):
+    return functools.partial(api.indexer_member, topk=case.topk, chain=chain), cases.specs(
+        case, dtype
+    )
 
 
 def scores(case, dtype=jnp.bfloat16):
@@ -45,6 +47,19 @@ def test_choice_compiles_for_a_tpu(chip, name):
 def test_choice_through_the_chain_compiles_for_a_tpu(chip):
     function, specs = member(cases.RELEASED["flash_prefill_64k"], chain=True)
     assert kernels(aot.compile_tpu(chip, function, *specs)) >= 1
+
+
+@aot.needs_libtpu
+def test_choice_in_float32_compiles_for_a_tpu():
+    function, specs = member(cases.RELEASED["flash_prefill_64k"], dtype=jnp.float32)
+    assert kernels(aot.compile_tpu("v5p", function, *specs)) >= 1
+
+
+@aot.needs_cuda
+@pytest.mark.parametrize("name", ("flash_prefill_64k", "pro_decode_1m"))
+def test_choice_in_float32_compiles_for_an_h100(name):
+    function, specs = member(cases.RELEASED[name], dtype=jnp.float32)
+    assert kernels(aot.compile_h100(function, *specs)) >= 3
 
 
 @aot.needs_libtpu

@@ -9,7 +9,7 @@ from jax.experimental.pallas import triton as plt
 # A side of a matmul in Triton is a power of two, this at least.
 LEAST = 16
 # Without tensor cores, wider tiles of float32 do not fit the registers.
-FLOAT32_KEYS = 32
+FLOAT32_KEYS = 16
 DTYPES = ("bfloat16", "float32")
 # Index heads x channels of a tile of queries that fit shared memory twice over.
 LARGEST_QUERY = 64 * 256
