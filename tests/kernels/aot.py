@@ -88,7 +88,9 @@ def _spec(mesh, leaf):
 
 
 def _is_leaf(x):
-    return isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], tuple)
+    """Whether x is (shape, dtype)."""
+    shape = x[0] if isinstance(x, tuple) and len(x) == 2 else None
+    return isinstance(shape, tuple) and all(isinstance(n, int) for n in shape)
 
 
 def _compile(mesh, f, specs, options=None):

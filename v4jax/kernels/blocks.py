@@ -84,7 +84,7 @@ class Blocks:
 # VMEM (TPU) or shared memory a block (GPU) that a kernel may plan with, in bytes.
 MEMORY = {
     "v5e": 128 << 20,
-    "v5p": 95 << 20,
+    "v5p": 63 << 20,
     "v6e": 128 << 20,
     "tpu7x": 64 << 20,
     "h100": 227 << 10,

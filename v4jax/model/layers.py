@@ -117,15 +117,22 @@ class Projection(nn.Module):
         if isinstance(w, quant.QTensor) and self.out_features // groups % 128:
             w = w.dequantize(self.numerics.dtype)  # a scale block would reach over two groups
         w = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, leaf.shape[-1]), w)
+
+        def together(x, w):
+            return project("btgx,gox->btgo", x, w, self.numerics, self.quantize_input)
+
+        def one_by_one(x, w):
+            pairs = [(x[:, :, g], w[g]) for g in range(groups)]
+            parts = [
+                project("btx,ox->bto", *pair, self.numerics, self.quantize_input) for pair in pairs
+            ]
+            return jnp.stack(parts, axis=2)
+
         if isinstance(w, quant.QTensor):
-            y = project("btgx,gox->btgo", x, w, self.numerics, self.quantize_input)
-            return self.numerics.round(y)
-        # Group by group: as one batched product a CPU turns all of x over first.
-        parts = [
-            project("btx,ox->bto", x[:, :, g], w[g], self.numerics, self.quantize_input)
-            for g in range(groups)
-        ]
-        return self.numerics.round(jnp.stack(parts, axis=2))
+            return self.numerics.round(together(x, w))
+        # A CPU turns all of x over before a batched product; other backends do not.
+        y = jax.lax.platform_dependent(x, w, cpu=one_by_one, default=together)
+        return self.numerics.round(y)
 
     def in_float32(self, equation: str, x: Array) -> Array:
         """The projection computed in float32 whatever the activations are (compressor, router)."""

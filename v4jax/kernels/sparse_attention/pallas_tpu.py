@@ -19,7 +19,7 @@ from v4jax.kernels import blocks, membership
 from v4jax.kernels.sparse_attention import pallas_tpu_gather
 from v4jax.kernels.sparse_attention.walk import Tiles, prepare, unprepare
 
-VMEM_LIMIT = 96 << 20
+VMEM_LIMIT = 60 << 20
 
 
 def refuse(plan, q_BTNH, window_BSH, entries_BCH):
@@ -144,37 +144,43 @@ def _forward_kernel(
 def _walk_keys(plan, tiles, walk, bounds, member, window, entries, buf, sem, meet, carry):
     """`meet(kv, bias, carry)` for every key tile of this tile of queries, DMA one tile ahead.
 
-    walk: [first window tile, their number, first entry tile, number of entry tiles, the chosen
-    tiles ...] in SMEM.
+    walk: [first window tile, their number, first entry tile, number of entry tiles, the next tile
+    of each ...] in SMEM.
     """
     batch = pl.program_id(0)
     in_window = walk[0, 0, 0, 1]
     total = in_window + walk[0, 0, 0, 3]
 
-    def tile_of(step):
-        ahead = jnp.maximum(step - in_window, 0)
-        entry = walk[0, 0, 0, 4 + ahead] if plan.topk else walk[0, 0, 0, 2] + ahead
-        return jnp.where(step < in_window, walk[0, 0, 0, 0] + step, entry)
+    def following(step, tile):
+        """The tile of `step`, behind the `tile` of the step before."""
+        ahead = tile + 1
+        if plan.topk:
+            at_entries = jnp.where(step > in_window, tile, 0)
+            ahead = jnp.where(step > in_window, walk[0, 0, 0, 4 + at_entries], ahead)
+        return jnp.where(step == in_window, walk[0, 0, 0, 2], ahead)
 
-    def start(step, slot):
+    def start(step, tile, slot):
         def copy(source):
-            rows = pl.ds(tile_of(step) * tiles.keys, tiles.keys)
+            rows = pl.ds(tile * tiles.keys, tiles.keys)
             pltpu.make_async_copy(source.at[batch, rows], buf.at[slot], sem.at[slot]).start()
 
         pl.when(step < in_window)(lambda: copy(window))
         pl.when(step >= in_window)(lambda: copy(entries))
 
-    pl.when(total > 0)(lambda: start(0, 0))
+    first = jnp.where(in_window > 0, walk[0, 0, 0, 0], walk[0, 0, 0, 2])
+    pl.when(total > 0)(lambda: start(0, first, 0))
 
-    def body(step, carry):
+    def body(step, state):
+        tile, carry = state
         slot = jax.lax.rem(step, 2)
-        pl.when(step + 1 < total)(lambda: start(step + 1, 1 - slot))
+        ahead = following(step + 1, tile)
+        pl.when(step + 1 < total)(lambda: start(step + 1, ahead, 1 - slot))
         # Waits for the bytes of one tile, whichever array it came from.
         pltpu.make_async_copy(buf.at[slot], buf.at[slot], sem.at[slot]).wait()
-        bias = _bias(plan, tiles, tile_of(step), step < in_window, bounds[0], member)
-        return meet(buf[slot], bias, carry)
+        bias = _bias(plan, tiles, tile, step < in_window, bounds[0], member)
+        return ahead, meet(buf[slot], bias, carry)
 
-    return jax.lax.fori_loop(0, total, body, carry)
+    return jax.lax.fori_loop(0, total, body, (first, carry))[1]
 
 
 def _bias(plan, tiles, tile, is_window, bounds_QX, member):
@@ -368,15 +374,14 @@ def _dkv(plan, tiles: Tiles, is_window, interpret, keys, meets, row, bounds, mem
 
 
 def _dkv_kernel(plan, tiles, is_window, chosen, meets, kv_ref, *refs):
-    """One tile of keys; meets: [first query tile, their number, the query tiles ...]."""
+    """One tile of keys; meets: [first query tile, their number, the next of each ...]."""
     *sources, out, q_buf, do_buf, lse_buf, delta_buf, bounds_buf, member_buf, sem = refs
     batch, tile = pl.program_id(0), pl.program_id(1)
     total = meets[0, 0, 0, 1]
     buffers = (q_buf, do_buf, lse_buf, delta_buf, bounds_buf, member_buf)
     group = tile * tiles.keys // membership.GROUP
 
-    def copies(step, slot):
-        i = meets[0, 0, 0, 2 + step] if chosen else meets[0, 0, 0, 0] + step
+    def copies(i, slot):
         rows = pl.ds(i * tiles.queries, tiles.queries)
         words = pl.ds(pl.multiple_of(group * membership.LANES, membership.LANES), membership.LANES)
         places = [(rows,), (rows,), (i,), (i,), (rows,), (rows, words)]
@@ -385,18 +390,20 @@ def _dkv_kernel(plan, tiles, is_window, chosen, meets, kv_ref, *refs):
             source = sources[k].at[(batch, *places[k])]
             yield pltpu.make_async_copy(source, buffers[k].at[slot], sem.at[slot, k])
 
-    def start(step, slot):
-        for copy in copies(step, slot):
+    def start(i, slot):
+        for copy in copies(i, slot):
             copy.start()
 
-    pl.when(total > 0)(lambda: start(0, 0))
+    first = meets[0, 0, 0, 0]
+    pl.when(total > 0)(lambda: start(first, 0))
     kv = kv_ref[0]
     out[...] = jnp.zeros_like(out)
 
-    def body(step, carry):
+    def body(step, i):
         slot = jax.lax.rem(step, 2)
-        pl.when(step + 1 < total)(lambda: start(step + 1, 1 - slot))
-        for copy in copies(step, slot):
+        ahead = meets[0, 0, 0, 2 + i] if chosen else i + 1
+        pl.when(step + 1 < total)(lambda: start(ahead, 1 - slot))
+        for copy in copies(i, slot):
             copy.wait()
         q, do = (ref[slot].reshape(tiles.rows, tiles.width) for ref in (q_buf, do_buf))
         lse, delta = (_to_column(ref[slot], tiles.rows) for ref in (lse_buf, delta_buf))
@@ -405,9 +412,9 @@ def _dkv_kernel(plan, tiles, is_window, chosen, meets, kv_ref, *refs):
         p, ds = _score_gradient(plan, q, do, kv, lse, delta, scores)
         part = _dot(ds.astype(q.dtype), q, ((0,), (0,)))
         out[0] += part + _dot(p.astype(q.dtype), do, ((0,), (0,)))
-        return carry
+        return ahead
 
-    jax.lax.fori_loop(0, total, body, 0)
+    jax.lax.fori_loop(0, total, body, first)
 
 
 def _tile_bias(tiles, tile, is_window, chosen, bounds_QX, words_QL):

@@ -152,20 +152,20 @@ def _chosen_meets(tiles, member_BTW, keys):
 
 
 def _walk(plan, meets_window, meets_entries):
-    """[first window tile, number, first entry tile, number, the chosen tiles ...] a query tile."""
+    """[first window tile, number, first entry tile, number, the next chosen tile of each ...]."""
     parts = [*_first_and_count(meets_window), *_first_and_count(meets_entries)]
     walk = jnp.stack(parts, axis=-1)
     if plan.topk:
-        walk = jnp.concatenate([walk, _listed(meets_entries)], axis=-1)
+        walk = jnp.concatenate([walk, _next(meets_entries)], axis=-1)
     return walk[:, :, None]
 
 
 def _meets(meets_BXY, listed):
-    """[first query tile, number, the query tiles ...] for each key tile."""
+    """[first query tile, number, the next query tile of each ...] for each key tile."""
     meets = jnp.swapaxes(meets_BXY, 1, 2)
     parts = jnp.stack(_first_and_count(meets), axis=-1)
     if listed:
-        parts = jnp.concatenate([parts, _listed(meets)], axis=-1)
+        parts = jnp.concatenate([parts, _next(meets)], axis=-1)
     return parts[:, :, None]
 
 
@@ -173,6 +173,10 @@ def _first_and_count(meets):
     return jnp.argmax(meets, axis=-1).astype(jnp.int32), meets.sum(-1, dtype=jnp.int32)
 
 
-def _listed(meets):
-    """The places where `meets` is true, in order, before the others."""
-    return jnp.argsort(~meets, axis=-1, stable=True).astype(jnp.int32)
+def _next(meets):
+    """For every place the next one where `meets` is true: a list to walk, made without a sort."""
+    count = meets.shape[-1]
+    place = jnp.arange(count, dtype=jnp.int32)[None, None]
+    here = jnp.where(meets, place, count)
+    after = jax.lax.cummin(here, axis=2, reverse=True)
+    return jnp.pad(after[..., 1:], ((0, 0), (0, 0), (0, 1)), constant_values=count)
