@@ -31,23 +31,38 @@ class HyperConnection(nn.Module):
         """The sub-layer's input [B,T,D], rounded, and (post, comb) for `post`."""
         if self.config.hc_mult == 1:
             return h_BTMD[:, :, 0], None
-        config = self.config
-        u_BTD, post_BTM, comb_BTMM = api.pre(
-            h_BTMD,
-            self.fn.astype(jnp.float32),
-            self.base.astype(jnp.float32),
-            self.scale.astype(jnp.float32),
-            iterations=config.hc_sinkhorn_iters,
-            eps=config.hc_eps,
-            rms_eps=config.rms_norm_eps,
-        )
-        return self.numerics.round(u_BTD), (post_BTM, comb_BTMM)
+        u_BTD, *mixing = api.pre(h_BTMD, *self._weights(), **self._options())
+        return u_BTD, tuple(mixing)
 
     def post(self, y_BTD: Array, h_BTMD: Array, mixing) -> Array:
         """The streams after the sub-layer's output y, rounded."""
         if mixing is None:
             return self.numerics.round(h_BTMD + y_BTD[:, :, None])
-        return self.numerics.round(api.post(y_BTD, h_BTMD, *mixing))
+        numerics = self.numerics
+        options = {"dtype": numerics.dtype, "implementation": numerics.kernels}
+        return api.post(y_BTD, h_BTMD, *mixing, **options)
+
+    def post_pre(self, y_BTD: Array, h_BTMD: Array, mixing):
+        """The streams after another sub-layer's output y, whose mixing it is, and `pre` of them."""
+        if mixing is None:
+            h_BTMD = self.post(y_BTD, h_BTMD, mixing)
+            return h_BTMD, *self.pre(h_BTMD)
+        arrays = (y_BTD, h_BTMD, *mixing, *self._weights())
+        h_BTMD, u_BTD, *mixing = api.post_pre(*arrays, **self._options())
+        return h_BTMD, u_BTD, tuple(mixing)
+
+    def _weights(self):
+        return tuple(w.astype(jnp.float32) for w in (self.fn, self.base, self.scale))
+
+    def _options(self):
+        config = self.config
+        return {
+            "iterations": config.hc_sinkhorn_iters,
+            "eps": config.hc_eps,
+            "rms_eps": config.rms_norm_eps,
+            "dtype": self.numerics.dtype,
+            "implementation": self.numerics.kernels,
+        }
 
 
 class HyperHead(nn.Module):
