@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for chips that are not there: TPUs through libtpu, an H100 by XLA:GPU."""
+"""Ahead-of-time compilation for chips that are not there: TPUs by libtpu, an H100 by XLA:GPU."""
 
 import importlib.util
 import os

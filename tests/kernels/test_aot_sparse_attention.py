@@ -12,6 +12,19 @@ from v4jax.kernels.sparse_attention import api, cases
 TRAINED = [name for name in cases.REAL if "decode" not in name]
 
 
+def on_chips(names):
+    """Every chip and case; beside the first chip only the CSA prefills in the quick suite."""
+    return [
+        pytest.param(chip, name, marks=() if quick(chip, name) else pytest.mark.slow)
+        for chip in aot.TPU_CHIPS
+        for name in names
+    ]
+
+
+def quick(chip, name):
+    return chip == aot.TPU_CHIPS[0] or name.endswith("csa_prefill_4k")
+
+
 def forward(case, diff, arrays):
     return api.sparse_attention(**diff, **arrays, scale=case.width**-0.5, window=case.window)
 
@@ -24,8 +37,7 @@ def gradients(case, diff, arrays):
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize("name", cases.REAL)
-@pytest.mark.parametrize("chip", aot.TPU_CHIPS)
+@pytest.mark.parametrize(("chip", "name"), on_chips(cases.REAL))
 def test_forward_compiles_for_tpus(chip, name):
     case = cases.REAL[name]
     compiled = aot.compile_tpu(chip, functools.partial(forward, case), *cases.specs(case))
@@ -33,8 +45,7 @@ def test_forward_compiles_for_tpus(chip, name):
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize("name", TRAINED)
-@pytest.mark.parametrize("chip", aot.TPU_CHIPS)
+@pytest.mark.parametrize(("chip", "name"), on_chips(TRAINED))
 def test_backward_compiles_for_tpus(chip, name):
     case = cases.REAL[name]
     compiled = aot.compile_tpu(chip, functools.partial(gradients, case), *cases.specs(case))

@@ -50,6 +50,11 @@ SUBCOMMANDS = {
         "Convert a checkpoint between the official layout and Orbax.",
         "v4jax convert --source DeepSeek-V4-Flash --target flash-orbax --to orbax --verify",
     ),
+    "tune": Subcommand(
+        "v4jax.cli.tune",
+        "Measure block sizes of the Pallas kernels on this TPU or GPU.",
+        "v4jax tune --out blocks.json && V4JAX_BLOCKS=blocks.json v4jax generate",
+    ),
 }
 
 

@@ -1,12 +1,15 @@
 """Block sizes of the Pallas kernels: one frozen dataclass an operation, one table a chip.
 
-`v4jax tune` measures candidates and writes such a table as JSON; `use(path)` or the environment
-variable V4JAX_BLOCKS puts it in force.
+`v4jax tune` measures candidates and writes such a table as JSON; the environment variable
+V4JAX_BLOCKS names the file that is in force.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -128,26 +131,52 @@ def _device_kind(platform):
 
 def blocks(platform: str) -> Blocks:
     """The block sizes in force on the platform's chip."""
-    tuned = _tuned(os.environ.get("V4JAX_BLOCKS"))
     name = chip(platform)
-    return tuned.get(name, TABLE[name])
+    path = os.environ.get("V4JAX_BLOCKS")
+    tuned = read(Path(path)) if path else {}
+    return _trial.get(name) or tuned.get(name, TABLE[name])
 
 
-def _tuned(path):
-    return {} if not path else read(Path(path))
+_trial: dict[str, Blocks] = {}
 
 
+@contextlib.contextmanager
+def on_trial(name: str, table: Blocks) -> Iterator[None]:
+    """Puts block sizes in force on a chip for a while: what the tuner measures under."""
+    before = dict(_trial)
+    _trial[name] = table
+    try:
+        yield
+    finally:
+        _trial.clear()
+        _trial.update(before)
+
+
+@functools.cache
 def read(path: Path) -> dict[str, Blocks]:
     """A table written by `v4jax tune`.
 
     Raises:
       ValueError: not such a table; the message names what is wrong.
     """
-    kinds = {field.name: field.default.__class__ for field in dataclasses.fields(Blocks)}
-    table = {}
-    for name, row in json.loads(path.read_text()).items():
-        unknown = set(row) - set(kinds)
-        if name not in TABLE or unknown:
-            raise ValueError(f"{path}: unknown chip or operation: {name} {sorted(unknown)}")
-        table[name] = Blocks(**{op: kinds[op](**sizes) for op, sizes in row.items()})
-    return table
+    try:
+        rows = json.loads(path.read_text())
+        return {_known_chip(name): _row(row) for name, row in rows.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no table of block sizes ({error}); write one with v4jax tune --out {path}"
+        ) from error
+
+
+def _known_chip(name):
+    if name not in TABLE:
+        raise ValueError(f"unknown chip {name!r}, expected one of {sorted(TABLE)}")
+    return name
+
+
+def _row(row):
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(Blocks)}
+    unknown = sorted(set(row) - set(kinds))
+    if unknown:
+        raise ValueError(f"unknown operation {unknown[0]!r}, expected one of {sorted(kinds)}")
+    return Blocks(**{op: kinds[op](**sizes) for op, sizes in row.items()})

@@ -35,8 +35,8 @@ class Job:
     op: str
     run: Callable
     arguments: Callable
-    flops: float
-    bytes: float
+    flops: int | float
+    bytes: int | float
     target: float
 
 

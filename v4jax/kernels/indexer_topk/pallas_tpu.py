@@ -143,6 +143,8 @@ def _member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk, chain, sizes
 
 def _scalars(low, high, plan, topk):
     """What each tile of queries has to score and to write, flat."""
+    # libtpu 0.0.42 dies while it fuses these reductions with what made the bounds.
+    low, high = lax.optimization_barrier((low, high))
     some = high > low
     first = jnp.where(some, low, plan.entries).reshape(low.shape[0], -1, plan.tile).min(-1)
     last = jnp.where(some, high, 0).reshape(first.shape + (plan.tile,)).max(-1)
