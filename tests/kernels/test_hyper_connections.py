@@ -1,11 +1,15 @@
-"""mHC against numpy loops, and what Sinkhorn promises."""
+"""mHC: every implementation against the reference and numpy loops, and what Sinkhorn promises."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4jax.kernels.hyper_connections import api
+from v4jax.kernels.hyper_connections import api, cases, refusals
+
+KERNELS = ("xla", "pallas_tpu", "pallas_gpu")
 
 
 def numpy_pre(h, fn, base, scale, iterations, eps, rms_eps):
@@ -28,17 +32,19 @@ def numpy_pre(h, fn, base, scale, iterations, eps, rms_eps):
     return pre @ h, post, a
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("m", [2, 4, 8])
-def test_against_numpy(m):
+def test_against_numpy(m, implementation):
     rng = np.random.default_rng(m)
     d, rows = 12, (2 + m) * m
     h = rng.normal(size=(2, 3, m, d)).astype(np.float32)
     fn = rng.normal(size=(rows, m * d)).astype(np.float32)
     base, scale = rng.normal(size=rows).astype(np.float32), np.array([1, 0.5, 2], np.float32)
     options = {"iterations": 20, "eps": 1e-6, "rms_eps": 1e-6}
-    u, post, comb = api.pre(*(jnp.asarray(x) for x in (h, fn, base, scale)), **options)
+    arrays = [jnp.asarray(x) for x in (h, fn, base, scale)]
+    u, post, comb = api.pre(*arrays, **options, implementation=implementation)
     y = rng.normal(size=(2, 3, d)).astype(np.float32)
-    new = api.post(jnp.asarray(y), jnp.asarray(h), post, comb)
+    new = api.post(jnp.asarray(y), arrays[0], post, comb, implementation=implementation)
     for b in range(2):
         for t in range(3):
             wanted = numpy_pre(h[b, t], fn, base, scale, **options)
@@ -49,9 +55,156 @@ def test_against_numpy(m):
             np.testing.assert_allclose(new[b, t], streams, atol=1e-5, rtol=1e-5)
 
 
-def test_matrix_is_doubly_stochastic():
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_matrix_is_doubly_stochastic(implementation):
     h = jax.random.normal(jax.random.key(0), (1, 5, 4, 8))
     fn = 0.1 * jax.random.normal(jax.random.key(1), (24, 32))
-    _, _, comb = api.pre(h, fn, jnp.zeros(24), jnp.ones(3), iterations=20, eps=1e-6, rms_eps=1e-6)
+    options = {"iterations": 20, "eps": 1e-6, "rms_eps": 1e-6, "implementation": implementation}
+    _, _, comb = api.pre(h, fn, jnp.zeros(24), jnp.ones(3), **options)
     np.testing.assert_allclose(comb.sum(-1), 1, atol=1e-4)
     np.testing.assert_allclose(comb.sum(-2), 1, atol=1e-4)
+
+
+@functools.cache
+def arrays(case, op, dtype):
+    """The arguments of `op`, and a cotangent for each of its results."""
+    rng = np.random.default_rng(len(case.name))
+    (b, t, m, d), x = case.shape, case.rows
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    y, h = draw(b, t, d).astype(dtype), draw(b, t, m, d).astype(dtype)
+    mixing = 1 + draw(b, t, m), draw(b, t, m, m) / m
+    # A wide spread of logits, so that Sinkhorn has something to do.
+    weights = draw(x, m * d) / np.sqrt(m * d), 2 * draw(x), jnp.array([1.0, 0.5, 2.0])
+    outer = draw(b, t, m, d).astype(dtype)
+    inner = draw(b, t, d).astype(dtype), draw(b, t, m), draw(b, t, m, m)
+    if op == "pre":
+        return (h, *weights), inner
+    if op == "post":
+        return (y, h, *mixing), outer
+    return (y, h, *mixing, *weights), (outer, *inner)
+
+
+def results(case, op, implementation, arguments, cotangents, dtype):
+    """Every result of `op` and every gradient, as a flat list of float32 numpy arrays."""
+    options = {"dtype": dtype, "implementation": implementation}
+    options |= {} if op == "post" else case.options
+    return differentiated(functools.partial(getattr(api, op), **options), arguments, cotangents)
+
+
+def differentiated(f, arguments, cotangents):
+    # What a test compiles it runs once.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def run(arguments, cotangents):
+        out, vjp = jax.vjp(f, *arguments)
+        return out, vjp(cotangents)
+
+    flat = jax.tree.leaves(run(arguments, cotangents))
+    return [np.asarray(x.astype(jnp.float32)) for x in flat]
+
+
+@functools.cache
+def wanted(case, op, dtype):
+    """The reference on the numbers that `dtype` holds: all in float32, and rounding to `dtype`."""
+    arguments, cotangents = arrays(case, op, dtype)
+    full = jax.tree.map(lambda x: x.astype(jnp.float32), (arguments, cotangents))
+    exact = results(case, op, "reference", *full, "float32")
+    if dtype == "float32":
+        return exact, exact
+    return exact, results(case, op, "reference", arguments, cotangents, dtype)
+
+
+def close(got, exact, allowed=0.0):
+    """Within 1e-5 of the largest, or what is allowed instead if that is more."""
+    for k, (x, y) in enumerate(zip(got, exact, strict=True)):
+        slack = max(1e-5 * max(1.0, np.abs(y).max()), allowed[k] if allowed else 0.0)
+        assert np.abs(x - y).max() <= slack, (k, np.abs(x - y).max(), slack)
+
+
+# The seam runs the code of both its halves; they alone, with their own gradients, on fewer shapes.
+FLOAT32 = [("post_pre", case) for case in cases.NUMERICS] + [
+    (op, case) for op in ("pre", "post") for case in (cases.ODD, cases.MANY_TILES)
+]
+BFLOAT16 = [(op, cases.ODD) for op in ("pre", "post", "post_pre")] + [("post_pre", cases.EIGHT)]
+
+
+def label(x):
+    return x.name if isinstance(x, cases.Case) else x
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("op, case", FLOAT32, ids=label)
+def test_float32(op, case, implementation):
+    got = results(case, op, implementation, *arrays(case, op, "float32"), "float32")
+    close(got, wanted(case, op, "float32")[0])
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("op, case", BFLOAT16, ids=label)
+def test_bfloat16(op, case, implementation):
+    """Within twice the rounding that the reference itself does to bfloat16 arrays."""
+    got = results(case, op, implementation, *arrays(case, op, "bfloat16"), "bfloat16")
+    exact, rounding = wanted(case, op, "bfloat16")
+    allowed = [2 * np.abs(x - y).max() for x, y in zip(rounding, exact, strict=True)]
+    close(got, exact, allowed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_seam_is_post_then_pre(dtype):
+    """Without a kernel not one bit differs, in the results and in the gradients."""
+    case = cases.ODD
+    arguments, cotangents = arrays(case, "post_pre", dtype)
+
+    def apart(*a):
+        new = api.post(*a[:4], dtype=dtype, implementation="xla")
+        return new, *api.pre(new, *a[4:], **case.options, dtype=dtype, implementation="xla")
+
+    got = results(case, "post_pre", "xla", arguments, cotangents, dtype)
+    for x, y in zip(got, differentiated(apart, arguments, cotangents), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_tokens_do_not_mix(implementation):
+    """A token's gradient reaches its own streams alone, whatever tile it shares."""
+    case = cases.ODD
+    (h, *weights), _ = arrays(case, "pre", "float32")
+
+    def one(h):
+        u, _, _ = api.pre(h, *weights, **case.options, implementation=implementation)
+        return u[1, 2].sum()
+
+    touched = np.abs(jax.jit(jax.grad(one))(h)).sum((-1, -2)) > 0
+    assert touched.sum() == 1 and touched[1, 2]
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_extreme_logits(implementation):
+    """A matrix whose softmax underflows stays finite, forward and backward."""
+    case = cases.ODD
+    (h, fn, base, scale), cotangents = arrays(case, "pre", "float32")
+    arguments = h, fn, 40 * base, scale
+    got = results(case, "pre", implementation, arguments, cotangents, "float32")
+    exact = results(case, "pre", "reference", arguments, cotangents, "float32")
+    assert all(np.isfinite(x).all() for x in got)
+    close(got[:3], exact[:3])
+
+
+def test_refusals():
+    streams = jax.ShapeDtypeStruct((1, 1, 3, 64), jnp.bfloat16)
+    assert "M = 3" in refusals.refusal("pre", "pallas_gpu", streams, "bfloat16")
+    assert refusals.refusal("pre", "pallas_tpu", streams, "bfloat16") is None
+    half = jax.ShapeDtypeStruct((1, 1, 4, 64), jnp.float16)
+    assert "float16" in refusals.refusal("post", "pallas_tpu", half, "float32")
+    huge = jax.ShapeDtypeStruct((1, 1, 8, 1 << 17), jnp.float32)
+    reason = refusals.refusal("post_backward", "pallas_tpu", huge, "float32")
+    assert "need 1384 MiB of VMEM and v5p has 62 MiB" in reason
+    h = jnp.zeros((1, 2, 4, 16), jnp.float16)
+    weights = jnp.zeros((24, 64)), jnp.zeros(24), jnp.ones(3)
+    options = {"iterations": 2, "eps": 1e-6, "rms_eps": 1e-6}
+    with pytest.raises(NotImplementedError, match="the streams are float16"):
+        api.pre(h, *weights, **options, implementation="pallas_gpu")
+    with pytest.raises(NotImplementedError, match="no implementation 'cudnn'"):
+        api.pre(h, *weights, **options, implementation="cudnn")

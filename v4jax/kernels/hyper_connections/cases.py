@@ -29,16 +29,18 @@ class Case:
         return {"iterations": self.iterations, "eps": self.eps, "rms_eps": self.rms_eps}
 
 
+ODD = Case("odd", 2, 5, 4, 20)
+MANY_TILES = Case("two_streams_many_tiles", 1, 300, 2, 20)
+EIGHT = Case("eight_streams", 1, 3, 8, 16, iterations=3)
 NUMERICS = (
-    Case("one_token", 1, 1, 4, 48),
-    Case("odd", 2, 5, 4, 20),
+    ODD,
+    MANY_TILES,
+    EIGHT,
+    Case("one_token_one_round", 1, 1, 4, 48, iterations=1),
     Case("one_stream", 1, 3, 1, 32),
-    Case("two_streams_many_tiles", 1, 300, 2, 20),
-    Case("eight_streams", 1, 3, 8, 16, iterations=3),
-    Case("one_round", 1, 4, 4, 24, iterations=1),
 )
 FLASH = Case("flash", 1, 4096, 4, 4096)
 PRO = Case("pro", 1, 4096, 4, 7168)
 REAL = (FLASH, PRO)
 DECODE = (Case("flash_decode", 64, 1, 4, 4096), Case("pro_decode", 64, 1, 4, 7168))
-WIDE = (Case("flash_eight_streams", 1, 4096, 8, 4096),)
+WIDE = Case("flash_eight_streams", 1, 4096, 8, 4096)

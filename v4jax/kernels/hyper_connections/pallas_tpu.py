@@ -192,7 +192,9 @@ class Specs:
         return pl.BlockSpec((None, rows, self.tokens), lambda *g: (tile(*g), 0, 0))
 
     def whole(self, array):
-        return pl.BlockSpec(array.shape, lambda *g: (0,) * array.ndim)
+        """All of an array, fetched once."""
+        once = pl.Buffered(buffer_count=1)
+        return pl.BlockSpec(array.shape, lambda *g: (0,) * array.ndim, pipeline_mode=once)
 
     def small_shape(self, rows):
         return jax.ShapeDtypeStruct((self.tiles, rows, self.tokens), jnp.float32)

@@ -56,8 +56,8 @@ def footprint(h, buffered: int, kept: int = 0, backward: bool = False) -> Footpr
     m, d = h.shape[-2:]
     d = round_up(d, LANES)
     x = (2 + m) * m
-    # fn in float32 or as three bfloat16 parts, d(fn) in float32: two buffers each.
-    weights = 2 * 6 * x * m * d + (2 * 4 * x * m * d if backward else 0)
+    # fn in float32 or as three bfloat16 parts; d(fn) in float32, two buffers.
+    weights = (6 + (2 * 4 if backward else 0)) * x * m * d
     # Small arrays: about ten of X rows each, and 20 or so iterates of M rows padded to 8.
     small = 4 * (10 * round_up(x, 8) + 2 * LANES + (32 if backward else 1) * m * 8)
     return Footprint(buffered * d, kept * d + small, weights)
