@@ -1,6 +1,6 @@
 """Writes a checkpoint of random weights in the official format, of any size, a tensor at a time.
 
-python tools/make_synthetic_checkpoint.py --config flash --layers 1 --target /tmp/flash-1
+python tools/make_synthetic_checkpoint.py --config flash --layers 1 --target flash-1
 
 Bytes are random in their valid ranges and scales are chosen so that each matrix keeps the size of
 its input: activations stay finite through any number of layers. The same seed gives the same bytes.

@@ -68,7 +68,9 @@ class Yarn:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not value > 0:
-                raise InputError(f"rope_scaling {field.name} is {value}; expected a positive number")
+                raise InputError(
+                    f"rope_scaling {field.name} is {value}; expected a positive number"
+                )
 
 
 def with_hash_routing(layers, num_hash_layers):

@@ -1,4 +1,4 @@
-"""The error that a person can mend: one sentence with what, where, expected, found and what to do."""
+"""The error a person can mend: one sentence of what, where, expected, found and what to do."""
 
 
 class InputError(ValueError):

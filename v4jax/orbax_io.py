@@ -76,7 +76,7 @@ class OrbaxSource:
         yield reader(load_item(self.path, name, self.items[name]), self.items[name])
 
     def close(self) -> None:
-        pass
+        """Nothing is kept open."""
 
 
 def item_path(directory: str, name: str) -> str:

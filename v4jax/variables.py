@@ -76,7 +76,7 @@ class VariablesSource:
         yield read
 
     def close(self) -> None:
-        pass
+        """Nothing is kept open."""
 
 
 def _flatten(tree, path=()):

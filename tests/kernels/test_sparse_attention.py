@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from v4jax.kernels import membership
-from v4jax.kernels.sparse_attention import api, cases, reference, xla
+from v4jax.kernels.sparse_attention import api, cases, mass, reference, xla
 from v4jax.kernels.sparse_attention.plan import Places, Plan
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
@@ -161,3 +161,39 @@ def test_what_a_kernel_cannot_take_is_said():
     q = jnp.ones((1, 1, 1, 1024), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="is 1024; supported: at most 512"):
         api.sparse_attention(q, jnp.ones(1), scale=1.0, implementation="pallas_gpu")
+
+
+@pytest.mark.parametrize("case", ["every_entry", "chosen_masked", "one_query"])
+def test_the_mass_of_each_entry_is_its_share_of_the_joint_softmax(case):
+    small = cases.SMALL[case]
+    diff, other = cases.make(small)
+    _, arrays = split(other)
+    entries, (batch, length) = diff["entries_BCH"], diff["q_BTNH"].shape[:2]
+    _, lse = api.sparse_attention(**diff, **other, with_lse=True)
+    keys = arrays.get("chosen_BTK")
+    if keys is None:
+        entry = jnp.broadcast_to(
+            jnp.arange(small.entries)[None, None], (batch, length, small.entries)
+        )
+        seen = (entry >= arrays["low_BT"][..., None]) & (entry < arrays["high_BT"][..., None])
+        keys = jnp.where(seen, entry, -1)
+    found = mass.attention_mass(diff["q_BTNH"], lse, entries, keys, scale=other["scale"])
+    plan = Plan(other["scale"], small.window, small.choices)
+    places = Places(
+        arrays["first_BT"], arrays["low_BT"], arrays["high_BT"], arrays.get("chosen_BTK")
+    )
+    wanted = joint_probabilities(plan, diff, places)[..., diff["window_BSH"].shape[1] :].sum(2)
+    wanted = jnp.take_along_axis(wanted, jnp.maximum(keys, 0), axis=2)
+    np.testing.assert_allclose(found, jnp.where(keys >= 0, wanted, 0), atol=1e-5)
+
+
+def joint_probabilities(plan, diff, places):
+    """[B,T,N,S+C]: every key's probability beside the sink's."""
+    rows, entries = diff["window_BSH"], diff["entries_BCH"]
+    mask = [reference.window_mask(places.first, rows.shape[1], plan.window)]
+    mask.append(reference.entry_mask(entries.shape[1], places))
+    kv = jnp.concatenate([rows, entries], axis=1)
+    scores = jnp.einsum("btnh,bkh->btnk", diff["q_BTNH"], kv) * plan.scale
+    scores = jnp.where(jnp.concatenate(mask, axis=2)[:, :, None], scores, -jnp.inf)
+    sink = jnp.broadcast_to(diff["sink_N"][None, None, :, None], (*scores.shape[:3], 1))
+    return jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]

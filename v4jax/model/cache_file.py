@@ -10,6 +10,7 @@ from safetensors.flax import save
 
 from v4jax.errors import InputError
 from v4jax.model.cache import Cache
+from v4jax.safetensors_io import write_atomically
 
 FORMAT = "v4jax-cache-1"
 
@@ -27,15 +28,9 @@ def save_cache(path: str | os.PathLike, cache: Cache) -> None:
         "max_rollback": str(cache.max_rollback),
     }
     data = save(_leaves(cache), metadata=about)
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_atomically(path, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise InputError(f"cannot write the cache to {path}: {error.strerror}") from error
 
 
