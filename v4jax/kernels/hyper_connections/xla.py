@@ -35,7 +35,8 @@ def pre_backward(h_BTMD, fn_XV, base_X, scale_3, mixed_XN, norm_N, grads, *, ite
         return weights(mixed_XN, base_X, scale_3, m, iterations, eps)
 
     (pre_MN, _, _), small_backward = jax.vjp(small, mixed_XN, base_X, scale_3)
-    dpre_MN = jnp.stack([(du_BTD * h).sum(-1).reshape(-1) for h in streams])
+    dpre_BTM = inner("btd,btmd->btm", du_BTD, h_BTMD)
+    dpre_MN = dpre_BTM.reshape(-1, m).T
     dpost_MN = dpost_BTM.reshape(-1, m).T
     dcomb_MMN = dcomb_BTMM.reshape(-1, m, m).transpose(1, 2, 0)
     dmixed_XN, dbase_X, dscale_3 = small_backward((dpre_MN, dpost_MN, dcomb_MMN))
@@ -64,15 +65,14 @@ def post(y_BTD, h_BTMD, post_BTM, comb_BTMM, *, dtype):
 
 def post_backward(y_BTD, h_BTMD, post_BTM, comb_BTMM, grad_BTMD):
     """Gradients of y, h, post, comb."""
-    m, y = h_BTMD.shape[2], y_BTD.astype(jnp.float32)
-    streams = [h_BTMD[:, :, i].astype(jnp.float32) for i in range(m)]
+    m = h_BTMD.shape[2]
     grads = [grad_BTMD[:, :, j].astype(jnp.float32) for j in range(m)]
     dy = sum(post_BTM[:, :, j, None] * grads[j] for j in range(m))
     dh = [sum(comb_BTMM[:, :, i, j, None] * grads[j] for j in range(m)) for i in range(m)]
-    dpost = jnp.stack([(g * y).sum(-1) for g in grads], axis=-1)
-    dcomb = [jnp.stack([(g * h).sum(-1) for g in grads], axis=-1) for h in streams]
+    dpost_BTM = inner("btd,btjd->btj", y_BTD, grad_BTMD)
+    dcomb_BTMM = inner("btid,btjd->btij", h_BTMD, grad_BTMD)
     dh_BTMD = jnp.stack(dh, axis=2).astype(h_BTMD.dtype)
-    return dy.astype(y_BTD.dtype), dh_BTMD, dpost, jnp.stack(dcomb, axis=-2)
+    return dy.astype(y_BTD.dtype), dh_BTMD, dpost_BTM, dcomb_BTMM
 
 
 def post_pre(y_BTD, h_BTMD, post_BTM, comb_BTMM, *weights, dtype, **options):
@@ -126,6 +126,11 @@ def sinkhorn(logits_MMN, iterations, eps):
         return a / (a.sum(0, keepdims=True) + eps)
 
     return jax.lax.fori_loop(0, iterations - 1, step, a)
+
+
+def inner(equation, a, b):
+    """Inner products over channels, as matrix products: many times quicker than sums."""
+    return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), precision=HIGHEST)
 
 
 def collapse(weight_BTM, h_BTMD):
