@@ -85,7 +85,9 @@ def test_training_gradients(kernels):
 
     def check(path, a, b):
         where = jax.tree_util.keystr(path)
-        scale = max(np.abs(b).max(), 1e-3 * largest)
+        # A leaf far below the largest is what a cancellation left: in float32, weights moved by
+        # 1e-7 of themselves move such a one by more than 1e-4 of it (mHC's scales, measured).
+        scale = max(np.abs(b).max(), 1e-2 * largest)
         np.testing.assert_allclose(a, b, atol=TOLERANCE * scale, rtol=0, err_msg=where)
 
     jax.tree_util.tree_map_with_path(check, got, wanted)
