@@ -123,7 +123,6 @@ def _experts(tiny):
     if tiny:
         prefill = grouped_cases.Case(rows=96, experts=4, d=128, f=128)
         decode = grouped_cases.Case(rows=12, experts=4, d=128, f=128)
-    sizes = {prefill: (24 if tiny else 96), decode: 3 if tiny else None}
 
     def run(implementation):
         def ffn(x, gate, groups, weights):
@@ -136,7 +135,7 @@ def _experts(tiny):
         return ffn
 
     def arguments(case, kind):
-        return jax.jit(functools.partial(_expert_arguments, case, sizes[case], kind))
+        return jax.jit(functools.partial(_expert_arguments, case, kind))
 
     weights = 3 * prefill.d * prefill.f
     return [
@@ -161,14 +160,12 @@ def _experts(tiny):
     ]
 
 
-def _expert_arguments(case, each, kind):
-    """Random rows; groups of `each` rows, or None: spread as evenly as they divide."""
+def _expert_arguments(case, kind):
+    """Random rows, spread over the experts as evenly as they divide."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
     x = jax.random.normal(next(keys), (case.rows, case.d), jnp.bfloat16)
     base, extra = divmod(case.rows, case.experts)
     groups = base + (jnp.arange(case.experts) < extra).astype(jnp.int32)
-    if each is not None:
-        groups = jnp.full(case.experts, each, jnp.int32)
 
     def weight(out, features):
         shape = (case.experts, out, features)

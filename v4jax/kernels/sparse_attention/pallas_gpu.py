@@ -163,8 +163,7 @@ def _load_rows(ref, index_K, seen_K):
 
 def _dot(a, b, trans_a=False, trans_b=False):
     """float32 product; float32 operands are not rounded to TF32."""
-    precision = "highest" if a.dtype == jnp.float32 else None
-    precision = jax.lax.Precision.HIGHEST if precision else None
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return plt.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=precision)
 
 

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels import blocks, membership
 from v4jax.kernels.sparse_attention import pallas_tpu_gather
+from v4jax.kernels.sparse_attention.tpu_product import dot
 from v4jax.kernels.sparse_attention.walk import Tiles, prepare, unprepare
 
 VMEM_LIMIT = 60 << 20
@@ -130,7 +131,7 @@ def _forward_kernel(
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
         shrink = jnp.exp(top - new_top)
         p = jnp.exp(scores - new_top)
-        acc[...] = acc[...] * shrink + _dot(p.astype(kv.dtype), kv, ((1,), (0,)))
+        acc[...] = acc[...] * shrink + dot(p.astype(kv.dtype), kv, ((1,), (0,)))
         return new_top, total * shrink + p.sum(-1, keepdims=True)
 
     carry = (top, jnp.ones((rows, 1), jnp.float32))
@@ -207,17 +208,9 @@ def _bits(tiles, tile, words):
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def _dot(a, b, contract):
-    """float32 product; float32 operands are multiplied as float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
 def _masked_scores(plan, tiles, q, kv, bias):
     """q.k * scale + bias, every head of a query under the query's mask: [rows, keys]."""
-    scores = _dot(q, kv, ((1,), (1,))) * plan.scale
+    scores = dot(q, kv, ((1,), (1,))) * plan.scale
     scores = scores.reshape(tiles.queries, tiles.heads, tiles.keys) + bias[:, None]
     return scores.reshape(tiles.rows, tiles.keys)
 
@@ -301,7 +294,7 @@ def _backward(plan, sizes, interpret, q_BTNH, window_BSH, entries_BCH, places, l
 def _score_gradient(plan, q, do, kv, lse, delta, scores):
     """Probabilities and ds = p (do.v - delta) * scale, [rows, keys]."""
     p = jnp.exp(scores - lse)
-    dp = _dot(do, kv, ((1,), (1,)))
+    dp = dot(do, kv, ((1,), (1,)))
     return p, p * (dp - delta) * plan.scale
 
 
@@ -330,7 +323,7 @@ def _dq_kernel(
     def meet(kv, bias, carry):
         scores = _masked_scores(plan, tiles, q, kv, bias)
         _, ds = _score_gradient(plan, q, do, kv, lse, delta, scores)
-        acc[...] += _dot(ds.astype(kv.dtype), kv, ((1,), (0,)))
+        acc[...] += dot(ds.astype(kv.dtype), kv, ((1,), (0,)))
         return carry
 
     _walk_keys(plan, tiles, walk, bounds, member, window, entries, buf, sem, meet, 0)
@@ -410,8 +403,8 @@ def _dkv_kernel(plan, tiles, is_window, chosen, meets, kv_ref, *refs):
         bias = _tile_bias(tiles, tile, is_window, chosen, bounds_buf[slot], member_buf[slot])
         scores = _masked_scores(plan, tiles, q, kv, bias)
         p, ds = _score_gradient(plan, q, do, kv, lse, delta, scores)
-        part = _dot(ds.astype(q.dtype), q, ((0,), (0,)))
-        out[0] += part + _dot(p.astype(q.dtype), do, ((0,), (0,)))
+        part = dot(ds.astype(q.dtype), q, ((0,), (0,)))
+        out[0] += part + dot(p.astype(q.dtype), do, ((0,), (0,)))
         return ahead
 
     jax.lax.fori_loop(0, total, body, first)

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels import membership
+from v4jax.kernels.sparse_attention.tpu_product import dot
 
 FEW_QUERIES = 16
 
@@ -111,13 +112,6 @@ def _window(plan, q, window_BSH, places):
     return rows, span, bounds[:, :, None]
 
 
-def _dot(a, b, contract):
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
 def _kernel(
     plan,
     chunk,
@@ -154,11 +148,11 @@ def _kernel(
 
     def meet(kv, seen, carry):
         top, total, acc = carry
-        scores = _dot(q, kv, ((1,), (1,))) * plan.scale + jnp.where(seen, 0.0, -jnp.inf)
+        scores = dot(q, kv, ((1,), (1,))) * plan.scale + jnp.where(seen, 0.0, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
         shrink = jnp.exp(top - new_top)
         p = jnp.exp(scores - new_top)
-        acc = acc * shrink + _dot(p.astype(kv.dtype), kv, ((1,), (0,)))
+        acc = acc * shrink + dot(p.astype(kv.dtype), kv, ((1,), (0,)))
         return new_top, total * shrink + p.sum(-1, keepdims=True), acc
 
     def body(c, carry):
