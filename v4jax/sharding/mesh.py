@@ -1,0 +1,79 @@
+"""The device mesh: five axes, always all present, those that a run does not use of length 1."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from v4jax.errors import InputError
+
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+
+
+def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
+    """A mesh of the axes `AXES`, in that order (the last one's devices are neighbours).
+
+    Args:
+      devices: real or described ones; None for all that jax has.
+      **sizes: length of each axis; those left out are 1. One may be -1: what remains.
+
+    Raises:
+      InputError: an unknown axis, or sizes whose product is not the number of devices.
+    """
+    if devices is None:
+        devices = jax.devices()
+    shape = tuple(complete(sizes, len(devices)).values())
+    if all(isinstance(device, jax.Device) for device in devices) and _whole(devices):
+        # Lays a mesh along the interconnect of a TPU pod; elsewhere the devices' own order.
+        return jax.make_mesh(
+            shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=tuple(devices)
+        )
+    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _whole(devices):
+    return list(devices) == jax.devices()
+
+
+def complete(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """All five sizes, a -1 worked out, checked against the number of devices."""
+    unknown = sorted(set(sizes) - set(AXES))
+    if unknown:
+        raise InputError(f"mesh axis {unknown[0]!r} is unknown; expected some of {', '.join(AXES)}")
+    full = {axis: sizes.get(axis, 1) for axis in AXES}
+    free = [axis for axis, size in full.items() if size == -1]
+    wrong = [axis for axis, size in full.items() if size < 1 and size != -1]
+    if wrong or len(free) > 1:
+        given = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise InputError(
+            f"mesh {given}: expected sizes of 1 or more, and -1 (what remains) at most once"
+        )
+    known = math.prod(size for size in full.values() if size != -1)
+    if free and devices % known == 0:
+        full[free[0]] = devices // known
+    found = math.prod(full.values())
+    if found != devices:
+        shown = " x ".join(f"{axis} {size}" for axis, size in full.items() if size != 1) or "1"
+        raise InputError(
+            f"the mesh {shown.replace('-1', '?')} needs {abs(found)} devices and there are "
+            f"{devices}; choose sizes whose product is {devices}"
+        )
+    return full
+
+
+def parse_sizes(text: str) -> dict[str, int]:
+    """`data=2,fsdp=4` as sizes.
+
+    Raises:
+      InputError: text of another form.
+    """
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        axis, equals, size = part.partition("=")
+        if not equals or not size.strip().lstrip("-").isdigit():
+            raise InputError(f"mesh has {part!r}; expected AXIS=N with AXIS of {', '.join(AXES)}")
+        sizes[axis.strip()] = int(size)
+    return sizes
