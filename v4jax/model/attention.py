@@ -1,6 +1,7 @@
 """Attention of every layer kind: window, CSA, HCA and the dense baseline (architecture 4-6)."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -13,6 +14,7 @@ from v4jax.model.cache import LayerCache, read_layer, shift_in, write_layer, wri
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
 from v4jax.model.indexer import Indexer
+from v4jax.model.indexer_loss import Index, Paid, indexer_loss
 from v4jax.model.layers import Numerics, Projection, RMSNorm, normalize, weight
 
 
@@ -36,11 +38,13 @@ class Attention(nn.Module):
         self.attn_sink = weight(self, "attn_sink", (heads,), ("heads",), zeros)
         self.wq_a = matrix(latent, d, ("q_lora", "embed"))
         self.q_norm = RMSNorm(latent, eps, numerics)
-        self.wq_b = matrix(heads * h, latent, ("heads", "q_lora"))
+        self.wq_b = matrix(heads * h, latent, ("heads", "q_latent"))
         self.wkv = matrix(h, d, ("kv", "embed"))
         self.kv_norm = RMSNorm(h, eps, numerics)
         # Stored in FP8 and used in bf16: its input alone is not rounded to E4M3 (section 10).
-        self.wo_a = matrix(groups * o, heads // groups * h, ("heads", None), quantize_input=False)
+        self.wo_a = matrix(
+            groups * o, heads // groups * h, ("heads", "head_group"), quantize_input=False
+        )
         self.wo_b = matrix(d, groups * o, ("embed", "heads"))
         if self.spec.attention in ("csa", "hca"):
             self.compressor = Compressor(config, self.spec, h, numerics)
@@ -78,16 +82,23 @@ class Attention(nn.Module):
             low, high = context.visible_entries(self.spec.ratio)
             keys |= {"entries_BCH": entries, "low_BT": low, "high_BT": high}
         if self.spec.attention == "csa":
-            index_keys, cache = self._index_keys(x_BTD, context, cache, layer)
+            # The indexer learns from a loss of its own, and the rest of the model not from that.
+            fixed_BTD, fixed_BTL = jax.lax.stop_gradient((x_BTD, q_lat))
+            index_keys, cache = self._index_keys(fixed_BTD, context, cache, layer)
+            q_index = self.indexer.queries(fixed_BTD, fixed_BTL, turn)
             choice = {"chosen_BTK": replayed_BTK}
             if replayed_BTK is None:
-                q_index = self.indexer.queries(x_BTD, q_lat, turn)
-                choice, aux = self._choose(*q_index, index_keys, low, high, context.aux)
+                choice, aux = self._choose(*q_index, index_keys, low, high, context)
             keys |= choice
         scale, kernels = self.config.head_dim**-0.5, self.numerics.kernels
-        o = sparse_attention.sparse_attention(
-            q, self.attn_sink, scale=scale, implementation=kernels, **keys
+        o, lse = sparse_attention.sparse_attention(
+            q, self.attn_sink, scale=scale, with_lse=True, implementation=kernels, **keys
         )
+        if self.spec.attention == "csa" and "indexer_loss" in context.aux:
+            paid = Paid(q, lse, entries, low, high, _indices(choice))
+            topk = self.config.index_topk or index_keys.shape[1]
+            index = Index(*q_index, index_keys, topk, self.numerics.native)
+            aux |= {"indexer_loss": indexer_loss(paid, index, scale)}
         if "attention" in context.aux:
             aux |= {"q": q, "kv": kv, "entries": keys.get("entries_BCH"), "o": o}
         return self._output(o, turn), cache, aux
@@ -162,20 +173,17 @@ class Attention(nn.Module):
         state = _append(state, new, rows, context, layer, self.spec.ratio)
         return read_layer(state.entries, layer), cache.replace(index=state)
 
-    def _choose(self, q_BTIZ, weight_BTI, keys_BCZ, low, high, wanted):
+    def _choose(self, q_BTIZ, weight_BTI, keys_BCZ, low, high, context):
         """The indexer's choice, or none where every visible entry would be in it."""
-        topk, aux = self.config.index_topk or keys_BCZ.shape[1], {}
+        topk, aux, wanted = self.config.index_topk or keys_BCZ.shape[1], {}, context.aux
         if "index_scores" in wanted:
             scores = self.indexer.scores(q_BTIZ, weight_BTI, keys_BCZ)
             aux = {"index_scores": scores, "index_keys": keys_BCZ}
-        if keys_BCZ.shape[1] <= topk and "chosen" not in wanted:
+        if context.dense or (keys_BCZ.shape[1] <= topk and "chosen" not in wanted):
             return {}, aux
         choice = self.indexer.choose(q_BTIZ, weight_BTI, keys_BCZ, low, high, topk)
         if "chosen" in wanted:
-            chosen = choice.get("chosen_BTK")
-            if chosen is None:
-                chosen = membership.to_indices(choice["member_BTW"], choice["topk"])
-            aux |= {"chosen": chosen}
+            aux |= {"chosen": _indices(choice)}
         return choice, aux
 
     def _output(self, o, turn):
@@ -186,6 +194,13 @@ class Attention(nn.Module):
         o = o.reshape(*o.shape[:2], config.o_groups, -1)
         z = self.wo_a.grouped(o, config.o_groups)
         return self.wo_b("btx,dx->btd", z.reshape(*z.shape[:2], -1))
+
+
+def _indices(choice):
+    """A choice as indices [B,T,K]; None for all visible entries."""
+    if "member_BTW" in choice:
+        return membership.to_indices(choice["member_BTW"], choice["topk"])
+    return choice.get("chosen_BTK")
 
 
 def _append(state, new, rows, context, layer, ratio):

@@ -15,6 +15,8 @@ AUX_NAMES = (
     "index_scores",
     "mhc",
     "attention",
+    "router_load",
+    "indexer_loss",
 )
 
 
@@ -25,7 +27,8 @@ class Context:
     tokens [B,T]. position [B,T]: within the document, for RoPE and compression blocks.
     start [B]: tokens that the cache held before (None: no cache). count [B]: real tokens in the
     call (the rest is right padding). document [B,T]: the row at which each token's document
-    begins (None: one document a row). aux: names of wanted auxiliary outputs.
+    begins (None: one document a row). aux: names of wanted auxiliary outputs. dense: CSA layers
+    attend to every visible entry instead of the indexer's choice.
     """
 
     tokens: Any
@@ -34,6 +37,7 @@ class Context:
     count: Any
     document: Any
     aux: tuple[str, ...] = struct.field(pytree_node=False, default=())
+    dense: bool = struct.field(pytree_node=False, default=False)
 
     def visible_entries(self, ratio: int) -> tuple[Array, Array]:
         """low and high [B,T]: each query sees compressed entries low <= e < high.
@@ -53,7 +57,7 @@ class Context:
         return self.position % ratio == ratio - 1
 
 
-def place_tokens(tokens_BT, lengths_B, start_B, segment_ids_BT, aux=()) -> Context:
+def place_tokens(tokens_BT, lengths_B, start_B, segment_ids_BT, aux=(), dense=False) -> Context:
     """The context of one call; see `Transformer.__call__` for the arguments."""
     batch, length = tokens_BT.shape
     row = jnp.arange(length, dtype=jnp.int32)[None]
@@ -65,7 +69,7 @@ def place_tokens(tokens_BT, lengths_B, start_B, segment_ids_BT, aux=()) -> Conte
     if segment_ids_BT is not None:
         document = document_starts(segment_ids_BT)
         position = row - document
-    return Context(tokens_BT, position, start_B, count, document, tuple(aux))
+    return Context(tokens_BT, position, start_B, count, document, tuple(aux), dense)
 
 
 def document_starts(segment_ids_BT: Int[Array, "b t"]) -> Int[Array, "b t"]:

@@ -16,6 +16,7 @@ class Router(nn.Module):
 
     config: ModelConfig
     spec: LayerSpec
+    numerics: Numerics
 
     @nn.compact
     def __call__(self, x_BTD: Array, tokens_BT: Array, replayed_BTK: Array | None = None):
@@ -34,7 +35,7 @@ class Router(nn.Module):
         if self.spec.routing == "hash":
             shape = (config.vocab_size, k)
             table = weight(
-                self, "tid2eid", shape, ("vocab", None), even_table(experts), "buffers", jnp.int32
+                self, "tid2eid", shape, (None, None), even_table(experts), "buffers", jnp.int32
             )
             chosen = table[tokens_BT]
         else:
@@ -136,6 +137,15 @@ class SharedExpert(nn.Module):
         return y.reshape(x_BTD.shape)
 
 
+def _load(chosen_BTK, scores_BTE):
+    """Sums over a row's tokens, [B,2,E]: how often each expert was chosen, its share of scores."""
+    expert = jnp.arange(scores_BTE.shape[-1])[None, None]
+    k = chosen_BTK.shape[-1]
+    picked = sum((chosen_BTK[:, :, i, None] == expert).astype(jnp.float32) for i in range(k))
+    share = scores_BTE / scores_BTE.sum(-1, keepdims=True)
+    return jnp.stack([picked.sum(1), share.sum(1)], axis=1)
+
+
 class MoE(nn.Module):
     """Routed experts plus the shared one, summed in float32 and rounded once."""
 
@@ -144,7 +154,7 @@ class MoE(nn.Module):
     numerics: Numerics
 
     def setup(self):
-        self.gate = Router(self.config, self.spec)
+        self.gate = Router(self.config, self.spec, self.numerics)
         self.experts = Experts(self.config, self.numerics)
         if self.config.n_shared_experts:
             self.shared_experts = SharedExpert(self.config, self.numerics)
@@ -156,4 +166,6 @@ class MoE(nn.Module):
         if self.config.n_shared_experts:
             y = y + self.shared_experts(x_BTD).astype(jnp.float32)
         named = {"router_experts": chosen, "router_weights": weights, "router_scores": scores}
+        if "router_load" in context.aux:
+            named["router_load"] = _load(chosen, scores)
         return self.numerics.round(y), {k: v for k, v in named.items() if k in context.aux}

@@ -28,8 +28,8 @@ class MTPBlock(nn.Module):
         self.hc_head = HyperHead(config, numerics)
         self.norm = RMSNorm(d, eps, numerics)
 
-    def __call__(self, h_BTMD: Array, e_BTD: Array, context: Context) -> tuple[Array, Array]:
-        """The new streams and the normed state for the output head.
+    def __call__(self, h_BTMD: Array, e_BTD: Array, context: Context):
+        """The new streams, the normed state for the output head, auxiliary arrays by name.
 
         Args:
           h_BTMD: streams of tokens t. e_BTD: embeddings of tokens t + 1.
@@ -38,5 +38,5 @@ class MTPBlock(nn.Module):
         e = self.e_proj("btd,xd->btx", self.enorm(e_BTD))
         h = self.h_proj("btmd,xd->btmx", self.hnorm(h_BTMD))
         z_BTMD = self.numerics.round(e[:, :, None] + h)
-        z_BTMD, _, _ = self.block(z_BTMD, context)
-        return z_BTMD, self.norm(self.hc_head(z_BTMD))
+        z_BTMD, _, aux = self.block(z_BTMD, context)
+        return z_BTMD, self.norm(self.hc_head(z_BTMD)), aux

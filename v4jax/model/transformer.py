@@ -29,16 +29,20 @@ from v4jax.model.context import AUX_NAMES, Context, place_tokens
 from v4jax.model.hyper_connections import HyperHead
 from v4jax.model.layers import Numerics, RMSNorm, weight
 from v4jax.model.mtp import MTPBlock
+from v4jax.sharding import collectives, sequence
+from v4jax.sharding.rules import Shards
 
 
 @struct.dataclass
 class Output:
     """What `model.apply` returns.
 
-    logits float32: [B,T,V], or [B,1,V] of each row's last token, or None with logits="none".
+    logits float32: [B,T,V], or [B,1,V] of each row's last token, or None with logits="none" and
+    "normed". normed, mtp_normed: with logits="normed" what the output head would multiply, [B,T,D].
     cache: the new decode state, when one went in. mtp_logits: with mtp=True one array for each
     MTP block k = 1, 2, ...: [B,T-k,V], at t the prediction of token t + k + 1.
-    aux: wanted auxiliary outputs, aux[name][layer]. streams: [B,T,M,D] with logits="none".
+    aux: wanted auxiliary outputs, aux[name][layer]; MTP blocks count on after the layers.
+    streams: [B,T,M,D] with logits="none".
     """
 
     logits: Any
@@ -46,6 +50,8 @@ class Output:
     mtp_logits: Any = ()
     aux: Any = struct.field(default_factory=dict)
     streams: Any = None
+    normed: Any = None
+    mtp_normed: Any = ()
 
 
 class Transformer(nn.Module):
@@ -60,6 +66,8 @@ class Transformer(nn.Module):
       remat: recompute each unit's activations in the backward pass.
       kernels: "xla", "pallas_tpu" or "pallas_gpu" for every kernel (a Pallas one is interpreted
         where it cannot run); None takes the best of the platform that is compiled for.
+      sharding: mesh and strategy to run on, by default one device; see `model.sharded`.
+      inside: whether `apply` is called inside `shard_map` already, on one shard's arrays.
     """
 
     config: ModelConfig
@@ -68,6 +76,8 @@ class Transformer(nn.Module):
     min_repeats: int = 4
     remat: bool = False
     kernels: str | None = None
+    sharding: Shards = Shards()
+    inside: bool = False
 
     @nn.nowrap
     def rounding(self) -> Numerics:
@@ -76,7 +86,8 @@ class Transformer(nn.Module):
             raise InputError(f"numerics is {self.numerics!r}; expected None or 'native'")
         native = self.numerics == "native"
         default = "bfloat16" if native else self.config.dtype
-        return Numerics(str(jnp.dtype(self.dtype or default)), native, self.kernels)
+        shards = self.sharding if self.inside else Shards()
+        return Numerics(str(jnp.dtype(self.dtype or default)), native, self.kernels, shards)
 
     @nn.nowrap
     def segments(self) -> tuple[config_lib.Segment, ...]:
@@ -86,14 +97,14 @@ class Transformer(nn.Module):
         config, numerics = self.config, self.rounding()
         normal = nn.initializers.normal(config.initializer_range)
         shape = (config.vocab_size, config.hidden_size)
-        self.embed = _Table(shape, ("vocab", "embed"), normal)
+        self.embed = _Table(shape, ("vocab", "embed"), normal, numerics)
         self.units = [
             self._unit(segment)(config, self._specs(segment), numerics, name=segment.name)
             for segment in self.segments()
         ]
         self.hc_head = HyperHead(config, numerics)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, numerics)
-        self.head = _Table(shape, ("vocab", "embed"), normal)
+        self.head = _Table(shape, ("vocab", "embed"), normal, numerics)
         self.mtp = [
             MTPBlock(config, spec, numerics, name=f"mtp_{k}")
             for k, spec in enumerate(config.mtp_layers)
@@ -128,6 +139,7 @@ class Transformer(nn.Module):
         mtp: bool = False,
         aux: tuple[str, ...] = (),
         replay: dict[str, dict[int, Array]] | None = None,
+        dense: bool = False,
     ) -> Output:
         """One call for prefill, chunks of it, decode, padded and packed batches.
 
@@ -136,11 +148,13 @@ class Transformer(nn.Module):
           cache: decode state that the tokens continue; the new one is in the output.
           lengths: real tokens of each row in this call; the rest is right padding.
           segment_ids: documents packed in a row, each a run of equal ids; nothing crosses.
-          logits: "all", "last" (each row's last real token; never holds [B,T,V]) or "none".
+          logits: "all", "last" (each row's last real token; never holds [B,T,V]), "none", or
+            "normed" for a loss that never holds [B,T,V] either.
           mtp: also the MTP blocks' logits (without a cache).
           aux: names out of `context.AUX_NAMES` to return.
           replay: {"router_experts" | "chosen": {layer: [B,T,K]}} to use instead of the model's
             own choices, as aux returned them.
+          dense: CSA layers attend to every visible entry, as in training before the sparse stage.
 
         Raises:
           InputError: arguments that contradict each other or the cache.
@@ -150,17 +164,21 @@ class Transformer(nn.Module):
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         self._check(tokens, cache, segment_ids, lengths, logits, mtp, aux)
         start = None if cache is None else cache.lengths
-        context = place_tokens(tokens, lengths, start, segment_ids, aux)
-        h_BTMD = self._streams(tokens)
+        shards = self.rounding().shards
+        context = place_tokens(tokens, lengths, start, segment_ids, aux, dense, shards)
+        h_BTMD = self._streams(context.tokens)
         h_BTMD, cache, found = self._layers(h_BTMD, context, cache, replay or {})
         initializing = self.is_initializing()
-        predictions = self._mtp(h_BTMD, context) if mtp or initializing else ()
+        states = self._mtp(h_BTMD, context, found) if mtp or initializing else ()
+        if logits == "normed":
+            y_BTD = self.norm(self.hc_head(h_BTMD))
+            return Output(None, cache, (), found, None, y_BTD, states)
+        predictions = tuple(self._logits(y_BTD) for y_BTD in states)
         if logits == "none" and not initializing:
             return Output(None, cache, predictions, found, h_BTMD)
         last = h_BTMD
         if logits == "last":
-            at = jnp.maximum(context.count - 1, 0)[:, None, None, None]
-            last = jnp.take_along_axis(h_BTMD, at, axis=1)
+            last = sequence.row_of_all(shards, h_BTMD, jnp.maximum(context.total - 1, 0))
         y_BTD = self.norm(self.hc_head(last))
         return Output(self._logits(y_BTD), cache, predictions, found)
 
@@ -220,19 +238,19 @@ class Transformer(nn.Module):
             _collect(found, auxes, segment)
         if cache is None:
             return h_BTMD, None, found
-        spare = jnp.minimum(cache.spare + context.count, cache.max_rollback)
-        lengths = cache.lengths + context.count
+        spare = jnp.minimum(cache.spare + context.total, cache.max_rollback)
+        lengths = cache.lengths + context.total
         return h_BTMD, cache.replace(lengths=lengths, spare=spare, layers=kept), found
 
     def _logits(self, y_BTD):
         y, table = y_BTD.astype(jnp.float32), self.head.table().astype(jnp.float32)
         return jnp.einsum("btd,vd->btv", y, table)
 
-    def _mtp(self, h_BTMD, context: Context):
-        """Each MTP block's logits: block k reads block k - 1's streams and ids k further."""
-        predictions = []
+    def _mtp(self, h_BTMD, context: Context, found):
+        """Each MTP block's normed state: block k reads block k - 1's streams and ids k further."""
+        states = []
         tokens, document = context.tokens, context.document
-        for block in self.mtp:
+        for k, block in enumerate(self.mtp):
             tokens = tokens[:, 1:]
             h_BTMD = h_BTMD[:, : tokens.shape[1]]
             # Positions and documents stay those of the streams: the block attends among them.
@@ -242,16 +260,20 @@ class Transformer(nn.Module):
                 start=None,
                 count=jnp.full_like(context.count, tokens.shape[1]),
                 document=None if document is None else document[:, : tokens.shape[1]],
+                aux=context.aux,
             )
             e_BTD = self.embed.rows(tokens).astype(self.rounding().dtype)
-            h_BTMD, y_BTD = block(h_BTMD, e_BTD, here)
-            predictions.append(self._logits(y_BTD))
-        return tuple(predictions)
+            h_BTMD, y_BTD, aux = block(h_BTMD, e_BTD, here)
+            states.append(y_BTD)
+            for name, value in aux.items():
+                if value is not None:
+                    found.setdefault(name, {})[len(self.config.layers) + k] = value
+        return tuple(states)
 
     @nn.nowrap
     def _check(self, tokens, cache, segment_ids, lengths, logits, mtp, aux):
-        if logits not in ("all", "last", "none"):
-            raise InputError(f"logits is {logits!r}; expected 'all', 'last' or 'none'")
+        if logits not in ("all", "last", "none", "normed"):
+            raise InputError(f"logits is {logits!r}; expected 'all', 'last', 'none' or 'normed'")
         unknown = sorted(set(aux) - set(AUX_NAMES))
         if unknown:
             raise InputError(f"aux names {unknown} are unknown; expected some of {AUX_NAMES}")
@@ -292,12 +314,20 @@ class _Table(nn.Module):
     shape: tuple[int, int]
     axes: tuple[str, str]
     init_fn: nn.initializers.Initializer
+    numerics: Numerics
 
     def setup(self):
         self.weight = weight(self, "weight", self.shape, self.axes, self.init_fn)
 
     def rows(self, ids):
-        return self.weight[ids]
+        shards, count = self.numerics.shards, self.weight.shape[0]
+        axes = shards.kept(self.axes[0])
+        if not axes:
+            return self.weight[ids]
+        here = ids - shards.index(self.axes[0]) * count
+        rows = self.weight[jnp.clip(here, 0, count - 1)]
+        mine = ((here >= 0) & (here < count))[..., None]
+        return collectives.total(jnp.where(mine, rows, 0), axes)
 
     def table(self):
         return self.weight
