@@ -13,7 +13,18 @@ import math
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.weights import TensorSpec, tensor_table
 
-FP8, BF16, FP4_SCORES = 1.0, 2.0, 0.5
+
+@dataclasses.dataclass(frozen=True)
+class Prices:
+    """What one operation costs in each of the released precisions."""
+
+    fp8: float = 1.0
+    bf16: float = 2.0
+    fp4_scores: float = 0.5
+
+
+REPORT = Prices()
+ONE_EACH = Prices(1.0, 1.0, 1.0)  # operations as they are, for hardware that computes all in bf16
 KV_SCALE_GROUP, INDEX_SCALE_GROUP = 64, 32  # channels that share a scale byte in the cache
 KV_SCALE_ALIGNMENT = 8  # a main entry's scale bytes are padded to a multiple of this
 
@@ -93,27 +104,35 @@ def index_entry_bytes(config: ModelConfig) -> int:
     return config.index_head_dim // 2 + -(-config.index_head_dim // INDEX_SCALE_GROUP)
 
 
-def flops_per_token(config: ModelConfig, context: int) -> dict[str, float]:
+def flops_per_token(config: ModelConfig, context: int, prices: Prices = REPORT) -> dict[str, float]:
     """FLOPs of one decode step with `context` tokens in the cache, by part of the model.
 
     MTP, norms and softmaxes are left out.
     """
     parts = collections.Counter()
     for layer, count in collections.Counter(config.layers).items():
-        for part, flops in _layer_flops(config, layer, context).items():
-            parts[part] += count * flops
-    parts["head"] += _matmul(config.hidden_size * config.vocab_size, BF16)
+        for part, flops in layer_flops(config, layer, context, prices).items():
+            parts[_SHOWN_WITH.get(part, part)] += count * flops
+    parts["head"] += _matmul(config.hidden_size * config.vocab_size, prices.bf16)
     return dict(parts)
 
 
-def _layer_flops(config, layer, context):
+_SHOWN_WITH = {"index_scores": "indexer", "shared_experts": "experts"}
+
+
+def layer_flops(
+    config: ModelConfig, layer: LayerSpec, context: int, prices: Prices = REPORT
+) -> dict[str, float]:
+    """One layer's share of `flops_per_token`, index scores and shared experts apart."""
     return {
-        "projections": _matmul(_projection_weights(config), FP8),
-        "compressor": _compressor_flops(config, layer, config.head_dim),
-        "indexer": _indexer_flops(config, layer, context),
-        "attention": _core_flops(config, layer, context),
-        "experts": _expert_flops(config),
-        "residual": _residual_flops(config),
+        "projections": _matmul(_projection_weights(config), prices.fp8),
+        "compressor": _compressor_flops(config, layer, config.head_dim, prices),
+        "indexer": _indexer_flops(config, layer, prices),
+        "index_scores": _score_flops(config, layer, context, prices),
+        "attention": _core_flops(config, layer, context, prices),
+        "experts": _routed_flops(config, prices),
+        "shared_experts": _shared_flops(config, prices),
+        "residual": _residual_flops(config, prices),
     }
 
 
@@ -124,29 +143,34 @@ def _projection_weights(c):
     return queries + c.hidden_size * c.head_dim + output
 
 
-def _compressor_flops(config, layer, width):
+def _compressor_flops(config, layer, width, prices):
     if not layer.ratio:
         return 0.0
     channels = 2 * width if layer.overlap else width
-    return 2 * _matmul(config.hidden_size * channels, BF16)
+    return 2 * _matmul(config.hidden_size * channels, prices.bf16)
 
 
-def _indexer_flops(c, layer, context):
+def _indexer_flops(c, layer, prices):
     if layer.attention != "csa":
         return 0.0
-    heads = c.index_n_heads * c.index_head_dim
     return (
-        _compressor_flops(c, layer, c.index_head_dim)
-        + _matmul(c.hidden_size * c.index_n_heads, BF16)
-        + _matmul(c.q_lora_rank * heads, FP8)
-        + _matmul(heads * (context // layer.ratio), FP4_SCORES)
+        _compressor_flops(c, layer, c.index_head_dim, prices)
+        + _matmul(c.hidden_size * c.index_n_heads, prices.bf16)
+        + _matmul(c.q_lora_rank * c.index_n_heads * c.index_head_dim, prices.fp8)
     )
 
 
-def _core_flops(config, layer, context):
+def _score_flops(c, layer, context, prices):
+    if layer.attention != "csa":
+        return 0.0
+    heads = c.index_n_heads * c.index_head_dim
+    return _matmul(heads * (context // layer.ratio), prices.fp4_scores)
+
+
+def _core_flops(config, layer, context, prices):
     # Queries times keys, and probabilities times values, which are the same entries.
     entries = attended_entries(config, layer, context)
-    return _matmul(config.num_attention_heads * entries * 2 * config.head_dim, BF16)
+    return _matmul(config.num_attention_heads * entries * 2 * config.head_dim, prices.bf16)
 
 
 def attended_entries(config: ModelConfig, layer: LayerSpec, context: int) -> int:
@@ -159,17 +183,20 @@ def attended_entries(config: ModelConfig, layer: LayerSpec, context: int) -> int
     return min(config.sliding_window, context) + compressed
 
 
-def _expert_flops(c):
-    chosen = c.num_experts_per_tok + c.n_shared_experts
-    experts = _matmul(3 * c.hidden_size * c.moe_intermediate_size * chosen, FP8)
-    return experts + _matmul(c.hidden_size * c.n_routed_experts, BF16)
+def _routed_flops(c, prices):
+    experts = 3 * c.hidden_size * c.moe_intermediate_size * c.num_experts_per_tok
+    return _matmul(experts, prices.fp8) + _matmul(c.hidden_size * c.n_routed_experts, prices.bf16)
 
 
-def _residual_flops(c):
+def _shared_flops(c, prices):
+    return _matmul(3 * c.hidden_size * c.shared_intermediate_size, prices.fp8)
+
+
+def _residual_flops(c, prices):
     if c.hc_mult == 1:
         return 0.0
     mix = (2 + c.hc_mult) * c.hc_mult
-    return 2 * _matmul(mix * c.hc_mult * c.hidden_size, BF16)
+    return 2 * _matmul(mix * c.hc_mult * c.hidden_size, prices.bf16)
 
 
 def _matmul(weights, price):
@@ -217,23 +244,26 @@ class V32:
         projections += self.q_lora_rank * heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
         projections += heads * self.v_head_dim * d
         absorbed = heads * self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
-        indexer = _matmul(self.q_lora_rank * index + d * self.index_head_dim, FP8)
-        indexer += _matmul(d * self.index_n_heads, BF16) + _matmul(index * context, FP8)
+        indexer = _matmul(self.q_lora_rank * index + d * self.index_head_dim, REPORT.fp8)
+        indexer += _matmul(d * self.index_n_heads, REPORT.bf16) + _matmul(
+            index * context, REPORT.fp8
+        )
         entries = min(self.index_topk, context)
         core = heads * entries * (2 * self.kv_lora_rank + self.qk_rope_head_dim)
         return {
-            "projections": layers * (_matmul(projections, FP8) + _matmul(absorbed, BF16)),
+            "projections": layers
+            * (_matmul(projections, REPORT.fp8) + _matmul(absorbed, REPORT.bf16)),
             "indexer": layers * indexer,
-            "attention": layers * _matmul(core, BF16),
+            "attention": layers * _matmul(core, REPORT.bf16),
             "experts": self._expert_flops(),
-            "head": _matmul(d * self.vocab_size, BF16),
+            "head": _matmul(d * self.vocab_size, REPORT.bf16),
         }
 
     def _expert_flops(self):
         d = self.hidden_size
         chosen = self.num_experts_per_tok + self.n_shared_experts
-        experts = _matmul(3 * d * self.moe_intermediate_size * chosen, FP8)
-        router = _matmul(d * self.n_routed_experts, BF16)
-        dense = _matmul(3 * d * self.intermediate_size, FP8)
+        experts = _matmul(3 * d * self.moe_intermediate_size * chosen, REPORT.fp8)
+        router = _matmul(d * self.n_routed_experts, REPORT.bf16)
+        dense = _matmul(3 * d * self.intermediate_size, REPORT.fp8)
         sparse_layers = self.num_hidden_layers - self.num_dense_layers
         return sparse_layers * (experts + router) + self.num_dense_layers * dense
