@@ -55,7 +55,7 @@ def test_bad_cache_files_are_named(filled, tmp_path):
         ({"tokens": np.zeros((2, 1), np.int32)}, "2 rows and the cache 1"),
         ({"segment_ids": np.zeros((1, 4), np.int32)}, "a packed row has neither"),
         ({"mtp": True}, "need the whole row"),
-        ({"logits": "some"}, "expected 'all', 'last' or 'none'"),
+        ({"logits": "some"}, "expected 'all', 'last', 'none' or 'normed'"),
         ({"aux": ("attention_maps",)}, "attention_maps"),
         ({"tokens": np.zeros((1, 0), np.int32)}, "no columns"),
     ],

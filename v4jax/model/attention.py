@@ -10,12 +10,13 @@ from v4jax.config import LayerSpec, ModelConfig
 from v4jax.kernels import membership
 from v4jax.kernels.sparse_attention import api as sparse_attention
 from v4jax.model import rope
-from v4jax.model.cache import LayerCache, read_layer, shift_in, write_layer, write_rows
+from v4jax.model.cache import LayerCache, read_layer, write_layer, write_rows
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
 from v4jax.model.indexer import Indexer
 from v4jax.model.indexer_loss import Index, Paid, indexer_loss
 from v4jax.model.layers import Numerics, Projection, RMSNorm, normalize, weight
+from v4jax.sharding import collectives, sequence
 
 
 class Attention(nn.Module):
@@ -79,26 +80,27 @@ class Attention(nn.Module):
             keys, cache = self._window(kv, context, cache, layer)
         if compressing:
             entries, cache = self._entries(x_BTD, context, cache, layer)
-            low, high = context.visible_entries(self.spec.ratio)
+            low, high = self._own(*context.visible_entries(self.spec.ratio), entries, cache)
             keys |= {"entries_BCH": entries, "low_BT": low, "high_BT": high}
         if self.spec.attention == "csa":
             # The indexer learns from a loss of its own, and the rest of the model not from that.
             fixed_BTD, fixed_BTL = jax.lax.stop_gradient((x_BTD, q_lat))
             index_keys, cache = self._index_keys(fixed_BTD, context, cache, layer)
             q_index = self.indexer.queries(fixed_BTD, fixed_BTL, turn)
-            choice = {"chosen_BTK": replayed_BTK}
-            if replayed_BTK is None:
-                choice, aux = self._choose(*q_index, index_keys, low, high, context)
+            if replayed_BTK is not None:
+                choice = {"chosen_BTK": self._own_choice(replayed_BTK, entries, cache)}
+            else:
+                places = (index_keys, low, high, context)
+                choice, aux = self._choose(*q_index, *places, self._in_parts(cache))
             keys |= choice
-        scale, kernels = self.config.head_dim**-0.5, self.numerics.kernels
-        o, lse = sparse_attention.sparse_attention(
-            q, self.attn_sink, scale=scale, with_lse=True, implementation=kernels, **keys
-        )
+        o, lse = self._attend(q, keys, self._in_parts(cache))
         if self.spec.attention == "csa" and "indexer_loss" in context.aux:
-            paid = Paid(q, lse, entries, low, high, _indices(choice))
+            seen = jnp.where(context.real, high, low)
+            paid = Paid(q, lse, entries, low, seen, _indices(choice))
             topk = self.config.index_topk or index_keys.shape[1]
             index = Index(*q_index, index_keys, topk, self.numerics.native)
-            aux |= {"indexer_loss": indexer_loss(paid, index, scale)}
+            scale, heads = self.config.head_dim**-0.5, self.numerics.shards.kept("heads")
+            aux |= {"indexer_loss": indexer_loss(paid, index, scale, heads)}
         if "attention" in context.aux:
             aux |= {"q": q, "kv": kv, "entries": keys.get("entries_BCH"), "o": o}
         return self._output(o, turn), cache, aux
@@ -107,7 +109,7 @@ class Attention(nn.Module):
         """Queries [B,T,N,H], normed a head at a time without a weight, rotated."""
         config, round_ = self.config, self.numerics.round
         q = self.wq_b("btl,xl->btx", q_lat)
-        q = q.reshape(*q.shape[:2], config.num_attention_heads, config.head_dim)
+        q = q.reshape(*q.shape[:2], -1, config.head_dim)
         if self.numerics.native:
             q = _norm_chain(q, config.rms_norm_eps)
         else:
@@ -128,71 +130,112 @@ class Attention(nn.Module):
 
     def _window(self, kv, context, cache, layer):
         """This call's rows behind those of the cache, and the first that each query may see."""
-        window = self.config.sliding_window
-        row = jnp.broadcast_to(jnp.arange(kv.shape[1], dtype=jnp.int32)[None], kv.shape[:2])
-        if cache is None:
-            first = jnp.zeros_like(row) if context.document is None else context.document
-            rows = kv
-        else:
-            older = read_layer(cache.window, layer)
-            rows, last = shift_in(older, kv, context.count)
+        window, shards = self.config.sliding_window, self.numerics.shards
+        older = None if cache is None else read_layer(cache.window, layer)
+        rows = sequence.joined_rows(shards, kv, older, window - 1)
+        if cache is not None:
+            last = sequence.last_rows(shards, rows, context.whole.total, older.shape[1])
             cache = cache.replace(window=write_layer(cache.window, layer, last))
-            held = jnp.maximum(older.shape[1] - context.start, 0)
-            first = jnp.broadcast_to(held[:, None], row.shape)
-        return {"window_BSH": rows, "first_BT": first, "window": window}, cache
+        # A document begins `position` rows before its token, and the rows of this call behind
+        # those that joined them.
+        first = rows.shape[1] - kv.shape[1] + context.row - context.position
+        return {"window_BSH": rows, "first_BT": jnp.maximum(first, 0), "window": window}, cache
 
     def _all_tokens(self, kv, context, cache, layer):
         """Full attention: every token's own row is an entry, visible from itself on."""
-        position = context.position
-        if cache is not None:
-            tokens = write_rows(cache.tokens, layer, kv, context.start, context.count)
-            cache = cache.replace(tokens=tokens)
-            kv = read_layer(tokens, layer)
-            low, high = jnp.zeros_like(position), position + 1
-        else:
-            row = jnp.broadcast_to(jnp.arange(kv.shape[1], dtype=jnp.int32)[None], position.shape)
-            low, high = row - position, row + 1
-        return {"entries_BCH": kv, "low_BT": low, "high_BT": high}, cache
+        position, shards = context.position, self.numerics.shards
+        kv = collectives.gather(kv, shards.axes("sequence"), 1)
+        if cache is None:
+            row = context.row + shards.index("sequence") * position.shape[1]
+            row = jnp.broadcast_to(row, position.shape)
+            return {"entries_BCH": kv, "low_BT": row - position, "high_BT": row + 1}, None
+        whole = context.whole
+        tokens = _write(shards, cache.tokens, layer, kv, whole.begin, whole.total)
+        kv = _read(shards, tokens, layer)
+        low, high = self._own(jnp.zeros_like(position), position + 1, kv, cache)
+        return {"entries_BCH": kv, "low_BT": low, "high_BT": high}, cache.replace(tokens=tokens)
 
     def _entries(self, x_BTD, context, cache, layer):
         """All compressed entries so far, [B,C,H]."""
         state = None if cache is None else cache.main
         new, rows = self.compressor(x_BTD, context, state, layer)
-        new = self._quantize_kv(new)
-        if cache is None:
-            return new, None
-        state = _append(state, new, rows, context, layer, self.spec.ratio)
-        return read_layer(state.entries, layer), cache.replace(main=state)
+        entries, state = self._collect(self._quantize_kv(new), rows, context, state, layer)
+        return entries, None if cache is None else cache.replace(main=state)
 
     def _index_keys(self, x_BTD, context, cache, layer):
         """The index keys of all compressed entries so far, [B,C,Z]."""
         state = None if cache is None else cache.index
         new, rows = self.indexer.keys(x_BTD, context, state, layer)
-        if cache is None:
-            return new, None
-        state = _append(state, new, rows, context, layer, self.spec.ratio)
-        return read_layer(state.entries, layer), cache.replace(index=state)
+        keys, state = self._collect(new, rows, context, state, layer)
+        return keys, None if cache is None else cache.replace(index=state)
 
-    def _choose(self, q_BTIZ, weight_BTI, keys_BCZ, low, high, context):
+    def _collect(self, new, rows, context, state, layer):
+        """Old and new entries of all shards, and the compressor's state with the new ones."""
+        shards, ratio = self.numerics.shards, self.spec.ratio
+        new = sequence.collect_entries(shards, new, *context.closings(ratio), context.row.shape[1])
+        if state is None:
+            return new, None
+        begin, total = context.whole.begin, context.whole.total
+        first = begin // ratio
+        count = (begin + total) // ratio - first
+        entries = _write(shards, state.entries, layer, new, first, count)
+        return _read(shards, entries, layer), state.replace(entries=entries, raw=rows)
+
+    def _in_parts(self, cache):
+        """Whether each shard attends to its own part of the cached entries."""
+        return cache is not None and sequence.spread_entries(self.numerics.shards)
+
+    def _own(self, low, high, entries, cache):
+        """[low, high) in the numbering of the entries at hand."""
+        if not self._in_parts(cache):
+            return low, high
+        return sequence.own_range(self.numerics.shards, low, high, entries.shape[1])
+
+    def _own_choice(self, chosen_BTK, entries, cache):
+        if not self._in_parts(cache):
+            return chosen_BTK
+        return sequence.own_entries(self.numerics.shards, chosen_BTK, entries.shape[1])
+
+    def _attend(self, q, keys, in_parts):
+        """The core attention and its log-sum-exp; of entries in parts, the merged partial ones."""
+        options = {"scale": self.config.head_dim**-0.5, "implementation": self.numerics.kernels}
+        sink, shards = self.attn_sink, self.numerics.shards
+        in_parts = in_parts and "entries_BCH" in keys
+        if in_parts:
+            rows = keys["window_BSH"].shape[1] if "window_BSH" in keys else 0
+            sink, first = sequence.first_shard_only(shards, sink, keys.get("first_BT"), rows)
+            keys = keys | {"first_BT": first}
+        o, lse = sparse_attention.sparse_attention(q, sink, with_lse=True, **options, **keys)
+        return sequence.merge_attention(shards, o, lse) if in_parts else o, lse
+
+    def _choose(self, q_BTIZ, weight_BTI, keys_BCZ, low, high, context, in_parts):
         """The indexer's choice, or none where every visible entry would be in it."""
-        topk, aux, wanted = self.config.index_topk or keys_BCZ.shape[1], {}, context.aux
+        shards, count = self.numerics.shards, keys_BCZ.shape[1]
+        entries = count * (shards.size("entries") if in_parts else 1)
+        topk, aux, wanted = self.config.index_topk or entries, {}, context.aux
         if "index_scores" in wanted:
             scores = self.indexer.scores(q_BTIZ, weight_BTI, keys_BCZ)
             aux = {"index_scores": scores, "index_keys": keys_BCZ}
-        if context.dense or (keys_BCZ.shape[1] <= topk and "chosen" not in wanted):
+        if context.dense or (entries <= topk and "chosen" not in wanted):
             return {}, aux
-        choice = self.indexer.choose(q_BTIZ, weight_BTI, keys_BCZ, low, high, topk)
-        if "chosen" in wanted:
-            aux |= {"chosen": _indices(choice)}
-        return choice, aux
+        places = (q_BTIZ, weight_BTI, keys_BCZ, low, high)
+        if in_parts:
+            best = self.indexer.best(*places, min(topk, count))
+            chosen, own = sequence.best_of_all(shards, *best, count, topk)
+            choice = {"chosen_BTK": own}
+        else:
+            choice = self.indexer.choose(*places, topk)
+            chosen = _indices(choice) if "chosen" in wanted else None
+        return choice, aux | ({"chosen": chosen} if "chosen" in wanted else {})
 
     def _output(self, o, turn):
         """Turns the values back, projects each group of heads down, then all of them up."""
         config, round_ = self.config, self.numerics.round
         cos, sin = (angle[:, :, None] for angle in turn)
         o = round_(rope.rotate(round_(o), cos, sin, inverse=True))
-        o = o.reshape(*o.shape[:2], config.o_groups, -1)
-        z = self.wo_a.grouped(o, config.o_groups)
+        groups = config.o_groups // self.numerics.shards.size("heads")
+        o = o.reshape(*o.shape[:2], groups, -1)
+        z = self.wo_a.grouped(o, groups)
         return self.wo_b("btx,dx->btd", z.reshape(*z.shape[:2], -1))
 
 
@@ -203,12 +246,18 @@ def _indices(choice):
     return choice.get("chosen_BTK")
 
 
-def _append(state, new, rows, context, layer, ratio):
-    """The compressor's state with this call's closed blocks and raw rows."""
-    first = context.start // ratio
-    count = (context.start + context.count) // ratio - first
-    entries = write_rows(state.entries, layer, new, first, count)
-    return state.replace(entries=entries, raw=rows)
+def _write(shards, buffer_RBCH, layer, new_BEH, start_B, count_B):
+    """A cache's buffer with new entries at `start`; each shard writes those of its own part."""
+    first = shards.index("entries") * buffer_RBCH.shape[2]
+    return write_rows(buffer_RBCH, layer, new_BEH, start_B - first, count_B)
+
+
+def _read(shards, buffer_RBCH, layer):
+    """A layer's cached entries: of all shards, unless each attends to its own."""
+    entries = read_layer(buffer_RBCH, layer)
+    if sequence.spread_entries(shards):
+        return entries
+    return collectives.gather(entries, shards.axes("entries"), 1)
 
 
 def _norm_chain(q, eps):

@@ -97,6 +97,7 @@ def init_cache(
     rollback: int = 0,
     dtype="float32",
     min_repeats: int = 4,
+    parts: int = 1,
 ) -> Cache:
     """An empty cache of `batch` rows of up to `max_length` tokens.
 
@@ -104,6 +105,7 @@ def init_cache(
       rollback: how many tokens `Cache.rollback` can take back.
       dtype: type of kv rows and entries (raw compressor rows are float32).
       min_repeats: the model's, so that the cache is cut into the same segments.
+      parts: how many equal parts entries can be cut into, for a mesh.
 
     Raises:
       InputError: a length or batch that is not positive, or beyond the model's positions.
@@ -120,7 +122,7 @@ def init_cache(
     for segment in config_lib.segments(config.layers, min_repeats):
         unit = config.layers[segment.start : segment.start + segment.period]
         layers[segment.name] = tuple(
-            _init_layer(config, spec, (segment.repeats, batch), max_length, rollback, dtype)
+            _init_layer(config, spec, (segment.repeats, batch), max_length, rollback, dtype, parts)
             for spec in unit
         )
     # Two arrays, not one twice: a donated buffer may stand in one place only.
@@ -128,16 +130,16 @@ def init_cache(
     return Cache(lengths, spare, layers, max_length, rollback)
 
 
-def _init_layer(config, spec, lead, max_length, rollback, dtype):
+def _init_layer(config, spec, lead, max_length, rollback, dtype, parts):
     h, z = config.head_dim, config.index_head_dim
     if spec.attention == "full":
-        return LayerCache(tokens=jnp.zeros((*lead, _room(max_length), h), dtype))
+        return LayerCache(tokens=jnp.zeros((*lead, _room(max_length, parts), h), dtype))
     window = jnp.zeros((*lead, config.sliding_window - 1 + rollback, h), dtype)
     if spec.attention == "window":
         return LayerCache(window=window)
 
     def compressor(width):
-        entries = _room(-(-max_length // spec.ratio))
+        entries = _room(-(-max_length // spec.ratio), parts)
         doubled = 2 if spec.overlap else 1
         return CompressorState(
             entries=jnp.zeros((*lead, entries, width), dtype),
@@ -148,23 +150,16 @@ def _init_layer(config, spec, lead, max_length, rollback, dtype):
     return LayerCache(window=window, main=compressor(h), index=index)
 
 
-def _room(entries: int) -> int:
+def _room(entries: int, parts: int) -> int:
     """Entries to make room for: whole tiles, which the kernels then need not pad (and copy)."""
-    tile = 64 if entries <= 512 else 1024
-    return -(-entries // tile) * tile
+    part = -(-entries // parts)
+    tile = 64 if part <= 512 else 1024
+    return -(-part // tile) * tile * parts
 
 
 def raw_rows(spec: LayerSpec) -> int:
     """How many earlier raw rows a new token may need to close its block."""
     return (2 if spec.overlap else 1) * spec.ratio - 1
-
-
-def shift_in(rows_BPX: Array, new_BTX: Array, count_B: Array) -> tuple[Array, Array]:
-    """Appends new rows, of which `count` are real: (all P+T rows, the last P real ones)."""
-    joined = jnp.concatenate([rows_BPX, new_BTX.astype(rows_BPX.dtype)], axis=1)
-    keep = rows_BPX.shape[1]
-    take = jax.vmap(lambda x, n: jax.lax.dynamic_slice_in_dim(x, n, keep, axis=0))
-    return joined, take(joined, count_B)
 
 
 def write_rows(buffer_RBCH, layer, rows_BKH, start_B, count_B):
@@ -176,7 +171,8 @@ def write_rows(buffer_RBCH, layer, rows_BKH, start_B, count_B):
 
     def one(buffer, rows, start, count):  # [R,C,H], [K,H]
         # The slice may not reach over the end, or it would be moved: it begins earlier instead.
-        first = jnp.minimum(start, size - length)
+        # Below 0 it begins where rows of the buffer of another shard end.
+        first = jnp.clip(start, 0, size - length)
         source = jnp.arange(length) + first - start
         old = jax.lax.dynamic_slice(buffer, (layer, first, 0), (1, length, buffer.shape[2]))
         new = rows[jnp.clip(source, 0, length - 1)]

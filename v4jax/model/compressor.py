@@ -9,9 +9,10 @@ from jaxtyping import Array
 
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.model import rope
-from v4jax.model.cache import CompressorState, read_layer, shift_in, write_layer
-from v4jax.model.context import Context
+from v4jax.model.cache import CompressorState, raw_rows, read_layer, write_layer
+from v4jax.model.context import Context, closing_rows
 from v4jax.model.layers import Numerics, Projection, RMSNorm, weight
+from v4jax.sharding import sequence
 
 
 class Compressor(nn.Module):
@@ -46,20 +47,23 @@ class Compressor(nn.Module):
 
         Returns:
           Entries in the activation dtype and the raw rows for the next call (None uncached).
-          Cached, entry i is number start // m + i of its row; those past the last closed block
-          are garbage and are not to be kept.
+          Entry i is number start // m + i of its row, or in a packed row the i-th whose block
+          closes; those past the last closed block are garbage and are not to be kept.
         """
-        raw_BTX = self._raw(x_BTD, context)
+        raw_BTX, shards = self._raw(x_BTD, context), self.numerics.shards
+        older = None if state is None else read_layer(state.raw, layer)
+        joined = sequence.joined_rows(shards, raw_BTX, older, raw_rows(self.spec))
         rows = None
+        if state is not None:
+            last = sequence.last_rows(shards, joined, context.whole.total, older.shape[1])
+            rows = write_layer(state.raw, layer, last)
+        reach = joined.shape[1] - raw_BTX.shape[1]
         if context.document is not None:
-            blocks, position = _packed_blocks(raw_BTX, context, self.spec)
-        elif state is None:
+            blocks, position = _packed_blocks(joined, context, reach, self.spec)
+        elif context.start is None:
             blocks, position = _whole_blocks(raw_BTX, self.spec)
         else:
-            older = read_layer(state.raw, layer)
-            joined, last = shift_in(older, raw_BTX, context.count)
-            rows = write_layer(state.raw, layer, last)
-            blocks, position = _open_blocks(joined, context, older.shape[1], self.spec)
+            blocks, position = _open_blocks(joined, context, reach, self.spec)
         return self._finish(_pool(blocks, position, self.spec.overlap), position), rows
 
     def _raw(self, x_BTD, context):
@@ -113,16 +117,14 @@ def _open_blocks(joined_BPX, context, older, spec):
     return _windows(take(joined_BPX, first), spec), m * number
 
 
-def _packed_blocks(raw_BTX, context, spec):
+def _packed_blocks(joined_BPX, context, older, spec):
     """Spans of all documents' blocks in the order in which they close; garbage after the last."""
-    batch, length, _ = raw_BTX.shape
-    entries = length // spec.ratio
-    closed = jnp.cumsum(context.closes(spec.ratio), axis=1, dtype=jnp.int32)
-    wanted = jnp.arange(1, entries + 1)
-    last = jax.vmap(lambda row: jnp.searchsorted(row, wanted, method="scan_unrolled"))(closed)
-    last = jnp.minimum(last, length - 1).astype(jnp.int32)
-    row = last[..., None] + jnp.arange(1 - _span(spec), 1, dtype=jnp.int32)[None, None]
-    blocks = raw_BTX[jnp.arange(batch)[:, None, None], jnp.maximum(row, 0)]
+    batch, m = joined_BPX.shape[0], spec.ratio
+    closes = context.position % m == m - 1
+    entries = -(-closes.shape[1] // m) if older else closes.shape[1] // m
+    last = closing_rows(jnp.cumsum(closes, axis=1, dtype=jnp.int32), entries)
+    row = last[..., None] + jnp.arange(1 - _span(spec), 1, dtype=jnp.int32)[None, None] + older
+    blocks = joined_BPX[jnp.arange(batch)[:, None, None], jnp.maximum(row, 0)]
     position = jnp.take_along_axis(context.position, last, axis=1)
     return blocks, position - (spec.ratio - 1)
 

@@ -2,9 +2,13 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
+
+from v4jax.sharding import collectives
+from v4jax.sharding.rules import ONE_DEVICE, Shards
 
 AUX_NAMES = (
     "streams",
@@ -24,11 +28,15 @@ AUX_NAMES = (
 class Context:
     """The places of one call's tokens, the same for every layer.
 
+    On a mesh whose "sequence" has axes a shard holds T neighbouring rows of the whole call, else
+    all of them.
+
     tokens [B,T]. position [B,T]: within the document, for RoPE and compression blocks.
-    start [B]: tokens that the cache held before (None: no cache). count [B]: real tokens in the
-    call (the rest is right padding). document [B,T]: the row at which each token's document
-    begins (None: one document a row). aux: names of wanted auxiliary outputs. dense: CSA layers
-    attend to every visible entry instead of the indexer's choice.
+    start [B]: tokens before this shard's first (None: the row begins here). count [B]: real tokens
+    in this shard's slice (the rest is right padding). document [B,T]: the row of the whole call at
+    which each token's document begins (None: one document a row).
+    whole: the whole call's. aux: names of wanted auxiliary outputs. dense: CSA layers attend to
+    every visible entry instead of the indexer's choice.
     """
 
     tokens: Any
@@ -36,8 +44,20 @@ class Context:
     start: Any
     count: Any
     document: Any
+    whole: "Whole"
     aux: tuple[str, ...] = struct.field(pytree_node=False, default=())
     dense: bool = struct.field(pytree_node=False, default=False)
+    shards: Shards = struct.field(pytree_node=False, default=ONE_DEVICE)
+
+    @property
+    def row(self) -> Int[Array, "1 t"]:
+        """Rows of this shard's slice, counted from its first."""
+        return jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None]
+
+    @property
+    def real(self) -> Bool[Array, "b t"]:
+        """Which rows are no padding."""
+        return self.row < self.count[:, None]
 
     def visible_entries(self, ratio: int) -> tuple[Array, Array]:
         """low and high [B,T]: each query sees compressed entries low <= e < high.
@@ -48,20 +68,63 @@ class Context:
         if self.document is None:
             high = (self.position + 1) // ratio
             return jnp.zeros_like(high), high
-        closed = jnp.cumsum(self.closes(ratio), axis=1, dtype=jnp.int32)
+        closed = self.whole.closed(ratio)
         before = jnp.pad(closed, ((0, 0), (1, 0)))
-        return jnp.take_along_axis(before, self.document, axis=1), closed
+        high = collectives.part(closed, self.shards.axes("sequence"), 1)
+        return jnp.take_along_axis(before, self.document, axis=1), high
 
-    def closes(self, ratio: int) -> Bool[Array, "b t"]:
-        """Whether a token is the last of its compression block."""
-        return self.position % ratio == ratio - 1
+    def closings(self, ratio: int) -> tuple[Array | None, Array | None]:
+        """Where the whole call's blocks close, as `sequence.collect_entries` takes it.
+
+        The row of the whole call at which entry i of this call closes [B,C], past the last real one
+        anything; and how many entries close before each shard's slice [B,S].
+        """
+        shards, length = self.shards.size("sequence"), self.tokens.shape[1]
+        first = length * jnp.arange(shards, dtype=jnp.int32)[None]
+        if self.document is not None:
+            closed = self.whole.closed(ratio)
+            before = jnp.where(first > 0, closed[:, length * jnp.arange(shards) - 1], 0)
+            return closing_rows(closed, shards * length // ratio), before
+        begin = self.whole.begin
+        if begin is None:
+            if length % ratio == 0:
+                return None, None
+            entry = jnp.arange(shards * length // ratio, dtype=jnp.int32)[None]
+            row, before = ratio * entry + ratio - 1, first // ratio
+            batch = self.tokens.shape[0]
+            return tuple(jnp.broadcast_to(x, (batch, x.shape[1])) for x in (row, before))
+        entry = jnp.arange((shards * length + ratio - 1) // ratio, dtype=jnp.int32)[None]
+        begin = begin[:, None]
+        row = ratio * (begin // ratio + entry) + ratio - 1 - begin
+        return row, (begin + first) // ratio - begin // ratio
 
 
-def place_tokens(tokens_BT, lengths_B, start_B, segment_ids_BT, aux=(), dense=False) -> Context:
-    """The context of one call; see `Transformer.__call__` for the arguments."""
+@struct.dataclass
+class Whole:
+    """What all shards know of the call.
+
+    begin [B]: tokens that the cache held before (None: no cache). total [B]: real tokens of the
+    call. position, document: of all its rows; see `Context`.
+    """
+
+    begin: Any
+    total: Any
+    position: Any
+    document: Any
+
+    def closed(self, ratio: int) -> Int[Array, "b t"]:
+        """How many compression blocks have closed at each row, itself included."""
+        closes = self.position % ratio == ratio - 1
+        return jnp.cumsum(closes, axis=1, dtype=jnp.int32)
+
+
+def place_tokens(
+    tokens_BT, lengths_B, start_B, segment_ids_BT, aux=(), dense=False, shards=ONE_DEVICE
+) -> Context:
+    """The context of one call from the whole of it; see `Transformer.__call__`."""
     batch, length = tokens_BT.shape
     row = jnp.arange(length, dtype=jnp.int32)[None]
-    count = jnp.full((batch,), length, jnp.int32) if lengths_B is None else lengths_B
+    total = jnp.full((batch,), length, jnp.int32) if lengths_B is None else lengths_B
     document = None
     position = jnp.broadcast_to(row, (batch, length))
     if start_B is not None:
@@ -69,7 +132,30 @@ def place_tokens(tokens_BT, lengths_B, start_B, segment_ids_BT, aux=(), dense=Fa
     if segment_ids_BT is not None:
         document = document_starts(segment_ids_BT)
         position = row - document
-    return Context(tokens_BT, position, start_B, count, document, tuple(aux), dense)
+    whole = Whole(start_B, total, position, document)
+    return slice_of(tokens_BT, whole, tuple(aux), dense, shards)
+
+
+def slice_of(tokens_BT, whole: Whole, aux, dense, shards: Shards) -> Context:
+    """This shard's slice of a call; all of it where "sequence" has no axes."""
+    axes = shards.axes("sequence")
+    tokens, position, document = (
+        None if x is None else collectives.part(x, axes, 1)
+        for x in (tokens_BT, whole.position, whole.document)
+    )
+    start, count = whole.begin, whole.total
+    if axes:
+        first = jax.lax.axis_index(axes) * tokens.shape[1]
+        start = first + (jnp.zeros_like(count) if start is None else start)
+        count = jnp.clip(count - first, 0, tokens.shape[1])
+    return Context(tokens, position, start, count, document, whole, aux, dense, shards)
+
+
+def closing_rows(closed_BT: Int[Array, "b t"], entries: int) -> Int[Array, "b c"]:
+    """The row at which each of the first `entries` blocks closes; the last row past the last."""
+    wanted = jnp.arange(1, entries + 1)
+    rows = jax.vmap(lambda row: jnp.searchsorted(row, wanted, method="scan_unrolled"))(closed_BT)
+    return jnp.minimum(rows, closed_BT.shape[1] - 1).astype(jnp.int32)
 
 
 def document_starts(segment_ids_BT: Int[Array, "b t"]) -> Int[Array, "b t"]:

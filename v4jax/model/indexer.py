@@ -26,7 +26,7 @@ class Indexer(nn.Module):
         config, numerics = self.config, self.numerics
         std, heads, width = config.initializer_range, config.index_n_heads, config.index_head_dim
         self.wq_b = Projection(
-            heads * width, config.q_lora_rank, ("index_heads", "q_lora"), numerics, std
+            heads * width, config.q_lora_rank, ("index_heads", "q_latent"), numerics, std
         )
         self.weights_proj = Projection(
             heads, config.hidden_size, ("index_heads", "embed"), numerics, std, False
@@ -59,6 +59,13 @@ class Indexer(nn.Module):
             return {"chosen_BTK": api.indexer_topk(*arguments, **options)}
         member_BTW = api.indexer_member(*arguments, **options)
         return {"member_BTW": member_BTW, "topk": min(topk, keys_BCZ.shape[1])}
+
+    def best(self, q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk: int) -> tuple[Array, Array]:
+        """The choice as indices and the chosen entries' scores, for a merge with other shards'."""
+        options = {"chain": self.numerics.native, "implementation": self.numerics.kernels}
+        arguments = (q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk)
+        chosen_BTK = api.indexer_topk(*arguments, **options)
+        return chosen_BTK, api.index_scores_at(*arguments[:3], chosen_BTK, chain=options["chain"])
 
     def scores(self, q_BTIZ, weight_BTI, keys_BCZ) -> Array:
         """Every entry's score for every query, float32 [B,T,C]: for losses and pictures."""

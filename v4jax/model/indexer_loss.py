@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from v4jax.kernels import membership
 from v4jax.kernels.indexer_topk import api
 from v4jax.kernels.sparse_attention.mass import attention_mass
+from v4jax.sharding import collectives
 
 # Elements of the largest array of a block of queries: scores of every head and entry.
 BLOCK = 1 << 22
@@ -49,19 +50,22 @@ class Index(NamedTuple):
     chain: bool
 
 
-def indexer_loss(paid: Paid, index: Index, scale: float) -> Float[Array, "sums"]:
+def indexer_loss(
+    paid: Paid, index: Index, scale: float, heads: tuple[str, ...] = ()
+) -> Float[Array, "sums"]:
     """Sums over the queries that see an entry, in the order of `SUMS`; never NaN.
 
     kl: KL(teacher || student). uniform: KL to a student that knows nothing. captured: the part of
     the teacher's mass that lies on the `topk` entries of highest score; 0 unless a query attends to
     all, since else only those are known. queries: how many there are. Only kl has a gradient.
+    heads: mesh axes that the heads are spread over.
     """
     if paid.entries_BCH.shape[1] == 0:
         return jnp.zeros(len(SUMS), jnp.float32)
     paid = jax.tree.map(jax.lax.stop_gradient, paid)
     sums = _of_chosen if paid.chosen_BTK is not None else _of_all
     keys = index.keys_BCZ
-    one = jax.checkpoint(functools.partial(sums, index.topk, index.chain, scale))
+    one = jax.checkpoint(functools.partial(sums, index.topk, index.chain, scale, heads))
 
     def add(total, block):
         return total + one(paid.entries_BCH, keys, *block), None
@@ -70,18 +74,21 @@ def indexer_loss(paid: Paid, index: Index, scale: float) -> Float[Array, "sums"]
     return jax.lax.scan(add, jnp.zeros(len(SUMS), jnp.float32), blocks)[0]
 
 
-def _of_chosen(topk, chain, scale, entries, keys, q, lse, q_index, weight, low, high, chosen):
-    mass = attention_mass(q, lse, entries, chosen, scale=scale)
+def _of_chosen(
+    topk, chain, scale, heads, entries, keys, q, lse, q_index, weight, low, high, chosen
+):
+    mass = collectives.total(attention_mass(q, lse, entries, chosen, scale=scale), heads)
     scores = api.index_scores_at(q_index, weight, keys, chosen, chain=chain)
     kl, uniform, there = divergences(mass, scores, chosen >= 0)
     return jnp.stack([kl, uniform, jnp.zeros_like(kl), there])
 
 
-def _of_all(topk, chain, scale, entries, keys, q, lse, q_index, weight, low, high):
+def _of_all(topk, chain, scale, heads, entries, keys, q, lse, q_index, weight, low, high):
     entry = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None]
     seen_BTC = (entry >= low[..., None]) & (entry < high[..., None])
     logits = jnp.einsum("btnh,bch->btnc", q, entries, preferred_element_type=jnp.float32) * scale
     mass = jnp.sum(jnp.exp(jnp.where(seen_BTC[:, :, None], logits - lse[..., None], -jnp.inf)), 2)
+    mass = collectives.total(mass, heads)
     scores = api.index_scores(q_index, weight, keys, chain=chain)
     kl, uniform, there = divergences(mass, scores, seen_BTC)
     member = api.indexer_member(q_index, weight, keys, low, high, topk, chain=chain)

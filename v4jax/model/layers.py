@@ -1,6 +1,7 @@
-"""What every block is made of: declared weights, projection, RMSNorm, where bf16 rounds."""
+"""What every block is made of: declared weights, projection, RMSNorm, how a forward pass runs."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -12,11 +13,13 @@ from v4jax import quant
 from v4jax.errors import InputError
 from v4jax.kernels.quantized_matmul import api as quantized_matmul
 from v4jax.quant import round_to
+from v4jax.sharding import collectives
+from v4jax.sharding.rules import ONE_DEVICE, Shards
 
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """Where activations are rounded.
+    """How a forward pass computes: where activations are rounded, with which kernels, on what.
 
     Attributes:
       dtype: the activations' type; every rounding point of architecture section 10 casts to it.
@@ -24,11 +27,13 @@ class Numerics:
         chains of section 10 (points 2 and 7) and the Hadamard rotation.
       kernels: the implementation of every kernel by name ("xla", "pallas_tpu", ...); None takes
         the best of the platform that the program is compiled for.
+      shards: the mesh that the pass runs on, inside `shard_map`; by default one device.
     """
 
     dtype: str = "float32"
     native: bool = False
     kernels: str | None = None
+    shards: Shards = ONE_DEVICE
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
@@ -56,7 +61,8 @@ def weight(
     """Declares a weight: its name, shape, logical axes and initialiser.
 
     A variable that is already there is taken in the form in which it is stored (float32, bfloat16
-    or `quant.QTensor`), after a check of its shape.
+    or `quant.QTensor`), after a check of its shape. On a mesh it comes as this shard's part: along
+    axes where the strategy gathers weights, all parts are put together here, and only here.
     """
     if not module.has_variable(collection, name):
         boxed = nn.with_logical_partitioning(init, axes)
@@ -67,9 +73,16 @@ def weight(
         )
         return value.value
     value = nn.unbox(module.get_variable(collection, name))
-    if tuple(value.shape) != tuple(shape):
+    shards = module.numerics.shards
+    expected = tuple(n // shards.size(axis) for n, axis in zip(shape, axes, strict=True))
+    if tuple(value.shape) != expected:
         where = "/".join((*module.scope.path, name))
-        raise InputError(f"weight {where} has shape {tuple(value.shape)}; expected {tuple(shape)}")
+        raise InputError(f"weight {where} has shape {tuple(value.shape)}; expected {expected}")
+    for dimension, axis in enumerate(axes):
+        gather = functools.partial(
+            collectives.gather, axes=shards.gathered(axis), dimension=dimension
+        )
+        value = jax.tree.map(gather, value)
     return value
 
 
@@ -109,12 +122,14 @@ class Projection(nn.Module):
     def __call__(self, equation: str, x: Array) -> Array:
         """The projection of `x`, rounded once to the activation dtype."""
         y = project(equation, x, self.weight, self.numerics, self.quantize_input)
+        # Shards that hold parts of the contracted axis have partial sums.
+        y = collectives.total(y, self.numerics.shards.kept(self.axes[1]))
         return self.numerics.round(y)
 
     def grouped(self, x: Array, groups: int) -> Array:
         """[B,T,G,X] -> [B,T,G,O]: output rows cut into groups, each with its own slice of x."""
         w = self.weight
-        if isinstance(w, quant.QTensor) and self.out_features // groups % 128:
+        if isinstance(w, quant.QTensor) and w.shape[0] // groups % 128:
             w = w.dequantize(self.numerics.dtype)  # a scale block would reach over two groups
         w = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, leaf.shape[-1]), w)
 

@@ -9,6 +9,7 @@ from v4jax.config import LayerSpec, ModelConfig
 from v4jax.kernels.grouped_matmul import api as grouped_matmul
 from v4jax.model.context import Context
 from v4jax.model.layers import Numerics, Projection, weight
+from v4jax.sharding import collectives
 
 
 class Router(nn.Module):
@@ -137,13 +138,14 @@ class SharedExpert(nn.Module):
         return y.reshape(x_BTD.shape)
 
 
-def _load(chosen_BTK, scores_BTE):
+def _load(chosen_BTK, scores_BTE, real_BT):
     """Sums over a row's tokens, [B,2,E]: how often each expert was chosen, its share of scores."""
+    real = real_BT[..., None].astype(jnp.float32)
     expert = jnp.arange(scores_BTE.shape[-1])[None, None]
     k = chosen_BTK.shape[-1]
     picked = sum((chosen_BTK[:, :, i, None] == expert).astype(jnp.float32) for i in range(k))
     share = scores_BTE / scores_BTE.sum(-1, keepdims=True)
-    return jnp.stack([picked.sum(1), share.sum(1)], axis=1)
+    return jnp.stack([(real * picked).sum(1), (real * share).sum(1)], axis=1)
 
 
 class MoE(nn.Module):
@@ -165,7 +167,9 @@ class MoE(nn.Module):
         y = self.experts(x_BTD, chosen, weights)
         if self.config.n_shared_experts:
             y = y + self.shared_experts(x_BTD).astype(jnp.float32)
+        # Shards that hold parts of the experts' width have partial sums.
+        y = collectives.total(y, self.numerics.shards.kept("mlp"))
         named = {"router_experts": chosen, "router_weights": weights, "router_scores": scores}
         if "router_load" in context.aux:
-            named["router_load"] = _load(chosen, scores)
+            named["router_load"] = _load(chosen, scores, context.real)
         return self.numerics.round(y), {k: v for k, v in named.items() if k in context.aux}

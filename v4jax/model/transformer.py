@@ -10,6 +10,7 @@ Logical axes name the same things for sharding: vocab embed q_lora heads kv expe
 compressed index_heads hc hc_embed norm, and layers for the repeats of a scanned segment.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -23,14 +24,15 @@ from v4jax import config as config_lib
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.errors import InputError
 from v4jax.model import cache as cache_lib
+from v4jax.model import sharded
 from v4jax.model.block import Unit
 from v4jax.model.cache import Cache
-from v4jax.model.context import AUX_NAMES, Context, place_tokens
+from v4jax.model.context import AUX_NAMES, Context, place_tokens, slice_of
 from v4jax.model.hyper_connections import HyperHead
 from v4jax.model.layers import Numerics, RMSNorm, weight
 from v4jax.model.mtp import MTPBlock
 from v4jax.sharding import collectives, sequence
-from v4jax.sharding.rules import Shards
+from v4jax.sharding.rules import ONE_DEVICE, Shards
 
 
 @struct.dataclass
@@ -76,7 +78,7 @@ class Transformer(nn.Module):
     min_repeats: int = 4
     remat: bool = False
     kernels: str | None = None
-    sharding: Shards = Shards()
+    sharding: Shards = ONE_DEVICE
     inside: bool = False
 
     @nn.nowrap
@@ -86,7 +88,7 @@ class Transformer(nn.Module):
             raise InputError(f"numerics is {self.numerics!r}; expected None or 'native'")
         native = self.numerics == "native"
         default = "bfloat16" if native else self.config.dtype
-        shards = self.sharding if self.inside else Shards()
+        shards = self.sharding if self.inside else ONE_DEVICE
         return Numerics(str(jnp.dtype(self.dtype or default)), native, self.kernels, shards)
 
     @nn.nowrap
@@ -169,7 +171,7 @@ class Transformer(nn.Module):
         h_BTMD = self._streams(context.tokens)
         h_BTMD, cache, found = self._layers(h_BTMD, context, cache, replay or {})
         initializing = self.is_initializing()
-        states = self._mtp(h_BTMD, context, found) if mtp or initializing else ()
+        states = self._mtp(h_BTMD, tokens, context, found) if mtp or initializing else ()
         if logits == "normed":
             y_BTD = self.norm(self.hc_head(h_BTMD))
             return Output(None, cache, (), found, None, y_BTD, states)
@@ -178,9 +180,16 @@ class Transformer(nn.Module):
             return Output(None, cache, predictions, found, h_BTMD)
         last = h_BTMD
         if logits == "last":
-            last = sequence.row_of_all(shards, h_BTMD, jnp.maximum(context.total - 1, 0))
+            last = sequence.row_of_all(shards, h_BTMD, jnp.maximum(context.whole.total - 1, 0))
         y_BTD = self.norm(self.hc_head(last))
         return Output(self._logits(y_BTD), cache, predictions, found)
+
+    @nn.nowrap
+    def apply(self, variables, *args, **options):
+        """Runs `__call__` on the variables; with a mesh, of global arrays (see `model.sharded`)."""
+        if self.sharding.mesh is None or self.inside or "method" in options:
+            return super().apply(variables, *args, **options)
+        return sharded.apply(self, variables, *args, **options)
 
     @nn.nowrap
     def init(self, rngs, tokens=None, **options):
@@ -190,6 +199,8 @@ class Transformer(nn.Module):
           rngs: a key, as for any Linen module.
           tokens: example ids; shapes do not depend on them.
         """
+        if self.sharding.mesh is not None:
+            return sharded.init(self, rngs)
         return nn.unbox(self._boxed(rngs, tokens, **options))
 
     @nn.nowrap
@@ -212,14 +223,21 @@ class Transformer(nn.Module):
     @nn.nowrap
     def init_cache(self, batch: int, max_length: int, rollback: int = 0) -> Cache:
         """An empty decode state; see `cache.init_cache`."""
-        return cache_lib.init_cache(
+        make = functools.partial(
+            cache_lib.init_cache,
             self.config,
             batch,
             max_length,
             rollback=rollback,
             dtype=self.rounding().dtype,
             min_repeats=self.min_repeats,
+            parts=self.sharding.size("entries"),
         )
+        if self.sharding.mesh is None:
+            return make()
+        self.sharding.check_divides({"batch": batch})
+        shape = jax.eval_shape(make)
+        return jax.jit(make, out_shardings=sharded.cache_shardings(self.sharding, shape))()
 
     def _streams(self, tokens):
         """The embedding repeated over the residual streams."""
@@ -238,33 +256,27 @@ class Transformer(nn.Module):
             _collect(found, auxes, segment)
         if cache is None:
             return h_BTMD, None, found
-        spare = jnp.minimum(cache.spare + context.total, cache.max_rollback)
-        lengths = cache.lengths + context.total
+        spare = jnp.minimum(cache.spare + context.whole.total, cache.max_rollback)
+        lengths = cache.lengths + context.whole.total
         return h_BTMD, cache.replace(lengths=lengths, spare=spare, layers=kept), found
 
     def _logits(self, y_BTD):
         y, table = y_BTD.astype(jnp.float32), self.head.table().astype(jnp.float32)
         return jnp.einsum("btd,vd->btv", y, table)
 
-    def _mtp(self, h_BTMD, context: Context, found):
+    def _mtp(self, h_BTMD, tokens_BT, context: Context, found):
         """Each MTP block's normed state: block k reads block k - 1's streams and ids k further."""
         states = []
-        tokens, document = context.tokens, context.document
+        shards, length = self.rounding().shards, tokens_BT.shape[1]
         for k, block in enumerate(self.mtp):
-            tokens = tokens[:, 1:]
-            h_BTMD = h_BTMD[:, : tokens.shape[1]]
-            # Positions and documents stay those of the streams: the block attends among them.
-            here = Context(
-                tokens=tokens,
-                position=context.position[:, : tokens.shape[1]],
-                start=None,
-                count=jnp.full_like(context.count, tokens.shape[1]),
-                document=None if document is None else document[:, : tokens.shape[1]],
-                aux=context.aux,
-            )
-            e_BTD = self.embed.rows(tokens).astype(self.rounding().dtype)
+            # Positions and documents stay those of the streams: the block attends among them. The
+            # last k + 1 rows have no such token; nothing before them sees them.
+            tokens_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
+            whole = context.whole.replace(total=jnp.full_like(context.count, length - k - 1))
+            here = slice_of(tokens_BT, whole, context.aux, False, shards)
+            e_BTD = self.embed.rows(here.tokens).astype(self.rounding().dtype)
             h_BTMD, y_BTD, aux = block(h_BTMD, e_BTD, here)
-            states.append(y_BTD)
+            states.append(y_BTD if shards.axes("sequence") else y_BTD[:, : length - k - 1])
             for name, value in aux.items():
                 if value is not None:
                     found.setdefault(name, {})[len(self.config.layers) + k] = value

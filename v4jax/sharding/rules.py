@@ -171,3 +171,6 @@ class Shards:
                     f"{logical} has size {size}, which mesh axes {axes} of strategy "
                     f"{self.strategy.name!r} do not divide; choose a mesh that does"
                 )
+
+
+ONE_DEVICE = Shards()

@@ -1,0 +1,273 @@
+"""A forward pass on a mesh: the whole model inside one `shard_map`, and what lies where.
+
+`Transformer.apply` comes here when the model has a mesh. Arguments and results are global arrays;
+rows of a call are padded to a number that the shards divide, and cut off again.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from v4jax.config import ModelConfig
+from v4jax.model.cache import Cache, CompressorState, LayerCache
+from v4jax.sharding.rules import Shards
+
+# Axes of auxiliary outputs; arrays whose rows are the call's tokens have "sequence" in place 1.
+_AUX_AXES = {
+    "streams": ("batch", "sequence"),
+    "router_experts": ("batch", "sequence"),
+    "router_weights": ("batch", "sequence"),
+    "router_scores": ("batch", "sequence"),
+    "chosen": ("batch", "sequence"),
+    "mhc_attn": ("batch", "sequence"),
+    "mhc_ffn": ("batch", "sequence"),
+    "q": ("batch", "sequence", "heads"),
+    "kv": ("batch", "sequence"),
+    "o": ("batch", "sequence", "heads"),
+    "entries": ("batch",),
+    "index_scores": ("batch", "sequence"),
+    "index_keys": ("batch",),
+}
+
+
+def check(config: ModelConfig, shards: Shards) -> None:
+    """Refuses a mesh that does not divide the model.
+
+    Raises:
+      InputError: naming the axis, its size and the mesh axes.
+    """
+    shards.check_divides(
+        {
+            "vocab": config.vocab_size,
+            "embed": config.hidden_size,
+            "q_latent": config.q_lora_rank,
+            "head_group": config.num_attention_heads // config.o_groups * config.head_dim,
+            "hc_embed": config.hc_mult * config.hidden_size,
+            "expert": config.n_routed_experts,
+            "mlp": config.moe_intermediate_size,
+        }
+    )
+    # Heads stay with their group of the output projection.
+    shards.check_divides({"heads": config.o_groups})
+
+
+def variable_specs(model) -> dict[str, Any]:
+    """A PartitionSpec for every variable; that of a quantised matrix holds for both its leaves."""
+    return _variable_specs(model.config, model.min_repeats, model.sharding)
+
+
+@functools.lru_cache(maxsize=32)
+def _variable_specs(config, min_repeats, shards):
+    from v4jax.model.transformer import Transformer  # it imports this module
+
+    axes = Transformer(config, min_repeats=min_repeats).logical_axes()
+    return jax.tree.map(
+        lambda names: shards.spec(*names), axes, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+
+
+def variable_shardings(model) -> dict[str, Any]:
+    """`variable_specs` on the mesh, for `jax.jit` and `jax.device_put`."""
+    return _on_mesh(model.sharding, variable_specs(model))
+
+
+def cache_specs(shards: Shards, cache: Cache) -> Cache:
+    """PartitionSpecs of a decode state."""
+    rows, entries = shards.spec(None, "batch"), shards.spec(None, "batch", "entries")
+
+    def compressor(state):
+        return None if state is None else CompressorState(entries=entries, raw=rows)
+
+    def layer(state):
+        return LayerCache(
+            window=None if state.window is None else rows,
+            tokens=None if state.tokens is None else entries,
+            main=compressor(state.main),
+            index=compressor(state.index),
+        )
+
+    layers = {name: tuple(map(layer, blocks)) for name, blocks in cache.layers.items()}
+    batch = shards.spec("batch")
+    return cache.replace(lengths=batch, spare=batch, layers=layers)
+
+
+def cache_shardings(shards: Shards, cache: Cache) -> Cache:
+    """`cache_specs` on the mesh."""
+    return _on_mesh(shards, cache_specs(shards, cache))
+
+
+def _on_mesh(shards, specs):
+    return jax.tree.map(
+        lambda spec: NamedSharding(shards.mesh, spec),
+        specs,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def init(model, rngs):
+    """Fresh variables, made where they lie: no device ever holds all of them."""
+    check(model.config, model.sharding)
+    alone = model.clone(sharding=Shards())
+    return jax.jit(alone.init, out_shardings=variable_shardings(model))(rngs)
+
+
+def apply(
+    model,
+    variables,
+    tokens,
+    *,
+    cache=None,
+    lengths=None,
+    segment_ids=None,
+    replay=None,
+    logits="all",
+    mtp=False,
+    aux=(),
+    **options,
+):
+    """`Transformer.__call__` of global arrays on the model's mesh."""
+    shards = model.sharding
+    check(model.config, shards)
+    tokens = jnp.asarray(tokens, jnp.int32)
+    batch, length = tokens.shape
+    shards.check_divides({"batch": batch})
+    padding = -length % shards.size("sequence")
+    tokens, lengths, segment_ids, replay = _padded(padding, tokens, lengths, segment_ids, replay)
+    specs = variable_specs(model)
+    variables = {name: tree for name, tree in variables.items() if name in specs}
+    row = shards.spec("batch")
+    in_specs = (
+        {name: specs[name] for name in variables},
+        row,
+        None if cache is None else cache_specs(shards, cache),
+        None if lengths is None else row,
+        None if segment_ids is None else row,
+        shards.spec("batch", "sequence"),
+    )
+    body = functools.partial(apply_local, model.clone(inside=True), logits, mtp, aux, options)
+    out = jax.shard_map(
+        body,
+        mesh=shards.mesh,
+        in_specs=in_specs,
+        out_specs=_output_specs(model, logits, mtp, aux, cache, replay),
+        check_vma=False,
+    )(variables, tokens, cache, lengths, segment_ids, replay)
+    return _cut(out, length, padding, shards)
+
+
+def apply_local(
+    model, logits, mtp, aux, options, variables, tokens, cache, lengths, segment_ids, replay
+):
+    """The forward pass on one shard's arrays; tokens, lengths and segment ids of whole rows."""
+    out = model.apply(
+        variables,
+        tokens,
+        cache=cache,
+        lengths=lengths,
+        segment_ids=segment_ids,
+        replay=replay,
+        logits=logits,
+        mtp=mtp,
+        aux=aux,
+        **options,
+    )
+    axes = model.sharding.axes("sequence")
+    sums = {name: out.aux[name] for name in ("router_load", "indexer_loss") if name in out.aux}
+    if "router_load" in sums and axes:
+        sums["router_load"] = jax.tree.map(lambda x: jax.lax.psum(x, axes), sums["router_load"])
+    everywhere = axes + model.sharding.axes("batch")
+    if "indexer_loss" in sums and everywhere:
+        sums["indexer_loss"] = jax.tree.map(
+            lambda x: jax.lax.psum(x, everywhere), sums["indexer_loss"]
+        )
+    return out.replace(aux=out.aux | sums)
+
+
+def _padded(padding, tokens, lengths, segment_ids, replay):
+    """The arguments with rows that the shards divide; the padding is a document of its own."""
+    if not padding:
+        return tokens, lengths, segment_ids, replay
+    columns = ((0, 0), (0, padding))
+    if segment_ids is not None:
+        other = jnp.asarray(segment_ids)[:, -1:] + 1
+        segment_ids = jnp.concatenate([segment_ids, jnp.repeat(other, padding, axis=1)], axis=1)
+    elif lengths is None:
+        lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+    if replay is not None:
+        replay = jax.tree.map(lambda x: jnp.pad(x, (*columns, (0, 0)), mode="edge"), replay)
+    return jnp.pad(tokens, columns), lengths, segment_ids, replay
+
+
+def _output_specs(model, logits, mtp, aux, cache, replay):
+    from v4jax.model.transformer import Output  # it imports this module
+
+    shards, config = model.sharding, model.config
+    rows = shards.spec("batch", "sequence")
+    table = {name: shards.spec(*axes) for name, axes in _AUX_AXES.items()}
+    table |= {"router_load": shards.spec("batch"), "indexer_loss": PartitionSpec()}
+    if cache is not None and not shards.axes("sequence"):
+        for name, axes in (
+            ("entries", ("batch", "entries")),
+            ("index_keys", ("batch", "entries")),
+            ("index_scores", ("batch", None, "entries")),
+        ):
+            table[name] = shards.spec(*axes)
+    predictions = len(config.mtp_layers) if mtp else 0
+    vocab = shards.spec("batch", "sequence" if logits == "all" else None, "vocab")
+    normed = logits == "normed"
+    further = shards.spec("batch", "sequence", "vocab")
+    return Output(
+        logits=vocab if logits in ("all", "last") else None,
+        cache=None if cache is None else cache_specs(shards, cache),
+        mtp_logits=() if normed else (further,) * predictions,
+        aux={name: table[name] for name in _aux_names(config, aux, replay)},
+        streams=rows if logits == "none" else None,
+        normed=rows if normed else None,
+        mtp_normed=(rows,) * predictions if normed else (),
+    )
+
+
+def _aux_names(config, wanted, replay):
+    """Keys of `Output.aux` for the wanted names, as this config's layers fill them."""
+    kinds = {layer.attention for layer in config.layers}
+    names = {name for name in wanted if name in ("streams",) or name.startswith("router_")}
+    if "mhc" in wanted and config.hc_mult > 1:
+        names |= {"mhc_attn", "mhc_ffn"}
+    if "attention" in wanted:
+        names |= {"q", "kv", "o"}
+        names |= {"entries"} if kinds & {"csa", "hca", "full"} else set()
+    if "csa" in kinds:
+        names |= {"indexer_loss"} & set(wanted)
+        if not (replay and "chosen" in replay):
+            names |= {"chosen"} & set(wanted)
+            names |= {"index_scores", "index_keys"} if "index_scores" in wanted else set()
+    return names
+
+
+def _cut(out, length, padding, shards):
+    """The output without the rows of the padding."""
+
+    def rows(x):
+        return x[:, :length]
+
+    predictions = out.mtp_logits, out.mtp_normed
+    if shards.axes("sequence"):  # each prediction further has a row less
+        predictions = tuple(
+            tuple(x[:, : length - k - 1] for k, x in enumerate(group)) for group in predictions
+        )
+    out = out.replace(mtp_logits=predictions[0], mtp_normed=predictions[1])
+    if not padding:
+        return out
+    long = {name for name, axes in _AUX_AXES.items() if "sequence" in axes}
+    return out.replace(
+        logits=None if out.logits is None else out.logits[:, : max(length, 1)],
+        streams=None if out.streams is None else rows(out.streams),
+        normed=None if out.normed is None else rows(out.normed),
+        aux={
+            name: jax.tree.map(rows, value) if name in long else value
+            for name, value in out.aux.items()
+        },
+    )
