@@ -41,8 +41,9 @@ class Collective:
     """One collective of the program.
 
     Attributes:
-      kind: of `KINDS`. group: devices that take part together. axes: mesh axes along which they
-        differ. count: how often a step runs it.
+      kind: of `KINDS`. group: devices that take part together. span: from the first to the last
+        of them in the mesh's order. axes: mesh axes along which they differ.
+      count: how often a step runs it.
       bytes: what leaves a device in one run, at least: of n devices' all-gather (n - 1)/n of the
         result, of a reduce-scatter or all-to-all of the operand, of an all-reduce twice that.
         A ragged all-to-all counts as if its whole operand were rows to send, spread evenly.
@@ -50,10 +51,10 @@ class Collective:
 
     kind: str
     group: int
+    span: int
     axes: tuple[str, ...]
     count: int
     bytes: float
-    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +281,8 @@ def _collective(program, computation, instruction, kind, times, mesh):
     operands = [by_name[name].result for name in instruction.operands if name in by_name]
     moved = _moved(kind, instruction, operands, len(group))
     axes = _axes(group, mesh)
-    return Collective(kind, len(group), axes, times, moved, instruction.name)
+    span = max(group) - min(group) + 1
+    return Collective(kind, len(group), span, axes, times, moved)
 
 
 def _moved(kind, instruction, operands, n):

@@ -1,0 +1,108 @@
+"""The collectives that a step should need, by hand: what meshes are ranked by before a compile."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+from v4jax.plan.hlo import Collective
+from v4jax.plan.job import Job
+from v4jax.plan.memory import MASTER, parts
+from v4jax.plan.roofline import parallel
+from v4jax.plan.variables import Leaf
+from v4jax.sharding.rules import Shards
+
+BF16 = 2
+# Forward and forward again; the gradient's own exchange has as many bytes as one of them.
+_FORWARDS, _PASSES = 2, 3
+
+
+def expected(job: Job, shards: Shards, leaves: list[Leaf]) -> list[Collective]:
+    """Collectives of one step, those of a kind in every layer as one entry with a count."""
+    found = [*_experts(job, shards), *_tensor(job, shards), *_entries(job, shards)]
+    if job.mode == "train":
+        found += _weights(shards, [leaf for leaf in leaves if leaf.path[0] == "params"])
+    return found
+
+
+def _collective(shards, kind, axes: Iterable[str], count, sent) -> Iterator[Collective]:
+    """`sent` bytes leave a device in each of `count` runs; nothing where the axes are of length 1.
+
+    Mesh axes are laid out in order, the last one's devices side by side.
+    """
+    axes = tuple(axis for axis in shards.mesh.shape if axis in set(axes))
+    group = math.prod(shards.mesh.shape[axis] for axis in axes)
+    if group == 1:
+        return
+    names = list(shards.mesh.shape)
+    span = math.prod(shards.mesh.shape[axis] for axis in names[names.index(axes[0]) :])
+    yield Collective(kind, group, span, axes, count, sent)
+
+
+def _tokens(job, shards):
+    """Tokens of one device."""
+    return job.tokens / parallel(shards, ("batch", "sequence"))
+
+
+def _layers(job):
+    return len(job.config.layers) + (len(job.config.mtp_layers) if job.mode == "train" else 0)
+
+
+def _experts(job, shards):
+    """Tokens to their experts and back, in every layer."""
+    c, axes = job.config, shards.axes("expert")
+    n = shards.size("expert")
+    rows = _tokens(job, shards) * BF16 * c.hidden_size
+    count = _layers(job) * (_PASSES if job.mode == "train" else 1)
+    if shards.strategy.exchange == "all_to_all":
+        sent = rows * c.num_experts_per_tok * (n - 1) / n
+        yield from _collective(shards, "all-to-all", axes, 2 * count, sent)
+        return
+    spread = [axis for axis in axes if axis in shards.axes("batch")]
+    n = math.prod(shards.mesh.shape[axis] for axis in spread)
+    yield from _collective(shards, "all-gather", spread, count, (n - 1) * rows)
+    yield from _collective(shards, "reduce-scatter", spread, count, 2 * (n - 1) * rows)
+    whole = [axis for axis in axes if axis not in spread]
+    n = math.prod(shards.mesh.shape[axis] for axis in whole)
+    yield from _collective(shards, "all-reduce", whole, count, 4 * (n - 1) / n * rows)
+
+
+def _tensor(job, shards):
+    """Sums over parts of heads and of expert widths, float32."""
+    n = shards.size("heads")
+    sent = 2 * (n - 1) / n * 4 * job.config.hidden_size * _tokens(job, shards)
+    count = 2 * _layers(job) * (_PASSES if job.mode == "train" else 1)
+    yield from _collective(shards, "all-reduce", shards.axes("heads"), count, sent)
+
+
+def _entries(job, shards):
+    """Compressed entries to all shards of a sequence, or partial softmaxes of a decode step."""
+    c, axes = job.config, shards.axes("entries")
+    n, rows = shards.size("entries"), job.batch / shards.size("batch")
+    kinds = [layer for layer in c.layers if layer.attention in ("csa", "hca")]
+    if shards.axes("sequence"):
+        times = _PASSES if job.mode == "train" else 1
+        for layer in set(kinds):
+            width = c.head_dim + (c.index_head_dim if layer.attention == "csa" else 0)
+            sent = BF16 * width * rows * job.context / layer.ratio * (n - 1) / n
+            count = times * kinds.count(layer)
+            yield from _collective(shards, "all-gather", axes, count, sent)
+        return
+    heads = c.num_attention_heads / shards.size("heads")
+    sent = 2 * (n - 1) / n * 4 * rows * heads * (c.head_dim + 2)
+    yield from _collective(shards, "all-reduce", axes, len(kinds), sent)
+
+
+def _weights(shards, leaves):
+    """Parts put together for each pass, gradients summed and taken apart again."""
+    runs = {"layers": 1}
+    for leaf in leaves:
+        count = leaf.shape[0] if leaf.axes[0] in runs else 1
+        stored = math.prod(leaf.shape) / parts(shards, leaf) / count
+        gathered = {axis for name in leaf.axes for axis in shards.gathered(name)}
+        n = math.prod(shards.mesh.shape[axis] for axis in gathered)
+        together = (n - 1) * stored
+        yield from _collective(shards, "all-gather", gathered, _FORWARDS * count, BF16 * together)
+        yield from _collective(shards, "reduce-scatter", gathered, count, MASTER * together)
+        rest = set(shards.axes("batch")) | set(shards.axes("sequence"))
+        rest -= {axis for name in leaf.axes for axis in shards.axes(name)}
+        n = math.prod(shards.mesh.shape[axis] for axis in rest)
+        yield from _collective(shards, "all-reduce", rest, 1, 2 * (n - 1) / n * MASTER * stored)

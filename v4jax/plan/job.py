@@ -1,0 +1,97 @@
+"""What is planned: a model, one step of it, and on what it runs."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import AbstractMesh
+
+from v4jax.config import ModelConfig
+from v4jax.errors import InputError
+from v4jax.sharding.mesh import complete, make_mesh
+from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL, TRAIN, Shards, Strategy
+
+MODES = ("train", "prefill", "decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One step of a model.
+
+    Attributes:
+      mode: "train", "prefill" (the whole context in one call) or "decode" (one token a row).
+      context: tokens of a row; decoding, the length of its cache.
+      batch: rows.
+      weights: how they are stored: "stored", "bf16" or "float32" (training keeps masters).
+    """
+
+    config: ModelConfig
+    mode: str
+    context: int
+    batch: int
+    weights: str = "stored"
+
+    def __post_init__(self):
+        if self.context > self.config.max_position_embeddings:
+            raise InputError(
+                f"the context is {self.context}, beyond the model's max_position_embeddings "
+                f"{self.config.max_position_embeddings}; choose a shorter one"
+            )
+        if self.mode == "train" and self.weights == "stored":
+            raise InputError(
+                "training with stored (FP8, FP4) weights; expected bf16 or float32, choose one "
+                "with --weights"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one step computes."""
+        return self.batch if self.mode == "decode" else self.batch * self.context
+
+
+def strategy(job: Job, sizes: Mapping[str, int]) -> Strategy:
+    """The table of shardings that a job runs with on a mesh of these sizes.
+
+    Decoding, every device has rows of its own where there are enough of them; else the caches are
+    spread.
+    """
+    if job.mode != "decode":
+        return {"train": TRAIN, "prefill": PREFILL}[job.mode]
+    rows = math.prod(sizes[axis] for axis in DECODE.axes["batch"])
+    return DECODE_LONG if job.batch % rows else DECODE
+
+
+def shards_of(job: Job, sizes: Mapping[str, int], devices: Sequence[Any]) -> Shards:
+    """The mesh and strategy of a job on real or described devices.
+
+    Raises:
+      InputError: sizes that are not the devices', or that do not divide the model or the job.
+    """
+    return _checked(job, make_mesh(devices, **sizes))
+
+
+def abstract_shards(job: Job, sizes: Mapping[str, int]) -> Shards:
+    """`shards_of` without devices, to count with."""
+    full = complete(sizes, math.prod(sizes.values()))
+    return _checked(job, AbstractMesh(tuple(full.values()), tuple(full)))
+
+
+def _checked(job, mesh):
+    shards = Shards(mesh, strategy(job, mesh.shape))
+    shards.check_divides({"batch": job.batch} | _model_sizes(job.config))
+    if job.mode != "decode":
+        shards.check_divides({"sequence": job.context})
+    return shards
+
+
+def _model_sizes(c):
+    return {
+        "expert": c.n_routed_experts,
+        "heads": c.o_groups,  # a group of heads has one output projection
+        "mlp": c.moe_intermediate_size,
+        "vocab": c.vocab_size,
+        "embed": c.hidden_size,
+        "q_latent": c.q_lora_rank,
+        "head_group": c.num_attention_heads // c.o_groups * c.head_dim,
+    }

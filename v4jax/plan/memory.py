@@ -1,0 +1,120 @@
+"""The bytes that one device holds, counted from the config: no array, no compiler."""
+
+import dataclasses
+import math
+
+from v4jax.config import LayerSpec, ModelConfig
+from v4jax.plan.job import Job
+from v4jax.plan.variables import Leaf
+from v4jax.sharding.rules import Shards
+
+MASTER = 4  # bytes of a float32 number: gradients and optimizer moments
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Bytes of one device.
+
+    Attributes:
+      weights: all of them, of which `routed` are routed experts' and `embedding` the table of
+        embeddings, whose rows a step reads in part.
+      optimizer, gradients: in training.
+      cache: the decode state; cache_read: what a decode step reads of it.
+      gathered: numbers (not bytes) that it computes with once parts of weights are put together.
+    """
+
+    weights: float
+    routed: float
+    embedding: float
+    optimizer: float
+    gradients: float
+    cache: float
+    cache_read: float
+    gathered: float
+
+    @property
+    def arguments(self) -> float:
+        """What lies there before and after a step."""
+        return self.weights + self.optimizer + self.cache
+
+
+def held(job: Job, shards: Shards, leaves: list[Leaf]) -> Held:
+    """What a device of a mesh holds.
+
+    Args:
+      leaves: the model's variables as stored; see `variables.leaves`.
+    """
+    trained = [leaf for leaf in leaves if leaf.path[0] == "params"] if job.mode == "train" else []
+    cache = cache_read = 0.0
+    if job.mode != "train":
+        cache, cache_read = _cache(job, shards)
+    return Held(
+        weights=sum(leaf.nbytes / parts(shards, leaf) for leaf in leaves),
+        routed=_of(shards, leaves, "experts"),
+        embedding=_of(shards, leaves, "embed"),
+        optimizer=sum(MASTER * moments(leaf) * _numbers(shards, leaf) for leaf in trained),
+        gradients=sum(MASTER * _numbers(shards, leaf) for leaf in trained),
+        cache=cache,
+        cache_read=cache_read,
+        gathered=sum(math.prod(leaf.shape) / _kept(shards, leaf) for leaf in trained),
+    )
+
+
+def parts(shards: Shards, leaf: Leaf) -> int:
+    """Into how many parts a leaf is cut."""
+    return math.prod(shards.size(axis) for axis in leaf.axes)
+
+
+def moments(leaf: Leaf) -> int:
+    """Numbers that the optimizer keeps for each weight: Muon one, AdamW two."""
+    return 1 if _muon(leaf) else 2
+
+
+def _muon(leaf):
+    """Matrices but the embedding and the head; norms, biases, scales, sinks and ape are AdamW's."""
+    stacked = sum(axis in ("layers", "expert") for axis in leaf.axes)
+    return len(leaf.shape) - stacked == 2 and "vocab" not in leaf.axes and leaf.path[-1] != "ape"
+
+
+def _numbers(shards, leaf):
+    return math.prod(leaf.shape) / parts(shards, leaf)
+
+
+def _kept(shards, leaf):
+    return math.prod(shards.mesh.shape[a] for axis in leaf.axes for a in shards.kept(axis))
+
+
+def _of(shards, leaves, name):
+    return sum(leaf.nbytes / parts(shards, leaf) for leaf in leaves if name in leaf.path)
+
+
+def _cache(job, shards):
+    """Bytes of a device's rows, and those that a decoded token reads."""
+    rows = job.batch / shards.size("batch")
+    found = [_layer_cache(job.config, layer, job.context, shards) for layer in job.config.layers]
+    return rows * sum(all_ for all_, _ in found), rows * sum(read for _, read in found)
+
+
+def _layer_cache(c: ModelConfig, layer: LayerSpec, length, shards):
+    """A layer's bytes a row, and those read: entries in bf16, the compressor's raw rows float32."""
+    spread = shards.size("entries")
+    if layer.attention == "full":
+        entries = 2 * c.head_dim * length / spread
+        return entries, entries
+    window = 2 * c.head_dim * (c.sliding_window - 1)
+    if layer.attention == "window":
+        return window, window
+    count = length / layer.ratio / spread
+    main, raw = _compressor(layer, c.head_dim, count)
+    if layer.attention == "hca":
+        return window + main + raw, window + main + raw
+    keys, index_raw = _compressor(layer, c.index_head_dim, count)
+    chosen = min(count, (c.index_topk or math.inf) / spread) * 2 * c.head_dim
+    everything = window + main + raw + keys + index_raw
+    return everything, window + chosen + raw + keys + index_raw
+
+
+def _compressor(layer, width, count):
+    channels = (2 if layer.overlap else 1) * 2 * width
+    rows = (2 if layer.overlap else 1) * layer.ratio - 1
+    return 2 * width * count, 4 * channels * rows
