@@ -50,6 +50,11 @@ SUBCOMMANDS = {
         "Convert a checkpoint between the official layout and Orbax.",
         "v4jax convert --source DeepSeek-V4-Flash --target flash-orbax --to orbax --verify",
     ),
+    "plan": Subcommand(
+        "v4jax.cli.plan",
+        "Compile a step for a slice that is not here: memory, exchanges, time of each device.",
+        "v4jax plan --config flash --mode decode --context 1048576 --topology v5p --search",
+    ),
     "tune": Subcommand(
         "v4jax.cli.tune",
         "Measure block sizes of the Pallas kernels on this TPU or GPU.",

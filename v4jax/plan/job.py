@@ -24,6 +24,7 @@ class Job:
       context: tokens of a row; decoding, the length of its cache.
       batch: rows.
       weights: how they are stored: "stored", "bf16" or "float32" (training keeps masters).
+      parts: microbatches of a training step, one after the other.
     """
 
     config: ModelConfig
@@ -31,6 +32,7 @@ class Job:
     context: int
     batch: int
     weights: str = "stored"
+    parts: int = 1
 
     def __post_init__(self):
         if self.context > self.config.max_position_embeddings:
@@ -43,6 +45,17 @@ class Job:
                 "training with stored (FP8, FP4) weights; expected bf16 or float32, choose one "
                 "with --weights"
             )
+
+        if self.batch % self.parts:
+            raise InputError(
+                f"a batch of {self.batch} rows cannot be cut into {self.parts} equal parts; choose "
+                "a number of parts that divides it"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows of a part of the batch."""
+        return self.batch // self.parts
 
     @property
     def tokens(self) -> int:
@@ -79,7 +92,7 @@ def abstract_shards(job: Job, sizes: Mapping[str, int]) -> Shards:
 
 def _checked(job, mesh):
     shards = Shards(mesh, strategy(job, mesh.shape))
-    shards.check_divides({"batch": job.batch} | _model_sizes(job.config))
+    shards.check_divides({"batch": job.rows} | _model_sizes(job.config))
     if job.mode != "decode":
         shards.check_divides({"sequence": job.context})
     return shards

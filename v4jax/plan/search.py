@@ -1,0 +1,111 @@
+"""The smallest slice that holds a job and the mesh on which it is quickest, by the roofline.
+
+Every mesh is counted by hand first, which takes a moment; only the best few that could fit are
+compiled.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+from v4jax.errors import InputError
+from v4jax.plan.job import Job, abstract_shards
+from v4jax.plan.plan import Counted, Plan, count, make_plan
+from v4jax.plan.topology import Topology
+from v4jax.sharding.mesh import AXES
+
+# Of a device's memory, what hand-counted bytes may take: temporaries need the rest.
+FULL = 0.9
+BF16 = 2
+PART_TOKENS = 8192  # of a device in one microbatch: enough rows for the experts' products
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A mesh with what is counted by hand of the job on it; `job` has its microbatches."""
+
+    job: Job
+    sizes: dict[str, int]
+    counted: Counted
+    needed: float
+
+
+def search(
+    job: Job,
+    topologies: Sequence[Topology],
+    most: int = 3,
+    tell: Callable[[Plan], None] = lambda plan: None,
+) -> Plan:
+    """The quickest plan that fits, on the first of the slices that has one.
+
+    Args:
+      topologies: slices, the smallest first. most: meshes of a slice to compile.
+      tell: called with every plan that was compiled.
+
+    Raises:
+      InputError: the job fits on none of them.
+    """
+    for topology in topologies:
+        found = []
+        for candidate in candidates(job, topology)[:most]:
+            plan = make_plan(candidate.job, topology, candidate.sizes)
+            tell(plan)
+            found += [plan] * plan.fits
+        if found:
+            return min(found, key=lambda plan: (plan.time.floor, plan.time.sum))
+    names = f"{topologies[0].name} to {topologies[-1].name}" if len(topologies) > 1 else "it"
+    raise InputError(
+        f"no mesh of {names} holds {job.mode} of {job.batch} rows of {job.context} tokens; choose "
+        "a larger slice, a shorter context or fewer rows"
+    )
+
+
+def candidates(job: Job, topology: Topology) -> list[Candidate]:
+    """Meshes whose hand-counted bytes fit, the quickest first."""
+    found = []
+    for sizes in shapes(topology.count):
+        try:
+            parted = dataclasses.replace(job, parts=microbatches(job, sizes))
+            shards = abstract_shards(parted, sizes)
+        except InputError:
+            continue  # sizes that do not divide this model or job
+        counted = count(parted, topology, shards)
+        needed = counted.held.arguments + counted.held.gradients + saved_streams(parted, shards)
+        if needed <= FULL * topology.chip.memory:
+            found.append(Candidate(parted, sizes, counted, needed))
+    return sorted(found, key=lambda c: (c.counted.time.floor, c.counted.time.sum))
+
+
+@functools.cache
+def _divisors(number):
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def shapes(devices: int, axes: Sequence[str] = AXES) -> Iterator[dict[str, int]]:
+    """Every way to lay devices along the mesh axes."""
+    if len(axes) == 1:
+        yield {axes[0]: devices}
+        return
+    for size in _divisors(devices):
+        for rest in shapes(devices // size, axes[1:]):
+            yield {axes[0]: size} | rest
+
+
+def microbatches(job: Job, sizes: dict[str, int]) -> int:
+    """As few parts of a training batch as leave a device `PART_TOKENS` at most, or one row."""
+    if job.mode != "train" or job.parts > 1:
+        return job.parts
+    shards = abstract_shards(job, sizes)
+    rows = job.batch // shards.size("batch")
+    length = job.context // shards.size("sequence")
+    return next(n for n in _divisors(rows) if rows // n * length <= PART_TOKENS or n == rows)
+
+
+def saved_streams(job: Job, shards) -> float:
+    """Bytes that a backward pass finds: the streams before every unit of layers."""
+    if job.mode != "train":
+        return 0.0
+    tokens = job.rows * job.context / shards.size("batch") / shards.size("sequence")
+    c = job.config
+    # Units of two layers are the most common; a unit recomputes what is inside it.
+    return BF16 * tokens * c.hc_mult * c.hidden_size * len(c.layers) / 2
