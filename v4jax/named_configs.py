@@ -28,8 +28,9 @@ def get_config(name: str) -> ModelConfig:
 
 
 def config_names() -> list[str]:
-    """The names that `get_config` takes."""
-    return sorted(path.stem for path in _directory().glob("*.py") if path.stem != "__init__")
+    """The names that `get_config` takes: models, not the recipes train_*.py."""
+    names = sorted(path.stem for path in _directory().glob("*.py"))
+    return [name for name in names if name != "__init__" and not name.startswith("train_")]
 
 
 def _directory():

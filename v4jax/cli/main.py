@@ -60,6 +60,23 @@ SUBCOMMANDS = {
         "Measure block sizes of the Pallas kernels on this TPU or GPU.",
         "v4jax tune --out blocks.json && V4JAX_BLOCKS=blocks.json v4jax generate",
     ),
+    "train": Subcommand(
+        "v4jax.cli.train",
+        "Train a model; run again, it goes on. --config.KEY=VALUE sets any field of the config.",
+        "v4jax train --config configs/train_tiny.py --workdir run --config.schedule.peak=3e-3",
+    ),
+    "plot": Subcommand(
+        "v4jax.cli.plot",
+        "Draw the curves of one or several runs.",
+        "v4jax plot run another_run --out curves.png",
+        ("DIR...",),
+    ),
+    "sweep": Subcommand(
+        "v4jax.cli.sweep",
+        "Run an experiment's list of changed configs, each resumable; one table and one plot.",
+        "v4jax sweep experiments/003_indexer_loss",
+        ("DIR",),
+    ),
 }
 
 
@@ -88,6 +105,8 @@ def _run(name, args):
             if {"--help", "-h"} & set(args):
                 print(_command_help(name, own_flags))
                 return 0
+            if hasattr(module, "prepare"):  # flags that cannot be declared
+                args = module.prepare(args)
             try:
                 arguments = FLAGS([program, *args])[1:]
                 _check_count(command.arguments, arguments)
@@ -123,7 +142,7 @@ def _flags_of(module):
 def _check_count(expected, found):
     if len(found) < len(expected):
         raise flags.Error(f"{expected[len(found)]} is missing")
-    if len(found) > len(expected):
+    if len(found) > len(expected) and not (expected and expected[-1].endswith("...")):
         raise flags.Error(f"there is an argument too many, {found[len(expected)]!r}")
 
 

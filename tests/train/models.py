@@ -1,0 +1,29 @@
+"""One small model with every kind of layer for the tests of training, made and compiled once."""
+
+import functools
+
+import jax
+import numpy as np
+
+from tests.tiny import tiny_config, unsettle
+from v4jax.model.transformer import Transformer
+from v4jax.train.batch import make_batch
+
+
+@functools.cache
+def small_model(**changes):
+    """A model (window, CSA, HCA and one MTP block) and its variables."""
+    options = {name: changes.pop(name) for name in ("numerics", "dtype") if name in changes}
+    # Fewer Sinkhorn steps and index heads only make it quicker to compile.
+    model = Transformer(tiny_config(**({"hc_sinkhorn_iters": 3} | changes)), **options)
+    return model, unsettle(jax.jit(model.init)(jax.random.key(0)), 0)
+
+
+def small_batch(rows=2, length=64, ahead=2, seed=0, packed=True, vocab_size=331):
+    """Random rows of two documents each."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab_size, (rows, length + ahead))
+    ends = rng.integers(length // 4, 3 * length // 4, rows)
+    documents = (np.arange(length + ahead)[None] >= ends[:, None]).astype(np.int32)
+    counts = np.ones(tokens.shape, bool)
+    return make_batch(tokens, documents, counts, ahead, packed)

@@ -1,0 +1,127 @@
+"""The whole loss against full logits, packed documents against documents apart, parts that add."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.train.models import small_batch, small_model
+from v4jax.errors import InputError
+from v4jax.train.batch import make_batch
+from v4jax.train.loss import LossWeights, count, loss
+
+WEIGHTS = LossWeights(mtp=0.3, balance=1e-4, indexer=1.0)
+
+
+@functools.partial(jax.jit, static_argnames=("parts", "weights", "dense"))
+def noted(variables, batch, whole=None, parts=1, weights=WEIGHTS, dense=False):
+    model, _ = small_model()
+    counts = count(batch if whole is None else whole, parts)
+    return loss(model, variables, batch, weights, counts, dense=dense)[1]
+
+
+def rows_of(*documents, ahead=2):
+    """One packed row of these documents."""
+    tokens = np.concatenate(documents)[None]
+    ids = np.concatenate([np.full(len(d), i) for i, d in enumerate(documents)])[None]
+    return make_batch(tokens, ids, np.ones(tokens.shape, bool), ahead)
+
+
+def test_next_token_and_mtp_against_full_logits():
+    model, variables = small_model()
+    batch = small_batch()
+    found = noted(variables, batch)
+    out = jax.jit(functools.partial(model.apply, mtp=True))(
+        variables, batch.tokens_BT, segment_ids=batch.segment_ids_BT
+    )
+    for name, logits, column in (("loss", out.logits, 0), ("mtp", out.mtp_logits[0], 1)):
+        length = logits.shape[1]
+        right = np.take_along_axis(
+            np.asarray(jax.nn.log_softmax(logits)), batch.targets_BTJ[:, :length, column, None], -1
+        )[..., 0]
+        wanted = -(right * batch.weights_BTJ[:, :length, column]).sum()
+        wanted /= batch.weights_BTJ[..., column].sum()
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-5)
+
+
+def test_a_documents_last_token_predicts_nothing():
+    batch = rows_of(np.arange(5), np.arange(7))
+    np.testing.assert_array_equal(batch.weights_BTJ[0, :, 0], [1, 1, 1, 1, 0, 1, 1, 1, 1, 1])
+    # The last token's MTP block would read a token that the row has only as a target.
+    np.testing.assert_array_equal(batch.weights_BTJ[0, :, 1], [1, 1, 1, 0, 0, 1, 1, 1, 1, 0])
+
+
+def test_masked_tokens_are_no_targets():
+    tokens = np.arange(8)[None]
+    says = np.array([[0, 0, 0, 1, 1, 0, 1, 0]], bool)
+    batch = make_batch(tokens, np.zeros_like(tokens), says, 1)
+    np.testing.assert_array_equal(batch.weights_BTJ[0, :, 0], [0, 0, 1, 1, 0, 1, 0])
+
+
+def test_packed_documents_lose_what_they_lose_apart():
+    _, variables = small_model()
+    rng = np.random.default_rng(3)
+    first, second = rng.integers(0, 331, 23), rng.integers(0, 331, 43)
+    together = noted(variables, rows_of(first, second))
+    # Two tokens of padding that count for nothing end each row apart, as two end the packed one.
+    apart = [noted(variables, rows_of(d, np.zeros(2, int))) for d in (first, second)]
+    nats = sum(float(a["loss"]) * (len(d) - 1) for a, d in zip(apart, (first, second), strict=True))
+    packed_nats = float(together["loss"]) * (len(first) + len(second) - 4 + 1)
+    tail = float(noted(variables, rows_of(second, np.zeros(2, int)))["loss"]) * (len(second) - 1)
+    short = float(noted(variables, rows_of(second))["loss"]) * (len(second) - 2)
+    np.testing.assert_allclose(packed_nats, nats - tail + short, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_parts_of_a_batch_add_up(dense):
+    _, variables = small_model()
+    whole = small_batch(rows=4)
+    wanted = noted(variables, whole, dense=dense)
+    halves = [jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], whole) for i in range(2)]
+    found = [noted(variables, half, whole, parts=2, dense=dense) for half in halves]
+    for name in ("loss", "mtp", "balance"):
+        np.testing.assert_allclose(found[0][name] + found[1][name], wanted[name], rtol=1e-5)
+    for layer, load in wanted["load"].items():
+        np.testing.assert_array_equal(found[0]["load"][layer] + found[1]["load"][layer], load)
+        assert load.sum() == 4 * (64 - (layer == 3)) * 2  # layer 3 is the MTP block, a token short
+
+
+def test_balance_loss_by_hand():
+    model, variables = small_model()
+    batch = small_batch(packed=False)
+    out = jax.jit(functools.partial(model.apply, aux=("router_experts", "router_scores")))(
+        variables, batch.tokens_BT
+    )
+    experts, k, wanted = 6, 2, 0.0
+    for layer in (1, 2):
+        chosen = np.asarray(out.aux["router_experts"][layer])
+        scores = np.asarray(out.aux["router_scores"][layer], np.float64)
+        for row in range(2):
+            f = experts / (k * 64) * np.bincount(chosen[row].ravel(), minlength=experts)
+            share = (scores[row] / scores[row].sum(-1, keepdims=True)).mean(0)
+            wanted += (f * share).sum() / 2
+    found = noted(variables, batch, weights=LossWeights(mtp=0.0, indexer=0.0))
+    np.testing.assert_allclose(found["balance"], wanted, rtol=1e-5)
+    assert set(found) == {"loss", "balance", "load"}
+
+
+def test_weight_zero_leaves_the_indexer_without_gradient():
+    model, variables = small_model()
+    batch = small_batch()
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(params, weight):
+        weights = LossWeights(indexer=weight)
+        buffers = {"buffers": variables["buffers"]}
+        value = lambda p: loss(model, buffers | {"params": p}, batch, weights, count(batch))[0]  # noqa: E731
+        return jax.grad(value)(params)["layers_1"]["block_0"]["attn"]["indexer"]
+
+    assert all(bool(jnp.all(g == 0)) for g in jax.tree.leaves(gradient(variables["params"], 0.0)))
+    assert all(bool(jnp.any(g != 0)) for g in jax.tree.leaves(gradient(variables["params"], 1.0)))
+
+
+def test_bad_weights():
+    with pytest.raises(InputError, match="loss weight mtp is -1.0; expected 0 or more"):
+        LossWeights(mtp=-1.0)

@@ -1,0 +1,110 @@
+"""metrics.jsonl, TensorBoard files read back by hand, curves and the table of a sweep."""
+
+import json
+import struct
+
+import pytest
+
+from v4jax.cli.main import main
+from v4jax.train import curves, metrics, sweep
+
+
+def line(step, loss=1.0):
+    return {
+        "step": step, "loss": loss, "tokens_per_second": 10.0, "grad_norm": 0.5,
+        "learning_rate": 0.1, "seconds": 6.0,
+    }  # fmt: skip
+
+
+def test_lines_after_the_step_that_a_run_goes_on_from_are_dropped(tmp_path):
+    log = metrics.Metrics(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write(line(step))
+    log.close()
+    with (tmp_path / metrics.FILE).open("a") as file:
+        file.write('{"step": 4, "lo')  # cut off by a kill
+    assert [found["step"] for found in metrics.read(tmp_path)] == [1, 2, 3]
+    log = metrics.Metrics(tmp_path, 2)
+    log.write(line(3))
+    log.close()
+    lines = [json.loads(text) for text in (tmp_path / metrics.FILE).read_text().splitlines()]
+    assert lines == [line(1), line(2), line(3)]
+
+
+def test_the_known_value_of_crc32c():
+    assert metrics.crc32c(b"123456789") == 0xE3069283
+
+
+def records(content):
+    """The payloads of an event file, lengths and CRCs checked."""
+    at = 0
+    while at < len(content):
+        (length,) = struct.unpack_from("<Q", content, at)
+        head, data = content[at : at + 8], content[at + 12 : at + 12 + length]
+        assert content[at + 8 : at + 12] == metrics._masked_crc(head)
+        assert content[at + 12 + length : at + 16 + length] == metrics._masked_crc(data)
+        yield data
+        at += 16 + length
+
+
+def test_event_file(tmp_path):
+    file = metrics.EventFile(tmp_path / "events")
+    file.write(300, {"loss": 0.25, "note": "no number"})
+    file.close()
+    version, event = records((tmp_path / "events").read_bytes())
+    assert version.endswith(b"brain.Event:2")
+    # wall time (field 1, double), step 300 (field 2, varint), summary (field 5): tag, simple value.
+    value = b"\x0a\x04loss\x15" + struct.pack("<f", 0.25)
+    summary = b"\x0a" + bytes([len(value)]) + value
+    assert event[9:] == b"\x10\xac\x02\x2a" + bytes([len(summary)]) + summary
+
+
+def write_run(folder, losses):
+    folder.mkdir()
+    log = metrics.Metrics(folder, 0)
+    for step, loss in enumerate(losses, 1):
+        log.write(line(step, loss))
+    log.close()
+    return str(folder)
+
+
+def test_plot_draws_runs(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    runs = [write_run(tmp_path / name, [3.0, 2.0, 1.5]) for name in ("a", "b")]
+    out = tmp_path / "curves.png"
+    assert main(["v4jax", "plot", *runs, "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert "2 runs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["plot"], "DIR... is missing"),
+        (["plot", "nowhere"], "--out is missing"),
+        (["plot", "nowhere", "--out=x.png"], "nowhere: holds no metrics.jsonl"),
+        (["sweep", "nowhere"], "nowhere: has no sweep.py"),
+        (["train"], "--config is missing"),
+        (["train", "--config=nothing.py"], "--workdir is missing"),
+        (["train", "--config=nothing.py", "--workdir=x"], "there is no such file"),
+        (["train", "--config.seed"], "--config.seed has no value"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["v4jax", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_sweeps_table(tmp_path):
+    runs = {"a": [[3.0, 1.0], [3.0, 3.0]], "b": [[2.0, 2.0]]}
+    results = {
+        name: [
+            curves.summary(metrics.read(tmp_path / f"{name}{i}"))
+            for i, losses in enumerate(seeds)
+            if write_run(tmp_path / f"{name}{i}", losses)
+        ]
+        for name, seeds in runs.items()
+    }
+    table = sweep._table(results).splitlines()
+    assert table[2].startswith("| a | 2 ± 1.4 | - |") and table[3].startswith("| b | 2 | - |")

@@ -1,0 +1,101 @@
+"""The step: accumulation, clip, stages that leave parameters alone, biases that even the load."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tiny import VARIANTS, tiny_config
+from tests.train.models import small_batch, small_model
+from v4jax.errors import InputError
+from v4jax.model.transformer import Transformer
+from v4jax.train.loss import LossWeights
+from v4jax.train.optimizer import OptimizerConfig, joined, make_optimizer
+from v4jax.train.step import Rates, StepConfig, balanced, new_state, train_step
+
+RATES = Rates(jnp.float32(1e-2), jnp.float32(0.3))
+
+
+@functools.cache
+def compiled(config):
+    model, _ = small_model()
+    optimizer = make_optimizer(OptimizerConfig(), model.config.o_groups)
+    return jax.jit(functools.partial(train_step, model, optimizer, config))
+
+
+@functools.cache
+def begin():
+    model, variables = small_model()
+    optimizer = make_optimizer(OptimizerConfig(), model.config.o_groups)
+    return new_state(variables["params"], variables["buffers"], optimizer)
+
+
+def differing(a, b):
+    pairs = zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True)
+    return {joined(path) for (path, x), y in pairs if bool(jnp.any(x != y))}
+
+
+def test_every_parameter_moves_and_the_loss_falls():
+    state, batch = begin(), small_batch(rows=4)
+    losses = []
+    for _ in range(4):
+        before = state
+        state, noted = compiled(StepConfig())(state, batch, RATES)
+        losses.append(float(noted["loss"]))
+    assert losses == sorted(losses, reverse=True)
+    assert len(differing(state.params, before.params)) == len(jax.tree.leaves(state.params))
+    assert int(state.step) == 4
+
+
+def test_accumulated_parts_are_the_whole_batch():
+    batch = small_batch(rows=4)
+    # The indexer's mean is taken a part at a time, each over its own queries; here they agree, a
+    # query's sight depending on its place alone.
+    whole, noted = compiled(StepConfig())(begin(), batch, RATES)
+    parts, noted_parts = compiled(StepConfig(parts=2))(begin(), batch, RATES)
+    for name in ("loss", "mtp", "balance", "grad_norm", "load_cv"):
+        np.testing.assert_allclose(noted[name], noted_parts[name], rtol=2e-5)
+    for before, a, b in zip(
+        *(jax.tree.leaves(s.params) for s in (begin(), whole, parts)), strict=True
+    ):
+        moved = float(jnp.abs(a - before).max())
+        assert float(jnp.abs(a - b).max()) < 0.02 * moved  # Muon's direction amplifies rounding
+
+
+def test_indexer_warm_up_moves_the_indexer_alone():
+    config = StepConfig(trained="/indexer/", dense=True, bias_step=0.0)
+    state, noted = compiled(config)(begin(), small_batch(rows=4), RATES)
+    moved = differing(state.params, begin().params)
+    assert moved and all("/indexer/" in path for path in moved)
+    everything = {joined(p) for p, _ in jax.tree_util.tree_leaves_with_path(state.params)}
+    assert moved == {path for path in everything if "/indexer/" in path}
+    assert not differing(state.buffers, begin().buffers)
+    touched = differing(state.moments, begin().moments)
+    assert all("/indexer/" in path or "/" not in path for path in touched)
+    assert noted["indexer"] > 0
+
+
+def test_weight_zero_leaves_the_indexer_where_it_is():
+    config = StepConfig(losses=LossWeights(indexer=0.0), trained=r"^(?!.*/indexer/)")
+    state, noted = compiled(config)(begin(), small_batch(rows=4), RATES)
+    assert not any("/indexer/" in path for path in differing(state.params, begin().params))
+    assert "indexer" not in noted
+
+
+def test_biases_move_towards_an_even_load():
+    model = Transformer(tiny_config(**VARIANTS["scanned"]), min_repeats=2)
+    buffers = jax.tree.map(lambda x: jnp.zeros(x.shape), model.abstract_variables()["buffers"])
+    load = {layer: jnp.arange(6.0) + layer for layer in range(1, 5)} | {5: jnp.array([9.0] * 6)}
+    moved = balanced(model, buffers, load, 1e-3)
+    up_down = 1e-3 * jnp.array([1, 1, 1, -1, -1, -1.0])
+    for place in (0, 1):
+        bias = moved["layers_1"][f"block_{place}"]["ffn"]["gate"]["bias"]
+        np.testing.assert_allclose(bias, jnp.stack([up_down, up_down]))
+    assert bool(jnp.all(moved["mtp_0"]["block"]["ffn"]["gate"]["bias"] == 0))
+
+
+def test_parts_that_do_not_divide_the_batch():
+    with pytest.raises(InputError, match="batch of 4 rows cannot be accumulated in 3 equal parts"):
+        compiled(StepConfig(parts=3))(begin(), small_batch(rows=4), RATES)

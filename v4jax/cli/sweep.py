@@ -1,0 +1,23 @@
+"""Run an experiment: every changed config a child process that can resume; a table and a plot."""
+
+from pathlib import Path
+
+from absl import flags
+
+FLAGS = flags.FLAGS
+
+
+def define_flags():
+    """Declares the flags of this subcommand."""
+    flags.DEFINE_string("runs", None, "Directory of the runs; default: DIR/runs")
+    flags.DEFINE_integer("steps", None, "Stop every run at this step", lower_bound=1)
+
+
+def run(directory: str) -> int:
+    """Runs what is left to run and writes the result; the exit status."""
+    from v4jax.train import sweep
+
+    folder = Path(directory)
+    table = sweep.sweep(folder, Path(FLAGS.runs) if FLAGS.runs else folder / "runs", FLAGS.steps)
+    print(table)
+    return 0

@@ -1,0 +1,57 @@
+"""Train a model: from a config file to checkpoints, metrics and a model in the official layout."""
+
+import re
+
+from absl import flags
+
+from v4jax.errors import InputError
+
+FLAGS = flags.FLAGS
+TERMINATED = 143  # 128 + SIGTERM, as shells report it
+
+_overrides: list[tuple[str, str]] = []
+
+
+def define_flags():
+    """Declares the flags of this subcommand."""
+    flags.DEFINE_string("config", None, "Python file whose get_config() gives the run or a model")
+    flags.DEFINE_string("workdir", None, "Directory of the run; running again goes on in it")
+    flags.DEFINE_integer("steps", None, "Stop at this step; default: the config's", lower_bound=1)
+
+
+def prepare(args: list[str]) -> list[str]:
+    """Takes out --config.KEY=VALUE, which absl cannot know beforehand."""
+    _overrides.clear()
+    rest = []
+    for arg in args:
+        match = re.match(r"--config\.([\w.]+)=(.*)$", arg, re.DOTALL)
+        if match:
+            _overrides.append((match[1], match[2]))
+        elif arg.startswith("--config."):
+            raise InputError(f"{arg} has no value; expected --config.KEY=VALUE")
+        else:
+            rest.append(arg)
+    return rest
+
+
+def run() -> int:
+    """Trains and says where it ended; the exit status."""
+    for name, expected in (("config", "a Python file"), ("workdir", "a directory")):
+        if not getattr(FLAGS, name):
+            raise InputError(f"--{name} is missing; expected {expected}")
+    from v4jax.train import config_file
+
+    config = config_file.read(FLAGS.config, _overrides)
+    if FLAGS.steps is not None and FLAGS.steps < config.steps:
+        decay = config.steps - config.schedule.decay
+        print(
+            f"v4jax train: stops at step {FLAGS.steps} of a schedule of {config.steps} "
+            f"(warm-up to {config.schedule.warm_up}, decay from {decay})"
+        )
+    from v4jax.train import loop
+
+    result = loop.train(config, FLAGS.workdir, FLAGS.steps)
+    loss = f", loss {result.last['loss']:.4f}" if result.last else ", nothing left to do"
+    how = "stopped" if result.stopped else "trained"
+    print(f"v4jax train: {how} at step {result.step}{loss}: {FLAGS.workdir}")
+    return TERMINATED if result.stopped else 0

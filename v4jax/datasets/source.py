@@ -1,0 +1,110 @@
+"""Opens what a `DataConfig` names: rows to train on, and what is needed to know them again."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from v4jax.config import ModelConfig
+from v4jax.datasets import files, tokenize
+from v4jax.datasets.config import SYNTHETIC, DataConfig
+from v4jax.datasets.rows import SyntheticRows, TextRows
+from v4jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Data ready to be read.
+
+    Attributes:
+      rows: what to train on. held_out: tokens of documents kept apart, or None.
+      held_out_bytes: of their text. counts_V: how often each id occurs in the training text (None
+        for synthetic data). tokenizer: of text. fingerprint: of all that the rows depend on.
+    """
+
+    rows: TextRows | SyntheticRows
+    fingerprint: str
+    held_out: tokenize.Tokens | None = None
+    held_out_bytes: int = 0
+    counts_V: np.ndarray | None = None
+    tokenizer: tokenizers.Tokenizer | None = None
+
+
+def open_source(config: DataConfig, model: ModelConfig, tokenizer_at: Path | None = None) -> Source:
+    """Reads and tokenises the data.
+
+    Args:
+      tokenizer_at: tokenizer.json that an earlier start of the run learnt, if there is one.
+
+    Raises:
+      InputError: files that are missing, empty or not what they should be.
+    """
+    if config.kind in SYNTHETIC:
+        rows = SyntheticRows(config.kind, model.vocab_size, config.seed)
+        return Source(rows, f"{config.kind} {model.vocab_size} {config.seed}")
+    if config.kind == "tokens":
+        arrays = files.token_arrays(config.path)
+        train = {k: v for k, v in arrays.items() if not files.is_held_out(k, config.held_out)}
+        kept = {k: v for k, v in arrays.items() if k not in train}
+        return _source(config, model, [tokenize.join(_some(a), _eos(model)) for a in (train, kept)])
+    documents = _documents(config)
+    kept = [d for d in documents if files.is_held_out(d.name, config.held_out)]
+    train = [d for d in documents if not files.is_held_out(d.name, config.held_out)]
+    if not train:
+        raise InputError(f"data.held_out {config.held_out} leaves no document to train on")
+    tokenizer = _tokenizer(config, model, train, tokenizer_at)
+    marks = (model.bos_token_id, _eos(model))
+    keep_at = None if tokenizer_at is None else tokenizer_at.parent
+    both = [
+        tokenize.encode_once(part, tokenizer, *marks, keep_at) if part else None
+        for part in (train, kept)
+    ]
+    nbytes = sum(len(text.encode()) for d in kept for text, _ in d.pieces)
+    return dataclasses.replace(
+        _source(config, model, both), tokenizer=tokenizer, held_out_bytes=nbytes
+    )
+
+
+def _some(arrays):
+    return arrays or {"": np.zeros(0, np.int32)}
+
+
+def _documents(config):
+    if config.kind == "python":
+        return files.python_documents()[: config.documents]
+    read = files.text_documents if config.kind == "text" else files.chat_documents
+    return read(config.path)[: config.documents]
+
+
+def _source(config, model, both):
+    train, kept = both
+    tokenize.check(train, model.vocab_size)
+    digest = hashlib.sha256(repr((config.seed, config.packed)).encode())
+    for array in train:
+        digest.update(np.ascontiguousarray(array))
+    count_V = np.bincount(train.ids, minlength=model.vocab_size)
+    kept = None if kept is None or not kept.ids.size else kept
+    return Source(TextRows(train, config.seed), digest.hexdigest(), kept, 0, count_V)
+
+
+def _tokenizer(config, model, documents, at):
+    if config.tokenizer not in ("bytes", "train"):
+        return tokenize.load(config.tokenizer)
+    if at is not None and at.is_file():
+        return tokenize.load(str(at.parent))
+    size = tokenize.BYTES
+    if config.tokenizer == "train":
+        size = config.tokenizer_size or model.vocab_size
+    if size > model.vocab_size or (model.bos_token_id, _eos(model)) != (0, 1):
+        raise InputError(
+            f"a learnt tokenizer has {size} ids with begin 0 and end 1, and the model vocab_size "
+            f"{model.vocab_size} with {model.bos_token_id} and {_eos(model)}; make them agree"
+        )
+    return tokenize.learn(documents, size)
+
+
+def _eos(model):
+    eos = model.eos_token_id
+    return eos[0] if isinstance(eos, tuple) else eos

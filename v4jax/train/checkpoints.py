@@ -1,0 +1,110 @@
+"""Checkpoints of a run: parameters, optimiser, position in the data, step and config, as one.
+
+DIR/checkpoints/STEP is written beside under another name and renamed when it is whole (Orbax), so
+that whatever ends the process leaves the checkpoints before it as they were.
+"""
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from v4jax.errors import InputError
+from v4jax.train.step import TrainState
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of a directory; `close` waits for the last save."""
+
+    def __init__(self, workdir: Path, keep: int):
+        import orbax.checkpoint as ocp  # seconds, which mistakes in a config need not wait for
+
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._ocp, self._folder, self._good = ocp, workdir.absolute() / FOLDER, None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        with self._sentence("cannot be opened"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._good = self._manager.latest_step()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the last whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, run: dict[str, Any]) -> None:
+        """Begins to write a checkpoint; returns when `state` may change."""
+        args = self._ocp.args
+        with jax.transfer_guard("allow"), self._sentence(f"of step {step} could not be saved"):
+            self._manager.wait_until_finished()
+            self._good = self._manager.latest_step()
+            # A donated buffer of a CPU would change while it is written: Orbax takes a view of it.
+            arrays = {name: np.array(leaf) for name, leaf in _named(state).items()} if (
+                jax.default_backend() == "cpu"
+            ) else _named(state)  # fmt: skip
+            self._manager.save(
+                step,
+                args=args.Composite(state=args.StandardSave(arrays), run=args.JsonSave(run)),
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Until what was begun is on disk."""
+        with self._sentence("could not be saved"):
+            self._manager.wait_until_finished()
+        self._good = self._manager.latest_step()
+
+    def run_of(self, step: int) -> dict[str, Any]:
+        """What `save` got as `run`."""
+        args = self._ocp.args
+        with self._sentence(f"of step {step} cannot be read"):
+            return self._manager.restore(step, args=args.Composite(run=args.JsonRestore())).run
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of a step, laid out as `like` (shapes, types, shardings), on any mesh."""
+        args = self._ocp.args
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here)
+            for name, x in _named(like).items()
+        }
+        with jax.transfer_guard("allow"), self._sentence(f"of step {step} cannot be read"):
+            restore = args.StandardRestore(wanted)
+            found = self._manager.restore(step, args=args.Composite(state=restore)).state
+        leaves = [found[name] for name in wanted]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    @contextlib.contextmanager
+    def _sentence(self, what):
+        """Orbax and TensorStore raise whatever a full disk or damage leads to."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            good = f"the one of step {self._good} is good" if self._good is not None else "none is"
+            raise InputError(
+                f"{self._folder}: the checkpoint {what} ({type(error).__name__}: {reason}); {good}"
+                ", so free space or mend the disk, and run the same command again"
+            ) from error
+
+
+def _named(state):
+    """The leaves by names that are also names of files."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        named[name] = leaf
+    return named

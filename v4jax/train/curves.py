@@ -1,0 +1,78 @@
+"""Curves of runs, and the table of an experiment, out of metrics.jsonl."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from v4jax.errors import InputError
+from v4jax.train import metrics
+
+# (field, name on the axis, logarithmic); drawn where some run has it.
+PANELS = (
+    ("loss", "nats a token", False),
+    ("held_out", "held-out nats a token", False),
+    ("grad_norm", "gradient norm", True),
+    ("learning_rate", "learning rate", False),
+    ("tokens_per_second", "tokens a second", False),
+    ("load_cv", "variation of the experts' load", False),
+    ("indexer", "KL of the indexer", False),
+)
+
+
+def lines_of(workdir: Path) -> list[dict[str, Any]]:
+    """A run's metrics.
+
+    Raises:
+      InputError: there are none.
+    """
+    lines = metrics.read(workdir) if workdir.is_dir() else []
+    if not lines:
+        raise InputError(f"{workdir}: holds no {metrics.FILE} of a run; give directories of runs")
+    return lines
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
+    """Every panel that some run has figures for, a curve a run."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("drawing needs matplotlib: pip install 'v4jax[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [p for p in PANELS if any(p[0] in line for lines in runs.values() for line in lines)]
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 3.2 * rows), squeeze=False)
+    for axis, (field, name, logarithmic) in zip(axes.flat, panels, strict=False):
+        for label, lines in runs.items():
+            found = [(line["step"], line[field]) for line in lines if field in line]
+            if found:
+                steps, values = np.array(found).T
+                axis.plot(steps, values, label=label, linewidth=1, marker="." * (len(found) < 30))
+        axis.set(xlabel="step", ylabel=name, yscale="log" if logarithmic else "linear")
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    axes.flat[0].legend(fontsize=8)
+    figure.tight_layout()
+    try:
+        figure.savefig(out, dpi=120)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out}: cannot be written ({error}); give a .png file") from None
+    finally:
+        plt.close(figure)
+
+
+def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """A run's end: loss over its last tenth, last held-out figures, speed."""
+    tail = lines[-max(1, len(lines) // 10) :]
+    found = {"loss": float(np.mean([line["loss"] for line in tail])), "step": lines[-1]["step"]}
+    for name in ("held_out", "held_out_bits_per_byte"):
+        values = [line[name] for line in lines if name in line]
+        if values:
+            found[name] = values[-1]
+    found["tokens_per_second"] = float(np.median([line["tokens_per_second"] for line in lines]))
+    found["minutes"] = sum(line["seconds"] for line in lines) / 60
+    return found

@@ -1,0 +1,36 @@
+"""The trained model as a checkpoint that every command reads: DIR/model, the official layout."""
+
+import shutil
+from pathlib import Path
+
+import tokenizers
+
+from v4jax import checkpoint
+from v4jax.model.transformer import Transformer
+from v4jax.train import quantized
+from v4jax.train.config import TrainConfig
+from v4jax.train.step import TrainState
+
+FOLDER = "model"
+
+
+def export(
+    workdir: Path,
+    config: TrainConfig,
+    state: TrainState,
+    tokenizer: tokenizers.Tokenizer | None = None,
+) -> Path:
+    """Writes DIR/model anew: quantised if the run ended so, else float32."""
+    fresh, out = workdir / f".{FOLDER}.new", workdir / FOLDER
+    shutil.rmtree(fresh, ignore_errors=True)
+    params = state.params
+    if config.stages[-1].quantized:
+        role_of = quantized.roles(Transformer(config.model, min_repeats=config.min_repeats))
+        params = quantized.stored(params, role_of)
+    variables = {"params": params, "buffers": state.buffers}
+    checkpoint.save_official(fresh, config.model, variables)
+    if tokenizer is not None:
+        tokenizer.save(str(fresh / "tokenizer.json"), pretty=False)
+    shutil.rmtree(out, ignore_errors=True)
+    fresh.rename(out)
+    return out

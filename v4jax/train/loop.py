@@ -1,0 +1,294 @@
+"""The training loop: from a config and a directory to checkpoints, metrics and a model.
+
+    DIR/config.json       every field of the config
+    DIR/tokenizer.json    of a text
+    DIR/metrics.jsonl     one object a logged step
+    DIR/checkpoints/STEP  parameters, optimiser, position in the data, step and config
+    DIR/model             the trained model in the official layout, once the run is complete
+
+Run again, it goes on from the last whole checkpoint, bit for bit as if it had never stopped.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from v4jax.datasets import rows as rows_lib
+from v4jax.datasets.source import Source, open_source
+from v4jax.errors import InputError
+from v4jax.model.transformer import Transformer
+from v4jax.safetensors_io import write_atomically
+from v4jax.train import evaluate, export, metrics, start
+from v4jax.train.batch import Batch, make_batch
+from v4jax.train.checkpoints import Checkpoints
+from v4jax.train.config import Stage, TrainConfig, differences, plain
+from v4jax.train.optimizer import make_optimizer
+from v4jax.train.step import Rates, StepConfig, TrainState, new_state, train_step
+
+INDEXER = "/indexer/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a call of `train` ended.
+
+    Attributes:
+      step: steps done. stopped: whether a signal ended it. last: the last line of metrics.
+    """
+
+    step: int
+    stopped: bool
+    last: dict[str, Any]
+
+
+def train(config: TrainConfig, workdir: Path, steps: int | None = None) -> Result:
+    """Trains until step `steps` (by default the config's), or goes on with it.
+
+    Raises:
+      InputError: bad data, a checkpoint of another run, a full disk, a loss that is not finite.
+    """
+    with jax.transfer_guard("disallow"), contextlib.ExitStack() as stack:
+        with jax.transfer_guard("allow"):
+            run = _open(config, Path(workdir), config.steps if steps is None else steps, stack)
+        return _run(run)
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run that is open: the fixed things, and in `state` what changes."""
+
+    config: TrainConfig
+    workdir: Path
+    steps: int
+    source: Source
+    checkpoints: Checkpoints
+    metrics: metrics.Metrics
+    signals: "_Signals"
+    optimizer: Any
+    state: TrainState
+
+
+def _open(config, workdir, steps, stack):
+    workdir.mkdir(parents=True, exist_ok=True)
+    tokenizer = workdir / "tokenizer.json"
+    source = open_source(config.data, config.model, tokenizer)
+    for stage in config.stages:
+        source.rows.check(stage.length, _ahead(config))
+        rows_lib.numbers_of(0, stage.batch, jax.process_index(), jax.process_count())
+    checkpoints = Checkpoints(workdir, config.keep)
+    stack.callback(checkpoints.close)
+    model, optimizer = _model(config, config.stages[0]), _optimizer(config)
+    latest = checkpoints.latest
+    if latest is None:
+        state = _fresh(config, model, optimizer, source)
+    else:
+        _check_same(config, source, checkpoints.run_of(latest), workdir)
+        anew = dataclasses.replace(config, start=None)  # its file need not be there any more
+        like = jax.eval_shape(functools.partial(_fresh, anew, model, optimizer, source))
+        state = checkpoints.restore(latest, like)
+    if source.tokenizer is not None:
+        write_atomically(tokenizer, source.tokenizer.to_str().encode())
+    write_atomically(workdir / "config.json", json.dumps(plain(config), indent=1).encode() + b"\n")
+    log = metrics.Metrics(workdir, latest or 0)
+    stack.callback(log.close)
+    signals = stack.enter_context(_Signals())
+    return _Run(config, workdir, steps, source, checkpoints, log, signals, optimizer, state)
+
+
+def _fresh(config, model, optimizer, source):
+    variables = start.variables(config, model, source.counts_V)
+    return jax.jit(functools.partial(new_state, optimizer=optimizer))(
+        variables["params"], variables["buffers"]
+    )
+
+
+def _check_same(config, source, stored, workdir):
+    changed = differences(config, stored["config"])
+    if changed:
+        raise InputError(
+            f"{workdir}: holds a run of another config: {'; '.join(changed)}; give the same, or "
+            "another --workdir"
+        )
+    if stored["data"] != source.fingerprint:
+        where = config.data.path or config.data.kind
+        raise InputError(
+            f"{workdir}: its run was trained on other data than {where} now holds; bring that data "
+            "back, or give another --workdir"
+        )
+
+
+def _run(run: _Run) -> Result:
+    """Steps until the end or a signal; the last one's checkpoint is on disk when it returns."""
+    done, saved = int(jax.device_get(run.state.step)), run.checkpoints.latest
+    last: dict[str, Any] = {}
+    with tqdm(total=run.steps, initial=done, unit="step", dynamic_ncols=True) as bar:
+        while done < run.steps and not run.signals.caught:
+            stage, _ = run.config.place(done)
+            for line in _steps_of(run, stage, done):
+                last, done = line, line["step"]
+                _show(bar, line)
+                every = run.config.checkpoint_every
+                if done % every == 0 or done == run.steps or run.signals.caught:
+                    _save(run, done)
+                    saved = done
+    if done != saved:
+        _save(run, done)
+    run.checkpoints.wait()
+    if done >= run.config.steps:
+        with jax.transfer_guard("allow"):
+            export.export(run.workdir, run.config, run.state, run.source.tokenizer)
+    return Result(done, run.signals.caught, last)
+
+
+def _steps_of(run: _Run, number: int, done: int):
+    """The steps of one stage from `done` on; yields a line for each when its figures are here."""
+    config, stage = run.config, run.config.stages[number]
+    model = _model(config, stage)
+    step = jax.jit(
+        functools.partial(train_step, model, run.optimizer, step_config(config, stage)),
+        donate_argnums=0,
+    )
+    evaluator = evaluate.evaluator(config, stage, model, run.source)
+    tokens = stage.batch * stage.length
+    flops = metrics.step_flops(config.model, tokens, stage.length)
+    with jax.transfer_guard("allow"):
+        peak, _ = metrics.peak_flops()
+    program, tick = None, time.perf_counter()
+    while done < run.steps and config.place(done)[0] == number and not run.signals.caught:
+        batch = load(config, stage, run.source, number, config.place(done)[1])
+        inputs = jax.device_put(batch), _rates(config, stage, done)
+        if program is None:  # before the clock of the first step begins
+            program, tick = step.lower(run.state, *inputs).compile(), time.perf_counter()
+        run.state, noted = program(run.state, *inputs)
+        noted = {k: float(v) for k, v in jax.device_get(noted).items()}
+        tick, seconds = time.perf_counter(), time.perf_counter() - tick
+        done += 1
+        line = {"step": done, **noted, "tokens_per_second": tokens / seconds}
+        line |= {"mfu": flops / seconds / peak, "seconds": seconds, "length": stage.length}
+        _check_finite(run, line, batch)
+        if config.evaluate_every and done % config.evaluate_every == 0:
+            line |= evaluator(run.state)
+            tick = time.perf_counter()
+        if done % config.log_every == 0 or done == run.steps:
+            run.metrics.write(line)
+        yield line
+
+
+def step_config(config: TrainConfig, stage: Stage) -> StepConfig:
+    """What `train_step` is told of a stage."""
+    weight = config.losses.indexer if stage.indexer is None else stage.indexer
+    trained = stage.trained
+    if trained is None and not weight:
+        trained = f"^(?!.*{INDEXER})"  # with weight 0 decay must not move the indexer either
+    return StepConfig(
+        losses=dataclasses.replace(config.losses, indexer=weight),
+        trained=trained,
+        dense=stage.attention == "dense",
+        parts=stage.parts,
+        clip=config.optimizer.clip,
+        bias_step=config.bias_step if stage.trained is None else 0.0,
+        quantized=stage.quantized,
+    )
+
+
+def load(config: TrainConfig, stage: Stage, source: Source, number: int, step: int) -> Batch:
+    """This process's rows of a step of a stage, on the host."""
+    processes = jax.process_index(), jax.process_count()
+    numbers = rows_lib.numbers_of(step, stage.batch, *processes)
+    ahead = _ahead(config)
+    row = rows_lib.take(source.rows, numbers, number, stage.length, ahead)
+    return make_batch(row.ids, row.documents, row.counts, ahead, config.data.packed)
+
+
+def _ahead(config):
+    return 1 + (len(config.model.mtp_layers) if config.losses.mtp else 0)
+
+
+def _model(config, stage):
+    model = config.model
+    if stage.rope_scaling is not None:
+        model = dataclasses.replace(model, rope_scaling=stage.rope_scaling)
+    return Transformer(
+        model,
+        dtype="bfloat16" if stage.quantized else config.dtype,
+        numerics="native" if stage.quantized else None,
+        min_repeats=config.min_repeats,
+        remat=config.remat,
+    )
+
+
+def _optimizer(config):
+    return make_optimizer(config.optimizer, config.model.o_groups)
+
+
+def _rates(config, stage, step):
+    rate = stage.learning_rate
+    if rate is None:
+        rate = config.schedule.rate(step, config.steps)
+    decaying = config.schedule.decayed(step, config.steps) > 0
+    mtp = config.mtp_decayed if decaying else config.losses.mtp
+    return jax.device_put(Rates(np.float32(rate), np.float32(mtp)))
+
+
+def _check_finite(run, line, batch):
+    if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
+        return
+    step = line["step"]
+    path = run.workdir / f"nonfinite_step_{step}.npz"
+    np.savez(path, **{k: v for k, v in dataclasses.asdict(batch).items() if v is not None})
+    run.checkpoints.wait()
+    good = run.checkpoints.latest
+    kept = f"the checkpoint of step {good} is good" if good is not None else "nothing was saved yet"
+    raise InputError(
+        f"the loss is {line['loss']} and the gradient's norm {line['grad_norm']} at step {step}, "
+        f"with learning rate {line['learning_rate']:.3g}; its batch is in {path} and {kept}: lower "
+        "schedule.peak and run again"
+    )
+
+
+def _save(run, step):
+    stage, place = run.config.place(step)
+    position = {"stage": stage, "rows": place * run.config.stages[stage].batch}
+    described = {
+        "config": plain(run.config),
+        "data": run.source.fingerprint,
+        "position": position,
+        "step": step,
+    }
+    run.checkpoints.save(step, run.state, described)
+
+
+def _show(bar, line):
+    bar.set_postfix_str(
+        f"loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tokens/s, MFU {line['mfu']:.1%}",
+        refresh=False,
+    )
+    bar.update(line["step"] - bar.n)
+
+
+class _Signals:
+    """SIGTERM and SIGINT end the loop after the step at hand; a second one ends the process."""
+
+    caught = False
+
+    def __enter__(self):
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _):
+        self.caught = True
+        signal.signal(number, self._before[number])

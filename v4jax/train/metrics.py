@@ -1,0 +1,157 @@
+"""What a run notes down: DIR/metrics.jsonl, a TensorBoard file, and how fast the device is used."""
+
+import functools
+import json
+import math
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from v4jax import accounting
+from v4jax.config import ModelConfig
+
+FILE = "metrics.jsonl"
+# Dense bf16 operations a second, by jax's name of the device.
+PEAKS = {
+    "TPU v4": 275e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v5 lite": 197e12,
+    "TPU v6 lite": 918e12, "TPU7x": 2307e12, "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
+}  # fmt: skip
+
+
+class Metrics:
+    """Appends a line a logged step to metrics.jsonl and to a TensorBoard event file.
+
+    Args:
+      step: the step that the run goes on from; lines of later ones, from a run that was killed
+        after its last checkpoint, are dropped: they will be written again.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        self._path = workdir / FILE
+        kept = [line for line in read(workdir) if line["step"] <= step]
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self._path.open("a")
+        self._events = EventFile(workdir / f"events.out.tfevents.{int(time.time())}.v4jax")
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._events.write(line["step"], {k: v for k, v in line.items() if k != "step"})
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of a run so far; one that a kill cut off does not count."""
+    path = workdir / FILE
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+class EventFile:
+    """TensorBoard scalars: records of a length, a protobuf `Event` and their CRCs, written here.
+
+    Every package that writes these brings TensorFlow, torch or a server along; the format of a
+    scalar is thirty lines.
+    """
+
+    def __init__(self, path: Path):
+        self._file = path.open("ab")
+        self._record(_field(1, 1, struct.pack("<d", time.time())) + _bytes(3, b"brain.Event:2"))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        scalars = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        summary = b"".join(
+            _bytes(1, _bytes(1, name.encode()) + _field(2, 5, struct.pack("<f", value)))
+            for name, value in scalars.items()
+        )
+        event = _field(1, 1, struct.pack("<d", time.time())) + _field(2, 0, _varint(step))
+        self._record(event + _bytes(5, summary))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _record(self, data):
+        length = struct.pack("<Q", len(data))
+        self._file.write(length + _masked_crc(length) + data + _masked_crc(data))
+        self._file.flush()
+
+
+def _field(number, kind, payload):
+    return _varint(number << 3 | kind) + payload
+
+
+def _bytes(number, payload):
+    return _field(number, 2, _varint(len(payload)) + payload)
+
+
+def _varint(value):
+    out = b""
+    while value > 127:
+        out, value = out + bytes([value & 127 | 128]), value >> 7
+    return out + bytes([value])
+
+
+def _masked_crc(data):
+    crc = crc32c(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def crc32c(data: bytes) -> int:
+    """The Castagnoli CRC."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ _crc_table()[(crc ^ byte) & 255]
+    return crc ^ 0xFFFFFFFF
+
+
+@functools.cache
+def _crc_table():
+    table = []
+    for n in range(256):
+        for _ in range(8):
+            n = n >> 1 ^ (0x82F63B78 if n & 1 else 0)
+        table.append(n)
+    return table
+
+
+def step_flops(config: ModelConfig, tokens: int, length: int) -> float:
+    """Operations of a training step: forward and twice that backward, nothing computed again."""
+    parts = accounting.flops_per_token(config, length // 2, accounting.ONE_EACH)
+    return 3.0 * tokens * sum(parts.values())
+
+
+@functools.cache
+def peak_flops() -> tuple[float, str]:
+    """Operations a second of all devices, and where the figure is from.
+
+    A device that the table does not know is timed on a float32 matrix product.
+    """
+    device = jax.devices()[0]
+    if device.device_kind in PEAKS:
+        return PEAKS[device.device_kind] * jax.device_count(), "data sheet"
+    n = 1024
+    x = jax.device_put(np.ones((n, n), np.float32))
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    # A CPU's fake devices share its cores.
+    count = 1 if device.platform == "cpu" else jax.device_count()
+    return 2 * n**3 / best * count, "a measured matrix product"

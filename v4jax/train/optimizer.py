@@ -1,0 +1,234 @@
+"""Muon for matrices, AdamW for the rest, as the report has them; every parameter in one group.
+
+optax.contrib.muon cannot express this one: it corrects a moving average for its bias, so its first
+hundred Nesterov directions are other mixtures of momentum and gradient than mu M + G. Momentum,
+decay and the split into groups are optax's.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from v4jax.errors import InputError
+
+# Newton-Schulz: eight steps that bring singular values near 1 quickly, two that settle them there.
+COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
+SMALL = ("ape", "attn_sink", "base", "scale")
+MATRICES = ("fn", "w1", "w2", "w3", "weight")
+TINY = 1e-30
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The report's optimiser (Flash); rates of the moment come from `schedule.Schedule`.
+
+    Attributes:
+      matrices: "muon", or "adamw" for AdamW throughout (the ablation's rival).
+      momentum, update_rms: of Muon; an update's root mean square before the learning rate.
+      muon_dtype: of the Newton-Schulz products; the report finds bfloat16 fine.
+      weight_decay: decoupled, times the learning rate. undecayed: parameters without it, a regular
+        expression searched in "/"-joined paths; None for none.
+      b1, b2, eps: of AdamW. clip: largest global norm of the gradient, or None.
+      frozen: parameters that no stage trains, as `undecayed`; they have no state.
+    """
+
+    matrices: str = "muon"
+    momentum: float = 0.95
+    update_rms: float = 0.18
+    muon_dtype: str = "float32"
+    weight_decay: float = 0.1
+    undecayed: str | None = None
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-20
+    clip: float | None = 1.0
+    frozen: str | None = None
+
+    def __post_init__(self):
+        if self.matrices not in ("muon", "adamw"):
+            raise InputError(f"optimizer.matrices is {self.matrices!r}; expected 'muon' or 'adamw'")
+        if self.muon_dtype not in ("float32", "bfloat16"):
+            raise InputError(
+                f"optimizer.muon_dtype is {self.muon_dtype!r}; expected 'float32' or 'bfloat16'"
+            )
+        for name in ("undecayed", "frozen"):
+            check_pattern(f"optimizer.{name}", getattr(self, name))
+        if self.clip is not None and not self.clip > 0:
+            raise InputError(f"optimizer.clip is {self.clip}; expected a positive number or none")
+
+
+class Row(NamedTuple):
+    """A parameter in the table of groups; `matrices` are those that Muon treats one by one."""
+
+    path: str
+    shape: tuple[int, ...]
+    group: str
+    matrices: int
+    decayed: bool
+
+
+def check_pattern(name: str, pattern: str | None) -> None:
+    """Refuses what is no regular expression."""
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise InputError(f"{name} is {pattern!r}, no regular expression ({error})") from None
+
+
+def joined(path) -> str:
+    """A tree's key path as "layers_0/block_0/attn/wq_a/weight"."""
+    return "/".join(str(step.key) for step in path if hasattr(step, "key"))
+
+
+def matches(pattern: str | None, path: str) -> bool:
+    return pattern is not None and re.search(pattern, path) is not None
+
+
+def group_of(path: str, config: OptimizerConfig) -> str:
+    """ "muon", "adamw" or "frozen".
+
+    Raises:
+      InputError: a parameter of a kind that the table does not know.
+    """
+    names = path.split("/")
+    if matches(config.frozen, path):
+        return "frozen"
+    norm = len(names) > 1 and names[-2].endswith("norm")
+    if names[0] in ("embed", "head") or names[-1] in SMALL or norm:
+        return "adamw"
+    if names[-1] not in MATRICES:
+        raise InputError(f"parameter {path} is of no known kind; name it in optimizer.SMALL")
+    return config.matrices
+
+
+def table(params: Any, config: OptimizerConfig, o_groups: int) -> list[Row]:
+    """Every parameter with its group."""
+    rows = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = joined(path)
+        group = group_of(name, config)
+        lead = leaf.shape[:-2] + ((o_groups,) if "/wo_a/" in name else ())
+        matrices = math.prod(lead) if group == "muon" else 0
+        decayed = group != "frozen" and not matches(config.undecayed, name)
+        rows.append(Row(name, tuple(leaf.shape), group, matrices, decayed))
+    return rows
+
+
+def make_optimizer(config: OptimizerConfig, o_groups: int) -> optax.GradientTransformation:
+    """Gradients to directions, decay included: new = w - rate * direction.
+
+    Args:
+      o_groups: matrices that lie one below the other in each wo_a.
+    """
+    decay = optax.add_decayed_weights(config.weight_decay, mask=_decayed(config))
+    groups = {
+        "muon": optax.chain(
+            optax.trace(config.momentum, nesterov=True), _orthogonalized(config, o_groups), decay
+        ),
+        "adamw": optax.chain(_adam(config), decay),
+        "frozen": optax.set_to_zero(),
+    }
+
+    def labels(params):
+        return jax.tree_util.tree_map_with_path(lambda p, _: group_of(joined(p), config), params)
+
+    return optax.partition(groups, labels)
+
+
+def _decayed(config):
+    def mask(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: not matches(config.undecayed, joined(path)), params
+        )
+
+    return mask
+
+
+def _adam(config):
+    """Adam's direction: optax.scale_by_adam, which mixes dtypes that strict promotion refuses."""
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros, zeros)
+
+    def update(updates, state, params=None):
+        count = state.count + 1
+        mean = jax.tree.map(lambda m, g: config.b1 * m + (1 - config.b1) * g, state.mu, updates)
+        square = jax.tree.map(
+            lambda v, g: config.b2 * v + (1 - config.b2) * g * g, state.nu, updates
+        )
+        first = 1 - config.b1 ** count.astype(jnp.float32)
+        second = 1 - config.b2 ** count.astype(jnp.float32)
+        directions = jax.tree.map(
+            lambda m, v: m / first / (jnp.sqrt(v / second) + config.eps), mean, square
+        )
+        return directions, optax.ScaleByAdamState(count, mean, square)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _orthogonalized(config, o_groups):
+    """The step from momentum to update of every matrix of a leaf."""
+
+    def one(path, m):
+        shape = m.shape
+        if "/wo_a/" in joined(path):
+            m = m.reshape(*shape[:-2], o_groups, -1, shape[-1])
+        scale = config.update_rms * max(m.shape[-2:]) ** 0.5
+        return scale * orthogonalize(m, config.muon_dtype).reshape(shape)
+
+    def update(updates, state, params=None):
+        return jax.tree_util.tree_map_with_path(one, updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def orthogonalize(m: Float[Array, "*b r c"], dtype: str = "float32") -> Float[Array, "*b r c"]:
+    """The nearest matrix with all singular values about 1, of each matrix of the last two axes.
+
+    Directions whose singular value is under about 1e-5 of the Frobenius norm stay shorter; a zero
+    matrix stays zero.
+    """
+    tall = m.shape[-2] > m.shape[-1]
+    x = m.astype(jnp.float32)
+    # In two steps, since the square of a small gradient is no float32.
+    x = x / jnp.maximum(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True), TINY)
+    x = x / jnp.maximum(jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)), TINY)
+    x = (jnp.swapaxes(x, -2, -1) if tall else x).astype(dtype)
+
+    def step(x, abc):
+        a, b, c = abc.astype(dtype)
+        gram = jnp.einsum("...ij,...kj->...ik", x, x)
+        mix = b * gram + c * jnp.einsum("...ij,...jk->...ik", gram, gram)
+        return a * x + jnp.einsum("...ij,...jk->...ik", mix, x), None
+
+    x = jax.lax.scan(step, x, jnp.array(COEFFICIENTS, jnp.float32))[0].astype(jnp.float32)
+    return jnp.swapaxes(x, -2, -1) if tall else x
+
+
+def state_like(optimizer: optax.GradientTransformation, params: Any, like: Any, other: Any):
+    """The optimiser's state with each of its arrays replaced by what stands for its parameter.
+
+    Args:
+      params: shapes of the parameters. like: a tree as params (shardings). other: for the counts.
+    """
+    of = {joined(path): new for path, new in jax.tree_util.tree_leaves_with_path(like)}
+
+    def one(path, _):
+        return of.get(parameter_of(path), other)
+
+    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(optimizer.init, params))
+
+
+def parameter_of(path) -> str:
+    """The parameter that a leaf, of params or of the optimiser's state, belongs to.
+
+    A state's paths begin with the name of a group; a count's has nothing behind it.
+    """
+    return re.sub("^(muon|adamw)/", "", joined(path))

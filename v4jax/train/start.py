@@ -1,0 +1,65 @@
+"""Where a run begins: fresh variables with hash tables made for its text, or a checkpoint's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from v4jax import checkpoint
+from v4jax.config import ModelConfig
+from v4jax.datasets.hash_table import hash_table
+from v4jax.errors import InputError
+from v4jax.model.transformer import Transformer
+from v4jax.train.config import TrainConfig, flat
+from v4jax.train.optimizer import joined
+
+# Fields that say how a checkpoint's files are stored, not what the model is.
+_STORAGE = ("quantization", "expert_dtype", "extra", "dtype", "initializer_range")
+
+
+def variables(config: TrainConfig, model: Transformer, count_V: np.ndarray | None):
+    """Float32 params and buffers.
+
+    Args:
+      count_V: how often each id occurs in the text, for the hash tables of a fresh model.
+    """
+    if config.start is not None:
+        return _of_checkpoint(config, model)
+    fresh = jax.jit(model.init)(jax.random.key(config.seed))
+    if count_V is None:
+        return fresh
+    buffers = with_hash_tables(config.model, fresh["buffers"], count_V, config.seed)
+    return fresh | {"buffers": buffers}
+
+
+def with_hash_tables(config: ModelConfig, buffers, count_V: np.ndarray, seed: int):
+    """The buffers with every hash table even over a text's tokens."""
+    experts, k = config.n_routed_experts, config.num_experts_per_tok
+
+    def table(path, leaf):
+        if not joined(path).endswith("gate/tid2eid"):
+            return leaf
+        first = int(joined(path).split("/")[0].removeprefix("layers_"))
+        repeats = leaf.shape[0] if leaf.ndim == 3 else 1
+        tables = [
+            hash_table(count_V, experts, k, seed + first + 1000 * int(path[1].key[6:]) + r)
+            for r in range(repeats)
+        ]
+        return jnp.asarray(np.stack(tables) if leaf.ndim == 3 else tables[0])
+
+    return jax.tree_util.tree_map_with_path(table, buffers)
+
+
+def _of_checkpoint(config, model):
+    found, loaded = checkpoint.load_variables(config.start, "float32", model.min_repeats)
+    ours, theirs = flat(config.model), flat(found)
+    changed = [
+        f"{name} is {ours.get(name)!r} and in the checkpoint {theirs.get(name)!r}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if name.split(".")[0] not in _STORAGE and ours.get(name) != theirs.get(name)
+    ]
+    if changed:
+        raise InputError(
+            f"{config.start}: is a checkpoint of another config: {'; '.join(changed)}; "
+            "give model the same sizes"
+        )
+    return jax.tree.map(jnp.asarray, {k: loaded[k] for k in ("params", "buffers")})

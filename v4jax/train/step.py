@@ -1,0 +1,182 @@
+"""One training step: loss, gradients, update, balance. A pure function of state and batch."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array
+
+from v4jax.errors import InputError
+from v4jax.model.transformer import Transformer
+from v4jax.train import quantized
+from v4jax.train.batch import Batch
+from v4jax.train.loss import LossWeights, count, loss
+from v4jax.train.optimizer import joined, matches, parameter_of
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step changes. step counts those that are done."""
+
+    params: Any
+    buffers: Any
+    moments: Any
+    step: Any
+
+
+@struct.dataclass
+class Rates:
+    """What changes from step to step without a new program."""
+
+    learning_rate: Any
+    mtp_weight: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """What is fixed for a stage.
+
+    Attributes:
+      losses: weights of the parts of the loss.
+      trained: parameters that this stage changes, a regular expression searched in their paths;
+        None for all. The others get no gradient, no decay and keep their moments.
+      dense: CSA layers attend to every visible entry.
+      parts: parts of the batch whose gradients are added up, one after the other.
+      clip: largest global norm of the gradient.
+      bias_step: how far a router's bias moves after a step.
+      quantized: forward pass with weights as stored (the model should have native numerics).
+    """
+
+    losses: LossWeights = LossWeights()
+    trained: str | None = None
+    dense: bool = False
+    parts: int = 1
+    clip: float | None = 1.0
+    bias_step: float = 1e-3
+    quantized: bool = False
+
+
+def new_state(params, buffers, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(params, buffers, optimizer.init(params), jnp.int32(0))
+
+
+def train_step(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    config: StepConfig,
+    state: TrainState,
+    batch: Batch,
+    rates: Rates,
+) -> tuple[TrainState, dict[str, Array]]:
+    """The state after a step on a batch, and scalars to note down."""
+    gradients, noted = accumulate(model, config, state, batch, rates)
+    norm = optax.global_norm(gradients)
+    if config.clip is not None:
+        factor = jnp.minimum(1.0, config.clip / jnp.maximum(norm, 1e-30))
+        gradients = jax.tree.map(lambda g: factor * g, gradients)
+    directions, moments = optimizer.update(gradients, state.moments, state.params)
+    new = jax.tree.map(lambda w, d: w - rates.learning_rate * d, state.params, directions)
+    load = noted.pop("load")
+    noted |= {"grad_norm": norm, "learning_rate": rates.learning_rate, "load_cv": _spread(load)}
+    state = TrainState(
+        params=keep_untrained(config.trained, new, state.params),
+        buffers=balanced(model, state.buffers, load, config.bias_step),
+        moments=keep_untrained(config.trained, moments, state.moments),
+        step=state.step + 1,
+    )
+    return state, noted
+
+
+def accumulate(model, config: StepConfig, state: TrainState, batch: Batch, rates: Rates):
+    """Gradients like params (0 where nothing is trained) and the loss's parts, of a whole batch."""
+    counts = count(batch, config.parts)
+    one = _gradient_of(model, config, state, counts, rates.mtp_weight)
+    if config.parts == 1:
+        return one(batch)
+    parts = jax.tree.map(lambda x: _split(x, config.parts), batch)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, _first(parts)))
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, one(part)), None
+
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _gradient_of(model, config, state, counts, mtp_weight):
+    """A part's gradients and figures, as a function of the part."""
+    role_of = quantized.roles(model) if config.quantized else None
+
+    def objective(params, part):
+        params = keep_untrained(config.trained, params, jax.lax.stop_gradient(params))
+        if role_of is not None:
+            params = quantized.straight_through(params, role_of)
+        variables = {"params": params, "buffers": state.buffers}
+        options = {"mtp_weight": mtp_weight, "dense": config.dense}
+        return loss(model, variables, part, config.losses, counts, **options)
+
+    def one(part):
+        gradients, noted = jax.grad(objective, has_aux=True)(state.params, part)
+        return gradients, noted
+
+    return one
+
+
+def keep_untrained(trained: str | None, new: Any, old: Any) -> Any:
+    """`new` where a leaf, of params or of the optimiser's state, is of a trained parameter."""
+    if trained is None:
+        return new
+
+    def pick(path, after, before):
+        name = parameter_of(path)
+        return after if "/" not in name or matches(trained, name) else before
+
+    return jax.tree_util.tree_map_with_path(pick, new, old)
+
+
+def balanced(model: Transformer, buffers: Any, load: dict[int, Array], step: float) -> Any:
+    """The buffers with each router's bias moved towards the experts that got too few tokens."""
+    if not step:
+        return buffers
+
+    def move(path, leaf):
+        names = joined(path)
+        if not names.endswith("gate/bias"):
+            return leaf
+        rows = [load[layer] for layer in _layers_of(model, names)]
+        load_E = jnp.stack(rows) if leaf.ndim == 2 else rows[0]
+        return leaf + step * jnp.sign(jnp.mean(load_E, axis=-1, keepdims=True) - load_E)
+
+    return jax.tree_util.tree_map_with_path(move, buffers)
+
+
+def _layers_of(model, path):
+    """The layers, or MTP blocks counted on behind them, whose weights a leaf stacks."""
+    head, *rest = path.split("/")
+    if head.startswith("mtp_"):
+        return [len(model.config.layers) + int(head.removeprefix("mtp_"))]
+    segment = next(s for s in model.segments() if s.name == head)
+    first = segment.start + int(rest[0].removeprefix("block_"))
+    return [first + segment.period * repeat for repeat in range(segment.repeats)]
+
+
+def _spread(load):
+    """The coefficient of variation of the experts' load, averaged over layers."""
+    found = [jnp.std(l_E) / jnp.maximum(jnp.mean(l_E), 1e-30) for l_E in load.values()]
+    return sum(found) / len(found)
+
+
+def _split(x, parts):
+    if x.shape[0] % parts:
+        raise InputError(
+            f"a batch of {x.shape[0]} rows cannot be accumulated in {parts} equal parts; choose a "
+            "number of parts that divides it"
+        )
+    return x.reshape(parts, -1, *x.shape[1:])
+
+
+def _first(parts):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
