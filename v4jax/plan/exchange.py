@@ -19,7 +19,8 @@ def expected(job: Job, shards: Shards, leaves: list[Leaf]) -> list[Collective]:
     """Collectives of one step, those of a kind in every layer as one entry with a count."""
     found = [*_experts(job, shards), *_tensor(job, shards), *_entries(job, shards)]
     if job.mode == "train":
-        found += _weights(shards, [leaf for leaf in leaves if leaf.path[0] == "params"])
+        trained = [leaf for leaf in leaves if leaf.path[0] == "params"]
+        found += _weights(shards, trained, job.parts)
     return found
 
 
@@ -38,8 +39,13 @@ def _collective(shards, kind, axes: Iterable[str], count, sent) -> Iterator[Coll
 
 
 def _tokens(job, shards):
-    """Tokens of one device."""
-    return job.tokens / parallel(shards, ("batch", "sequence"))
+    """Tokens of one device in one part of the batch."""
+    return job.tokens / job.parts / parallel(shards, ("batch", "sequence"))
+
+
+def _passes(job):
+    """How often a step exchanges what one forward pass does."""
+    return _PASSES * job.parts if job.mode == "train" else 1
 
 
 def _layers(job):
@@ -51,7 +57,7 @@ def _experts(job, shards):
     c, axes = job.config, shards.axes("expert")
     n = shards.size("expert")
     rows = _tokens(job, shards) * BF16 * c.hidden_size
-    count = _layers(job) * (_PASSES if job.mode == "train" else 1)
+    count = _layers(job) * _passes(job)
     if shards.strategy.exchange == "all_to_all":
         sent = rows * c.num_experts_per_tok * (n - 1) / n
         yield from _collective(shards, "all-to-all", axes, 2 * count, sent)
@@ -69,21 +75,20 @@ def _tensor(job, shards):
     """Sums over parts of heads and of expert widths, float32."""
     n = shards.size("heads")
     sent = 2 * (n - 1) / n * 4 * job.config.hidden_size * _tokens(job, shards)
-    count = 2 * _layers(job) * (_PASSES if job.mode == "train" else 1)
+    count = 2 * _layers(job) * _passes(job)
     yield from _collective(shards, "all-reduce", shards.axes("heads"), count, sent)
 
 
 def _entries(job, shards):
     """Compressed entries to all shards of a sequence, or partial softmaxes of a decode step."""
     c, axes = job.config, shards.axes("entries")
-    n, rows = shards.size("entries"), job.batch / shards.size("batch")
+    n, rows = shards.size("entries"), job.rows / shards.size("batch")
     kinds = [layer for layer in c.layers if layer.attention in ("csa", "hca")]
     if shards.axes("sequence"):
-        times = _PASSES if job.mode == "train" else 1
         for layer in set(kinds):
             width = c.head_dim + (c.index_head_dim if layer.attention == "csa" else 0)
             sent = BF16 * width * rows * job.context / layer.ratio * (n - 1) / n
-            count = times * kinds.count(layer)
+            count = _passes(job) * kinds.count(layer)
             yield from _collective(shards, "all-gather", axes, count, sent)
         return
     heads = c.num_attention_heads / shards.size("heads")
@@ -91,18 +96,18 @@ def _entries(job, shards):
     yield from _collective(shards, "all-reduce", axes, len(kinds), sent)
 
 
-def _weights(shards, leaves):
+def _weights(shards, leaves, microbatches):
     """Parts put together for each pass, gradients summed and taken apart again."""
-    runs = {"layers": 1}
     for leaf in leaves:
-        count = leaf.shape[0] if leaf.axes[0] in runs else 1
-        stored = math.prod(leaf.shape) / parts(shards, leaf) / count
+        layers = leaf.shape[0] if leaf.axes[0] == "layers" else 1
+        stored = math.prod(leaf.shape) / parts(shards, leaf)
         gathered = {axis for name in leaf.axes for axis in shards.gathered(name)}
         n = math.prod(shards.mesh.shape[axis] for axis in gathered)
-        together = (n - 1) * stored
-        yield from _collective(shards, "all-gather", gathered, _FORWARDS * count, BF16 * together)
-        yield from _collective(shards, "reduce-scatter", gathered, count, MASTER * together)
+        together, runs = (n - 1) * stored / layers, microbatches * layers
+        yield from _collective(shards, "all-gather", gathered, _FORWARDS * runs, BF16 * together)
+        yield from _collective(shards, "reduce-scatter", gathered, runs, MASTER * together)
         rest = set(shards.axes("batch")) | set(shards.axes("sequence"))
         rest -= {axis for name in leaf.axes for axis in shards.axes(name)}
         n = math.prod(shards.mesh.shape[axis] for axis in rest)
-        yield from _collective(shards, "all-reduce", rest, 1, 2 * (n - 1) / n * MASTER * stored)
+        sent = 2 * (n - 1) / n * MASTER * stored
+        yield from _collective(shards, "all-reduce", rest, microbatches, sent)

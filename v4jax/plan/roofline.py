@@ -122,9 +122,9 @@ def traffic(job: Job, shards: Shards, held: Held) -> dict[str, float]:
     """Bytes that one step moves in and out of a device's memory at least."""
     found = {"activations": _activations(job, shards)}
     if job.mode == "train":
-        # In bf16 for the forward pass, the forward again and the gradients of inputs; the master,
-        # its optimizer state and gradient in float32, read and written once.
-        found["weights"] = 3 * BF16 * held.gathered
+        # In bf16 for each part's forward pass, the forward again and the gradients of inputs; the
+        # master, its optimizer state and gradient in float32, read and written once.
+        found["weights"] = 3 * BF16 * held.gathered * job.parts
         found["optimizer"] = 2 * (held.weights + held.optimizer + held.gradients)
         return found
     found["weights"] = held.weights - held.embedding - held.routed * _untouched(job, shards)

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from v4jax.errors import InputError
 from v4jax.plan.job import Job, abstract_shards
+from v4jax.plan.memory import Held
 from v4jax.plan.plan import Counted, Plan, count, make_plan
 from v4jax.plan.topology import Topology
 from v4jax.sharding.mesh import AXES
+from v4jax.sharding.rules import Shards
 
 # Of a device's memory, what hand-counted bytes may take: temporaries need the rest.
 FULL = 0.9
@@ -61,19 +63,21 @@ def search(
 
 
 def candidates(job: Job, topology: Topology) -> list[Candidate]:
-    """Meshes whose hand-counted bytes fit, the quickest first."""
+    """Meshes whose hand-counted bytes fit, the quickest first, of equals the one with most room."""
     found = []
-    for sizes in shapes(topology.count):
+    # Without gathered weights fsdp and expert are the same to a model: one of them is enough.
+    axes = AXES if job.mode == "train" else [axis for axis in AXES if axis != "fsdp"]
+    for sizes in shapes(topology.count, axes):
         try:
             parted = dataclasses.replace(job, parts=microbatches(job, sizes))
             shards = abstract_shards(parted, sizes)
         except InputError:
             continue  # sizes that do not divide this model or job
         counted = count(parted, topology, shards)
-        needed = counted.held.arguments + counted.held.gradients + saved_streams(parted, shards)
+        needed = counted.held.arguments + working(parted, shards, counted.held)
         if needed <= FULL * topology.chip.memory:
             found.append(Candidate(parted, sizes, counted, needed))
-    return sorted(found, key=lambda c: (c.counted.time.floor, c.counted.time.sum))
+    return sorted(found, key=lambda c: (float(f"{c.counted.time.floor:.1e}"), c.needed))
 
 
 @functools.cache
@@ -101,11 +105,15 @@ def microbatches(job: Job, sizes: dict[str, int]) -> int:
     return next(n for n in _divisors(rows) if rows // n * length <= PART_TOKENS or n == rows)
 
 
-def saved_streams(job: Job, shards) -> float:
-    """Bytes that a backward pass finds: the streams before every unit of layers."""
+def working(job: Job, shards: Shards, held: Held) -> float:
+    """Bytes that come and go in a step and that no compiler could do without.
+
+    Of training the gradients, the streams before every unit of layers and one layer's weights.
+    """
     if job.mode != "train":
         return 0.0
-    tokens = job.rows * job.context / shards.size("batch") / shards.size("sequence")
     c = job.config
+    tokens = job.rows * job.context / shards.size("batch") / shards.size("sequence")
     # Units of two layers are the most common; a unit recomputes what is inside it.
-    return BF16 * tokens * c.hc_mult * c.hidden_size * len(c.layers) / 2
+    streams = BF16 * tokens * c.hc_mult * c.hidden_size * len(c.layers) / 2
+    return held.gradients + streams + BF16 * held.gathered / len(c.layers)

@@ -1,0 +1,110 @@
+"""Plans every cell of the table and writes it: `python make_table.py [CELL ...]`.
+
+A cell is a process of its own, so that its peak memory is its own; one that is done already is not
+done again (delete its file in cells/ for that). Without names all of them; --table only writes.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).parent
+CELLS = HERE / "cells"
+MILLION = 1 << 20
+
+# Training: the report's batch in tokens (75.5 M and 94.4 M) as rows, or the nearest number of rows
+# that a mesh can divide. Slices are v5p's.
+JOBS = {
+    "flash_decode_128k": ("flash", "decode", 131072, 128),
+    "flash_decode_1m": ("flash", "decode", MILLION, 8),
+    "flash_prefill_1m": ("flash", "prefill", MILLION, 1),
+    "flash_train_4k": ("flash", "train", 4096, 18432),
+    "flash_train_64k": ("flash", "train", 65536, 1152),
+    "flash_train_1m": ("flash", "train", MILLION, 64),
+    "pro_decode_128k": ("pro", "decode", 131072, 128),
+    "pro_decode_1m": ("pro", "decode", MILLION, 8),
+    "pro_prefill_1m": ("pro", "prefill", MILLION, 1),
+    "pro_train_4k": ("pro", "train", 4096, 23040),
+    "pro_train_64k": ("pro", "train", 65536, 1280),
+    "pro_train_1m": ("pro", "train", MILLION, 96),
+}
+# Where the search's own choice was compiled before: the same result without its other meshes.
+FOUND: dict[str, list[str]] = {}
+
+
+def main(names):
+    CELLS.mkdir(exist_ok=True)
+    for name in names or JOBS:
+        if not _path(name).exists():
+            _plan(name)
+    (HERE / "table.md").write_text(table())
+
+
+def _path(name):
+    return CELLS / f"{name}.json"
+
+
+def command(name):
+    """The command line of a cell."""
+    config, mode, context, batch = JOBS[name]
+    where = FOUND.get(name, ["--topology", "v5p", "--search", "--meshes", "2"])
+    job = ["--config", config, "--mode", mode, "--context", str(context), "--batch", str(batch)]
+    return ["v4jax", "plan", *job, *where]
+
+
+def _plan(name):
+    words = [sys.executable, "-m", "v4jax.cli.main", *command(name)[1:], "--format", "json"]
+    print(" ".join(command(name)), file=sys.stderr)
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+    if done.stdout:
+        _path(name).write_text(done.stdout)
+
+
+def table():
+    """All cells that are done, as a Markdown table."""
+    head = (
+        "step", "slice", "mesh", "weights + optimizer + cache", "temporaries", "peak", "left",
+        "exchanged", "compute / memory / interconnect", "at least", "compiled in",
+    )  # fmt: skip
+    rows = [
+        _row(name, json.loads(_path(name).read_text())) for name in JOBS if _path(name).exists()
+    ]
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _row(name, plan):
+    device, seconds = plan["per_device"], plan["seconds"]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
+    if plan["microbatches"] > 1:
+        mesh += f"; {plan['microbatches']} microbatches"
+    parts = [device[kind] / 1e9 for kind in ("weights", "optimizer", "cache")]
+    sent = sum(row["bytes"] for row in plan["collectives"])
+    terms = " / ".join(_time(seconds[term]) for term in ("compute", "memory", "interconnect"))
+    fits = device["peak"] is not None
+    left = device["capacity"] - (device["peak"] or 0)
+    return (
+        f"{name.replace('_', ' ')}, {plan['batch']} rows",
+        f"{plan['topology']} ({plan['devices']})",
+        mesh,
+        " + ".join(f"{part:.1f}" for part in parts),
+        f"{device['temporaries'] / 1e9:.1f}" if fits else "-",
+        f"{device['peak'] / 1e9:.1f}" if fits else "does not fit",
+        f"{left / 1e9:.1f} ({100 * left / device['capacity']:.0f} %)" if fits else "-",
+        f"{sent / 1e9:.3g}",
+        terms,
+        _time(plan["seconds_estimate"]),
+        f"{plan['compile_seconds']:.0f} s, {plan['host_bytes'] / 1e9:.1f} GB",
+    )
+
+
+def _time(seconds):
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--table"]:
+        (HERE / "table.md").write_text(table())
+    else:
+        main(sys.argv[1:])
