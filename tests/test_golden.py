@@ -23,10 +23,11 @@ PREFILL = 373
 @functools.cache
 def numbers(folder):
     """The stored arrays; bf16 as float32."""
-    with safe_open(folder / "golden.safetensors", "pt") as file:
+    with safe_open(folder / "golden.safetensors", "flax") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return {
-        name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()
+        name: np.asarray(t.astype(jnp.float32) if jnp.issubdtype(t.dtype, jnp.floating) else t)
+        for name, t in tensors.items()
     }
 
 
