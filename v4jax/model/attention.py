@@ -95,8 +95,10 @@ class Attention(nn.Module):
             keys |= choice
         o, lse = self._attend(q, keys, self._in_parts(cache))
         if self.spec.attention == "csa" and "indexer_loss" in context.aux:
-            seen = jnp.where(context.real, high, low)
-            paid = Paid(q, lse, entries, low, seen, _indices(choice))
+            chosen, seen = _indices(choice), jnp.where(context.real, high, low)
+            if chosen is not None:
+                chosen = jnp.where(context.real[..., None], chosen, -1)
+            paid = Paid(q, lse, entries, low, seen, chosen)
             topk = self.config.index_topk or index_keys.shape[1]
             index = Index(*q_index, index_keys, topk, self.numerics.native)
             scale, heads = self.config.head_dim**-0.5, self.numerics.shards.kept("heads")

@@ -34,8 +34,9 @@ class Compressor(nn.Module):
         normal = nn.initializers.normal(std)
         self.ape = weight(self, "ape", (self.spec.ratio, channels), (None, "compressed"), normal)
         d = config.hidden_size
-        self.wkv = Projection(channels, d, ("compressed", "embed"), self.numerics, std)
-        self.wgate = Projection(channels, d, ("compressed", "embed"), self.numerics, std)
+        shape, axes = (channels, d), ("compressed", "embed")
+        self.wkv = Projection(*shape, axes, self.numerics, std, float32=True)
+        self.wgate = Projection(*shape, axes, self.numerics, std, float32=True)
         self.norm = RMSNorm(self.width, config.rms_norm_eps, self.numerics)
 
     def __call__(self, x_BTD: Array, context: Context, state: CompressorState | None, layer):

@@ -57,12 +57,14 @@ def weight(
     init: Callable,
     collection: str = "params",
     dtype=jnp.float32,
+    used_as: str | None = None,
 ):
     """Declares a weight: its name, shape, logical axes and initialiser.
 
     A variable that is already there is taken in the form in which it is stored (float32, bfloat16
     or `quant.QTensor`), after a check of its shape. On a mesh it comes as this shard's part: along
-    axes where the strategy gathers weights, all parts are put together here, and only here.
+    axes where the strategy gathers weights, all parts are put together here, and only here; a float
+    weight that is used in another type, `used_as`, travels in that.
     """
     if not module.has_variable(collection, name):
         boxed = nn.with_logical_partitioning(init, axes)
@@ -79,10 +81,13 @@ def weight(
         where = "/".join((*module.scope.path, name))
         raise InputError(f"weight {where} has shape {tuple(value.shape)}; expected {expected}")
     for dimension, axis in enumerate(axes):
-        gather = functools.partial(
-            collectives.gather, axes=shards.gathered(axis), dimension=dimension
-        )
-        value = jax.tree.map(gather, value)
+        if not (parts := shards.gathered(axis)):
+            continue
+        if isinstance(value, quant.QTensor) or used_as is None:
+            gather = functools.partial(collectives.gather, axes=parts, dimension=dimension)
+            value = jax.tree.map(gather, value)
+        else:
+            value = collectives.gather_as(value, parts, dimension, used_as)
     return value
 
 
@@ -106,7 +111,10 @@ def project(
 
 
 class Projection(nn.Module):
-    """A matrix [out, in] without bias; the equation stands at the call."""
+    """A matrix [out, in] without bias; the equation stands at the call.
+
+    `float32` says that only `in_float32` is called.
+    """
 
     out_features: int
     in_features: int
@@ -114,10 +122,13 @@ class Projection(nn.Module):
     numerics: Numerics
     init_std: float
     quantize_input: bool = True
+    float32: bool = False
 
     def setup(self):
         init = nn.initializers.normal(self.init_std)
-        self.weight = weight(self, "weight", (self.out_features, self.in_features), self.axes, init)
+        shape = (self.out_features, self.in_features)
+        used_as = None if self.float32 else self.numerics.dtype
+        self.weight = weight(self, "weight", shape, self.axes, init, used_as=used_as)
 
     def __call__(self, equation: str, x: Array) -> Array:
         """The projection of `x`, rounded once to the activation dtype."""

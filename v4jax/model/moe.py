@@ -9,7 +9,7 @@ from v4jax.config import LayerSpec, ModelConfig
 from v4jax.kernels.grouped_matmul import api as grouped_matmul
 from v4jax.model.context import Context
 from v4jax.model.layers import Numerics, Projection, weight
-from v4jax.sharding import collectives
+from v4jax.sharding import collectives, expert
 
 
 class Router(nn.Module):
@@ -75,7 +75,7 @@ def even_table(experts: int):
 
 
 class Experts(nn.Module):
-    """The routed experts' stacked weights and their sorted, dropless dispatch."""
+    """The routed experts' stacked weights; tokens reach them without a drop."""
 
     config: ModelConfig
     numerics: Numerics
@@ -89,28 +89,27 @@ class Experts(nn.Module):
         e, f, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         normal = nn.initializers.normal(config.initializer_range)
         up, down = ("expert", "mlp", "embed"), ("expert", "embed", "mlp")
-        w1 = weight(self, "w1", (e, f, d), up, normal)
-        w2 = weight(self, "w2", (e, d, f), down, normal)
-        w3 = weight(self, "w3", (e, f, d), up, normal)
+        used_as = self.numerics.dtype
+        w1 = weight(self, "w1", (e, f, d), up, normal, used_as=used_as)
+        w2 = weight(self, "w2", (e, d, f), down, normal, used_as=used_as)
+        w3 = weight(self, "w3", (e, f, d), up, normal, used_as=used_as)
         k = chosen_BTK.shape[-1]
-        expert_X = chosen_BTK.reshape(-1)
-        order_X = jnp.argsort(expert_X, stable=True)
-        x_XD = x_BTD.reshape(-1, d)[order_X // k]
-        y_XD = grouped_matmul.expert_ffn(
-            x_XD,
-            weights_BTK.reshape(-1)[order_X],
-            jnp.zeros(e, jnp.int32).at[expert_X].add(1),
-            w1,
-            w2,
-            w3,
-            limit=config.swiglu_limit,
-            rounding=grouped_matmul.Rounding(self.numerics.dtype, self.numerics.native),
-            implementation=self.numerics.kernels,
-        )
-        back_X = jnp.zeros_like(order_X).at[order_X].set(jnp.arange(order_X.size))
-        back_BTK = back_X.reshape(chosen_BTK.shape)
-        # Expert by expert: the [B,T,K,D] of all of them at once is slow to gather and to sum.
-        return sum(y_XD[back_BTK[:, :, i]].astype(jnp.float32) for i in range(k))
+
+        def ffn(x_RD, gate_R, sizes_E):
+            return grouped_matmul.expert_ffn(
+                x_RD,
+                gate_R,
+                sizes_E,
+                w1,
+                w2,
+                w3,
+                limit=config.swiglu_limit,
+                rounding=grouped_matmul.Rounding(self.numerics.dtype, self.numerics.native),
+                implementation=self.numerics.kernels,
+            )
+
+        tokens = x_BTD.reshape(-1, d), chosen_BTK.reshape(-1, k), weights_BTK.reshape(-1, k)
+        return expert.route(self.numerics.shards, *tokens, e, ffn).reshape(x_BTD.shape)
 
 
 class SharedExpert(nn.Module):

@@ -272,7 +272,8 @@ class Transformer(nn.Module):
             # Positions and documents stay those of the streams: the block attends among them. The
             # last k + 1 rows have no such token; nothing before them sees them.
             tokens_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
-            whole = context.whole.replace(total=jnp.full_like(context.count, length - k - 1))
+            total = jnp.maximum(context.whole.total - k - 1, 0)
+            whole = context.whole.replace(total=total)
             here = slice_of(tokens_BT, whole, context.aux, False, shards)
             e_BTD = self.embed.rows(here.tokens).astype(self.rounding().dtype)
             h_BTMD, y_BTD, aux = block(h_BTMD, e_BTD, here)

@@ -3,6 +3,8 @@
 For use inside `shard_map`. Axes are tuples of mesh axes, the first varying slowest.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,6 +15,23 @@ def gather(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
     if not axes:
         return x
     return lax.all_gather(x, axes, axis=dimension, tiled=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather_as(x: jax.Array, axes: tuple[str, ...], dimension: int, dtype: str) -> jax.Array:
+    """`gather` of x rounded to `dtype`, which is what travels; the gradient's sum is in x's own."""
+    return gather(x.astype(dtype), axes, dimension)
+
+
+def _gather_forward(x, axes, dimension, dtype):
+    return gather_as(x, axes, dimension, dtype), jnp.zeros((0,), x.dtype)
+
+
+def _gather_backward(axes, dimension, dtype, like, dy):
+    return (scatter_total(dy.astype(like.dtype), axes, dimension),)
+
+
+gather_as.defvjp(_gather_forward, _gather_backward)
 
 
 def total(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -43,20 +43,31 @@ def _strategy(name, gathered=(), exchange="all_to_all", **table):
 
 
 # Logical axes of activations: batch, sequence (tokens of a call), entries (those of a cache).
+_TRAINED = {
+    "gathered": ("fsdp", "sequence"),
+    "expert": ("expert",),
+    "embed": ("fsdp", "sequence"),
+    "q_latent": ("fsdp", "sequence"),
+    "head_group": ("fsdp", "sequence"),
+    "hc_embed": ("fsdp", "sequence"),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
 TRAIN = _strategy(
     "train",
-    gathered=("fsdp",),
     batch=("data", "fsdp", "expert"),
     sequence=("sequence",),
     entries=("sequence",),
-    expert=("expert",),
-    embed=("fsdp",),
-    q_latent=("fsdp",),
-    head_group=("fsdp",),
-    hc_embed=("fsdp",),
-    heads=("tensor",),
-    mlp=("tensor",),
-    vocab=("tensor",),
+    **_TRAINED,
+)
+# Few rows of long context: the tokens of each lie on more axes.
+TRAIN_LONG = _strategy(
+    "train_long",
+    batch=("data",),
+    sequence=("fsdp", "expert", "sequence"),
+    entries=("fsdp", "expert", "sequence"),
+    **_TRAINED,
 )
 PREFILL = _strategy(
     "prefill",
@@ -89,7 +100,7 @@ DECODE_LONG = _strategy(
     mlp=("tensor",),
     vocab=("tensor",),
 )
-STRATEGIES = {s.name: s for s in (TRAIN, PREFILL, DECODE, DECODE_LONG)}
+STRATEGIES = {s.name: s for s in (TRAIN, TRAIN_LONG, PREFILL, DECODE, DECODE_LONG)}
 
 
 @dataclasses.dataclass(frozen=True)
