@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.sharding.mesh import complete, make_mesh
-from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL, TRAIN, Shards, Strategy
+from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL, TRAIN, TRAIN_LONG, Shards, Strategy
 
 MODES = ("train", "prefill", "decode")
 
@@ -66,13 +66,14 @@ class Job:
 def strategy(job: Job, sizes: Mapping[str, int]) -> Strategy:
     """The table of shardings that a job runs with on a mesh of these sizes.
 
-    Decoding, every device has rows of its own where there are enough of them; else the caches are
-    spread.
+    Training and decoding, every device has rows of its own where their number allows; else each
+    row, or its cache, is spread.
     """
-    if job.mode != "decode":
-        return {"train": TRAIN, "prefill": PREFILL}[job.mode]
-    rows = math.prod(sizes[axis] for axis in DECODE.axes["batch"])
-    return DECODE_LONG if job.batch % rows else DECODE
+    if job.mode == "prefill":
+        return PREFILL
+    many, few = {"train": (TRAIN, TRAIN_LONG), "decode": (DECODE, DECODE_LONG)}[job.mode]
+    rows = math.prod(sizes[axis] for axis in many.axes["batch"])
+    return few if job.batch % rows else many
 
 
 def shards_of(job: Job, sizes: Mapping[str, int], devices: Sequence[Any]) -> Shards:

@@ -116,4 +116,5 @@ def working(job: Job, shards: Shards, held: Held) -> float:
     tokens = job.rows * job.context / shards.size("batch") / shards.size("sequence")
     # Units of two layers are the most common; a unit recomputes what is inside it.
     streams = BF16 * tokens * c.hc_mult * c.hidden_size * len(c.layers) / 2
-    return held.gradients + streams + BF16 * held.gathered / len(c.layers)
+    copies = 1 if job.parts == 1 else 2  # a part's gradients beside their sum
+    return copies * held.gradients + streams + BF16 * held.gathered / len(c.layers)
