@@ -7,13 +7,30 @@ import jax.numpy as jnp
 import pytest
 
 from tests.kernels import aot
-from v4jax.kernels.indexer_topk import api, cases
+from v4jax.kernels.indexer_topk import api, cases, stored_keys
+
+
+def on_chips(names, everywhere):
+    """Every chip and case; beside the first chip only the case `everywhere` in the quick suite."""
+    return [
+        pytest.param(chip, name, marks=() if quick else pytest.mark.slow)
+        for chip in aot.TPU_CHIPS
+        for name in names
+        for quick in [chip == aot.TPU_CHIPS[0] or name == everywhere]
+    ]
 
 
 def member(case, chain=False, dtype=jnp.bfloat16):
     return functools.partial(api.indexer_member, topk=case.topk, chain=chain), cases.specs(
         case, dtype
     )
+
+
+def stored(case):
+    """The choice from stored keys."""
+    function, (q, weight, keys, *bounds) = member(case)
+    keys = jax.eval_shape(stored_keys.pack, jax.ShapeDtypeStruct(*keys))
+    return function, (q, weight, keys, *bounds)
 
 
 def scores(case, dtype=jnp.bfloat16):
@@ -34,8 +51,7 @@ def kernels(compiled):
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize("name", cases.RELEASED)
-@pytest.mark.parametrize("chip", aot.TPU_CHIPS)
+@pytest.mark.parametrize(("chip", "name"), on_chips(cases.RELEASED, "flash_prefill_64k"))
 def test_choice_compiles_for_a_tpu(chip, name):
     function, specs = member(cases.RELEASED[name])
     compiled = aot.compile_tpu(chip, function, *specs)
@@ -43,9 +59,23 @@ def test_choice_compiles_for_a_tpu(chip, name):
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize("chip", aot.TPU_CHIPS)
-def test_choice_through_the_chain_compiles_for_a_tpu(chip):
-    function, specs = member(cases.RELEASED["flash_prefill_64k"], chain=True)
+@pytest.mark.parametrize(("chip", "name"), on_chips(cases.RELEASED, "flash_decode_1m"))
+def test_choice_from_stored_keys_compiles_for_a_tpu(chip, name):
+    function, specs = stored(cases.RELEASED[name])
+    assert kernels(aot.compile_tpu(chip, function, *specs)) >= 1
+
+
+@aot.needs_cuda
+@pytest.mark.parametrize("name", cases.RELEASED)
+def test_choice_from_stored_keys_compiles_for_an_h100(name):
+    function, specs = stored(cases.RELEASED[name])
+    assert kernels(aot.compile_h100(function, *specs)) >= 3
+
+
+@aot.needs_libtpu
+@pytest.mark.parametrize(("chip", "name"), on_chips(["flash_prefill_64k"], None))
+def test_choice_through_the_chain_compiles_for_a_tpu(chip, name):
+    function, specs = member(cases.RELEASED[name], chain=True)
     assert kernels(aot.compile_tpu(chip, function, *specs)) >= 1
 
 
@@ -63,8 +93,7 @@ def test_choice_in_float32_compiles_for_an_h100(name):
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize("name", cases.TRAINING)
-@pytest.mark.parametrize("chip", aot.TPU_CHIPS)
+@pytest.mark.parametrize(("chip", "name"), on_chips(cases.TRAINING, "block_64k"))
 def test_scores_and_gradients_compile_for_a_tpu(chip, name):
     function, specs = scores(cases.TRAINING[name])
     assert kernels(aot.compile_tpu(chip, function, *specs)) >= 3

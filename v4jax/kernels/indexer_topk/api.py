@@ -14,8 +14,10 @@ from v4jax.kernels.indexer_topk import (
     pallas_tpu,
     pallas_tpu_scores,
     reference,
+    stored_keys,
     xla,
 )
+from v4jax.kernels.indexer_topk.stored_keys import StoredKeys
 
 MEMBER = {
     "xla": xla.indexer_member,
@@ -44,7 +46,7 @@ _REFUSE_SCORES = {"pallas_tpu": pallas_tpu_scores.refuse, "pallas_gpu": pallas_g
 def indexer_member(
     q_BTIZ: Inexact[Array, "b t i z"],
     weight_BTI: Inexact[Array, "b t i"],
-    keys_BCZ: Inexact[Array, "b c z"],
+    keys_BCZ: Inexact[Array, "b c z"] | StoredKeys,
     low_BT: Int[Array, "b t"],
     high_BT: Int[Array, "b t"],
     topk: int,
@@ -59,7 +61,8 @@ def indexer_member(
     visible, all of them are chosen.
 
     Args:
-      q_BTIZ: index queries, weight_BTI their heads' weights, keys_BCZ the entries' keys.
+      q_BTIZ: index queries, weight_BTI their heads' weights, keys_BCZ the entries' keys, which may
+        be `StoredKeys`: the choice is that of the keys they stand for.
       low_BT, high_BT: a query may see entries low <= e < high.
       topk: how many to choose.
       chain: bf16 rounding after every step of the score (section 10, point 7).
@@ -71,6 +74,7 @@ def indexer_member(
     Raises:
       NotImplementedError: an implementation of that name does not exist or cannot take these.
     """
+    _check(q_BTIZ, keys_BCZ)
     topk = min(topk, keys_BCZ.shape[1])
     if topk == 0:
         return jnp.zeros((*low_BT.shape, membership.words(keys_BCZ.shape[1])), jnp.uint32)
@@ -82,7 +86,7 @@ def indexer_member(
 def indexer_topk(
     q_BTIZ: Inexact[Array, "b t i z"],
     weight_BTI: Inexact[Array, "b t i"],
-    keys_BCZ: Inexact[Array, "b c z"],
+    keys_BCZ: Inexact[Array, "b c z"] | StoredKeys,
     low_BT: Int[Array, "b t"],
     high_BT: Int[Array, "b t"],
     topk: int,
@@ -101,6 +105,7 @@ def indexer_topk(
     Raises:
       NotImplementedError: an implementation of that name does not exist or cannot take these.
     """
+    _check(q_BTIZ, keys_BCZ)
     topk = min(topk, keys_BCZ.shape[1])
     if topk == 0:
         return jnp.zeros((*low_BT.shape, 0), jnp.int32)
@@ -116,6 +121,14 @@ def indexer_topk(
 def _indices(member, *args, topk, chain, interpret):
     word = member(*args, topk=topk, chain=chain, interpret=interpret)
     return membership.to_indices(word, topk)
+
+
+def _check(q_BTIZ, keys_BCZ):
+    if isinstance(keys_BCZ, StoredKeys) and q_BTIZ.shape[3] != stored_keys.WIDTH:
+        raise NotImplementedError(
+            f"the index queries are {q_BTIZ.shape[3]} channels wide (z); StoredKeys have "
+            f"{stored_keys.WIDTH}"
+        )
 
 
 def _fixed(*arrays):

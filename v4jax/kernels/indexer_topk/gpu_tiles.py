@@ -6,6 +6,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from v4jax.kernels.indexer_topk.stored_keys import (
+    WIDTH,
+    WORDS,
+    StoredKeys,
+    e2m1,
+    exp2,
+    nibble,
+    scale_of,
+)
+
 # A side of a matmul in Triton is a power of two, this at least.
 LEAST = 16
 # Without tensor cores, wider tiles of float32 do not fit the registers.
@@ -18,7 +28,7 @@ LARGEST_QUERY = 64 * 256
 def refuse(q_BTIZ, keys_BCZ) -> str | None:
     """Why the kernels cannot take such queries and keys."""
     for name, x in (("q", q_BTIZ), ("keys", keys_BCZ)):
-        if x.dtype.name not in DTYPES:
+        if not isinstance(x, StoredKeys) and x.dtype.name not in DTYPES:
             return f"{name} is {x.dtype.name}; supported are {' and '.join(DTYPES)}"
     heads, width = (power_of_two(size) for size in q_BTIZ.shape[2:])
     if heads * width > LARGEST_QUERY:
@@ -41,6 +51,9 @@ def pad_to(x, axis, size):
 def prepared(q_BTIZ, weight_BTI, keys_BCZ):
     """Heads and channels padded to powers of two: zeros change no score."""
     heads, width = (power_of_two(size) for size in q_BTIZ.shape[2:])
+    if isinstance(keys_BCZ, StoredKeys):
+        weight = pad_to(weight_BTI.astype(jnp.float32), 2, heads)
+        return pad_to(q_BTIZ, 2, heads), weight, keys_BCZ
     dtype = jnp.promote_types(q_BTIZ.dtype, keys_BCZ.dtype)
     q = pad_to(pad_to(q_BTIZ.astype(dtype), 2, heads), 3, width)
     weight = pad_to(weight_BTI.astype(jnp.float32), 2, heads)
@@ -70,6 +83,19 @@ def load_rows(ref, start, count, rows):
     """`count` rows from `start` on, zeros past the last of `rows`."""
     row = start + lax.broadcasted_iota(jnp.int32, (count, ref.shape[1]), 0)
     return plt.load(ref.at[pl.ds(start, count), :], mask=row < rows, other=0.0)
+
+
+def load_stored(codes_ref, scales_ref, start, count, keys, dtype):
+    """`count` stored keys from `start` on as rows, zeros past the last of `keys`."""
+    key = start + lax.broadcasted_iota(jnp.int32, (count, WIDTH), 0)
+    channel = lax.broadcasted_iota(jnp.int32, (count, WIDTH), 1)
+    inside = key < keys
+    word = plt.load(codes_ref.at[channel & (WORDS - 1), key], mask=inside, other=0)
+    own = start + jnp.arange(count)
+    scales = plt.load(scales_ref.at[0, own], mask=own < keys, other=0)
+    which = channel >> 4  # nibble i of word j is channel 16 i + j
+    value = e2m1(nibble(word, which)) * exp2(scale_of(scales[:, None], which))
+    return jnp.where(inside, value, 0.0).astype(dtype)
 
 
 def scores(keys, q, weight, chain, interpret):

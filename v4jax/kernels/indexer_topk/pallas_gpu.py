@@ -93,7 +93,8 @@ def _choose(q, weight, low, high, keys, group, topk, chain, sizes, interpret):
     batch, chunk, heads, channels = q.shape
     entries = keys.shape[1]
     width = _width(entries)
-    tile = sizes.keys if keys.dtype == jnp.bfloat16 else min(sizes.keys, gpu_tiles.FLOAT32_KEYS)
+    tile = sizes.keys if q.dtype == jnp.bfloat16 else min(sizes.keys, gpu_tiles.FLOAT32_KEYS)
+    key_arrays = jax.tree.leaves(keys)
     # A query which sees at most topk entries takes them without scoring.
     choosing = high - low > topk
     scored = jnp.where(choosing, low, entries), jnp.where(choosing, high, 0)
@@ -119,12 +120,18 @@ def _choose(q, weight, low, high, keys, group, topk, chain, sizes, interpret):
             _order_kernel, group=group, tile=tile, rows=entries, chain=chain, interpret=interpret
         ),
         (chunk // group, -(-entries // tile), batch),
-        [whole(chunk, heads, channels), whole(chunk, heads), whole(entries, channels), row, row],
+        [
+            whole(chunk, heads, channels),
+            whole(chunk, heads),
+            row,
+            row,
+            *(whole(*x.shape[1:]) for x in key_arrays),
+        ],
         jax.ShapeDtypeStruct((batch, chunk, width), jnp.int32),
         whole(chunk, width),
         "indexer_order",
         sizes.warps,
-    )(q, weight, keys, *scored)
+    )(q, weight, *scored, *key_arrays)
     count = _candidates(width)
     candidates, found, below, above = call(
         functools.partial(_gather_kernel, topk=topk, count=count),
@@ -154,24 +161,29 @@ def _choose(q, weight, low, high, keys, group, topk, chain, sizes, interpret):
 def _order_kernel(
     q_ref,
     weight_ref,
-    keys_ref,
     low_ref,
     high_ref,
-    order_ref,
-    *,
+    *refs,
     group,
     tile,
     rows,
     chain,
     interpret,
 ):
-    """Scores of a key tile and a group of queries as integers of the same order."""
+    """Scores of a key tile and a group of queries as integers of the same order.
+
+    refs: of rows of keys, or of stored keys' codes and scales; then of the result.
+    """
+    *keys_refs, order_ref = refs
     first, start = pl.program_id(0) * group, pl.program_id(1) * tile
     low, high = jnp.min(low_ref[pl.ds(first, group)]), jnp.max(high_ref[pl.ds(first, group)])
 
     @pl.when((start < high) & (start + tile > low))
     def _():
-        keys = gpu_tiles.load_rows(keys_ref, start, tile, rows)
+        if len(keys_refs) == 1:
+            keys = gpu_tiles.load_rows(*keys_refs, start, tile, rows)
+        else:
+            keys = gpu_tiles.load_stored(*keys_refs, start, tile, rows, q_ref.dtype)
 
         def body(index, carry):
             t = first + index

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels import blocks, membership
 from v4jax.kernels.indexer_topk import tpu_tiles
+from v4jax.kernels.indexer_topk.stored_keys import StoredKeys
 from v4jax.kernels.indexer_topk.tpu_tiles import LANES, SUBLANES
 
 INVISIBLE = -(2**31)
@@ -39,8 +40,8 @@ def indexer_member(
 def refuse(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT) -> str | None:
     """Why this implementation cannot take the arguments."""
     sizes = blocks.blocks("tpu").indexer_topk
-    batch, length, heads, _ = q_BTIZ.shape
-    plan = _Plan(length, heads, keys_BCZ, sizes)
+    batch, length, *_ = q_BTIZ.shape
+    plan = _Plan(q_BTIZ, keys_BCZ, sizes)
     tiles = batch * -(-length // plan.tile)
     if tiles > SMEM_TILES:
         return f"B x T is {batch} x {length}; at most {SMEM_TILES * plan.tile} queries a call"
@@ -60,8 +61,9 @@ class _Plan:
     eight such rows. `stream` entries a step come from HBM.
     """
 
-    def __init__(self, length, heads, keys_BCZ, sizes):
-        self.entries, self.heads = keys_BCZ.shape[1], heads
+    def __init__(self, q_BTIZ, keys_BCZ, sizes):
+        _, length, self.heads, _ = q_BTIZ.shape
+        self.entries = keys_BCZ.shape[1]
         self.folded = length <= FOLDED_QUERIES
         self.tile = 1 if self.folded else sizes.queries
         self.rows = SUBLANES if self.folded else self.tile
@@ -70,7 +72,13 @@ class _Plan:
         self.groups = membership.words(self.entries) // LANES
         self.units = self.groups * GROUP // self.unit
         self.stream = min(sizes.stream, -(-self.entries // self.unit) * self.unit)
-        self.key_bytes = keys_BCZ.dtype.itemsize * LANES
+        self.row_bytes = q_BTIZ.dtype.itemsize * LANES
+        if isinstance(keys_BCZ, StoredKeys):
+            # Codes, and scales in a register of eight rows.
+            self.key_bytes = (keys_BCZ.codes.shape[1] + SUBLANES) * 4
+        else:
+            self.row_bytes = max(self.row_bytes, keys_BCZ.dtype.itemsize * LANES)
+            self.key_bytes = self.row_bytes
 
     def coarse(self, topk):
         """How many units' worth of group maxima bound the threshold; 0 where it would not pay."""
@@ -80,7 +88,7 @@ class _Plan:
     def bytes(self):
         order = 4 * self.units * self.rows * self.lanes
         keys = 2 * self.stream * self.key_bytes
-        queries = 2 * self.heads * self.tile * self.key_bytes
+        queries = 2 * self.heads * self.tile * self.row_bytes
         weights = 4 * self.heads * self.tile * LANES
         out = 2 * 4 * self.rows * self.groups * LANES
         return order + keys + queries + weights + out + (8 << 20)
@@ -89,14 +97,14 @@ class _Plan:
 @functools.partial(jax.jit, static_argnames=("topk", "chain", "sizes", "interpret"))
 def _member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk, chain, sizes, interpret):
     batch, length, heads, _ = q_BTIZ.shape
-    plan = _Plan(length, heads, keys_BCZ, sizes)
+    plan = _Plan(q_BTIZ, keys_BCZ, sizes)
     tile = plan.tile
     q_BTIZ, keys_BCZ = tpu_tiles.pad_channels(q_BTIZ, keys_BCZ)
     low = tpu_tiles.pad_to(low_BT, 1, tile)
     high = tpu_tiles.pad_to(jnp.minimum(high_BT, plan.entries), 1, tile)
     rows = tpu_tiles.by_head(q_BTIZ, tile)
     weight = tpu_tiles.weight_tiles(weight_BTI, tile)
-    tiles, width = rows.shape[1], rows.shape[-1]
+    tiles = rows.shape[1]
     bounds = jnp.stack([low, high], axis=-1).reshape(batch, tiles, tile, 2)
     steps = -(-plan.entries // plan.stream)
     per = plan.stream // plan.unit
@@ -104,10 +112,12 @@ def _member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk, chain, sizes
     def of_tile(b, t, c, scalars):
         return b, t, 0, 0
 
-    def of_keys(b, t, c, scalars):
+    def block(b, t, c, scalars):
         at = SCALARS * (b * tiles + t)
         first, last = scalars[at] // per, jnp.maximum(scalars[at + 1] - 1, 0) // per
-        return b, jnp.clip(c, jnp.minimum(first, last), last), 0
+        return jnp.clip(c, jnp.minimum(first, last), last)
+
+    key_arrays, key_specs = _streamed(keys_BCZ, plan.stream, block)
 
     coarse = plan.coarse(topk)
     unit_shape = (plan.rows, plan.lanes)
@@ -121,7 +131,7 @@ def _member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk, chain, sizes
                 pl.BlockSpec((None, None, *rows.shape[2:]), of_tile),
                 pl.BlockSpec((None, None, *weight.shape[2:]), of_tile),
                 pl.BlockSpec((None, None, tile, 2), of_tile),
-                pl.BlockSpec((None, plan.stream, width), of_keys),
+                *key_specs,
             ],
             out_specs=pl.BlockSpec((None, None, tile, plan.groups * LANES), of_tile),
             scratch_shapes=[
@@ -136,9 +146,21 @@ def _member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk, chain, sizes
         ),
         name="indexer_member",
         interpret=interpret,
-    )(_scalars(low, high, plan, topk), rows, weight, bounds, keys_BCZ)
+    )(_scalars(low, high, plan, topk), rows, weight, bounds, *key_arrays)
     word = word.reshape(batch, tiles * tile, -1)[:, :length]
     return lax.bitcast_convert_type(word, jnp.uint32)
+
+
+def _streamed(keys_BCZ, stream, block):
+    """The arrays that hold the keys and how `stream` of them come, `block(*ids)` being which."""
+    if isinstance(keys_BCZ, StoredKeys):
+        arrays = keys_BCZ.codes, keys_BCZ.scales
+        return arrays, [
+            pl.BlockSpec((None, x.shape[1], stream), lambda b, *ids: (b, 0, block(b, *ids)))
+            for x in arrays
+        ]
+    shape = (None, stream, keys_BCZ.shape[2])
+    return (keys_BCZ,), [pl.BlockSpec(shape, lambda b, *ids: (b, block(b, *ids), 0))]
 
 
 def _scalars(low, high, plan, topk):
@@ -165,17 +187,13 @@ def _kernel(
     q_ref,
     weight_ref,
     bounds_ref,
-    keys_ref,
-    word_ref,
-    order,
-    coarse,
-    spread,
-    *,
+    *refs,
     plan,
     topk,
     chain,
     interpret,
 ):
+    *keys_refs, word_ref, order, coarse, spread = refs
     step, steps = pl.program_id(2), pl.num_programs(2)
     at = SCALARS * (pl.program_id(0) * pl.num_programs(1) + pl.program_id(1))
     first, last = scalars[at], scalars[at + 1]
@@ -193,7 +211,7 @@ def _kernel(
         entry = unit * plan.unit + row * plan.lanes
         start = pl.multiple_of(entry - step * plan.stream, plan.lanes)
         for offset, scores in tpu_tiles.scores(
-            q_ref, keys_ref, spread, start, plan.lanes, plan.tile, chain, interpret
+            q_ref, keys_refs, spread, start, plan.lanes, plan.tile, chain, interpret
         ):
             position = entry + offset + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
             visible = (position >= low) & (position < high)

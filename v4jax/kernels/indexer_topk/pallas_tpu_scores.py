@@ -80,7 +80,7 @@ def _forward_kernel(q_ref, weight_ref, keys_ref, scores_ref, spread, *, tile, ch
 
     def body(index, carry):
         start = pl.multiple_of(index * tpu_tiles.WIDE, tpu_tiles.WIDE)
-        args = (q_ref, keys_ref, spread, start, tpu_tiles.WIDE, tile, chain, interpret)
+        args = (q_ref, [keys_ref], spread, start, tpu_tiles.WIDE, tile, chain, interpret)
         for offset, part in tpu_tiles.scores(*args):
             scores_ref[:, pl.ds(start + offset, LANES)] = part
         return carry

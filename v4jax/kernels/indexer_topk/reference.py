@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.kernels import membership
+from v4jax.kernels.indexer_topk import stored_keys
 
 
 def index_scores(q_BTIZ, weight_BTI, keys_BCZ, *, chain: bool = False):
@@ -62,6 +63,8 @@ def _slopes(dots, weight, g, chain):
 
 def indexer_topk(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk, *, chain=False):
     """See api.indexer_topk."""
+    if isinstance(keys_BCZ, stored_keys.StoredKeys):
+        keys_BCZ = stored_keys.unpack(keys_BCZ)
     scores = index_scores(q_BTIZ, weight_BTI, keys_BCZ, chain=chain)
     entry = jnp.arange(scores.shape[-1])[None, None]
     visible = (entry >= low_BT[..., None]) & (entry < high_BT[..., None])

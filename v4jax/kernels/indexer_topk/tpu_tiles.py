@@ -5,6 +5,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from v4jax.kernels.indexer_topk.stored_keys import (
+    NIBBLES,
+    StoredKeys,
+    e2m1,
+    exp2,
+    nibble,
+    scale_of,
+)
+
 LANES = 128
 SUBLANES = 8
 # Keys of one matmul: two registers across, as wide as the widest matrix unit.
@@ -15,7 +24,7 @@ DTYPES = ("bfloat16", "float32")
 def refuse_types(q_BTIZ, keys_BCZ) -> str | None:
     """Why the kernels cannot take arguments of these types."""
     for name, x in (("q", q_BTIZ), ("keys", keys_BCZ)):
-        if x.dtype.name not in DTYPES:
+        if not isinstance(x, StoredKeys) and x.dtype.name not in DTYPES:
             return f"{name} is {x.dtype.name}; supported are {' and '.join(DTYPES)}"
     return None
 
@@ -30,6 +39,8 @@ def pad_to(x, axis, multiple):
 
 def pad_channels(q_BTIZ, keys_BCZ):
     """Both as one type, their channels padded to whole registers: zeros change no score."""
+    if isinstance(keys_BCZ, StoredKeys):
+        return q_BTIZ, keys_BCZ
     dtype = jnp.promote_types(q_BTIZ.dtype, keys_BCZ.dtype)
     return pad_to(q_BTIZ.astype(dtype), 3, LANES), pad_to(keys_BCZ.astype(dtype), 2, LANES)
 
@@ -86,15 +97,32 @@ def rounded(x, chain, interpret):
     return x.astype(jnp.bfloat16).astype(jnp.float32)
 
 
-def scores(q_ref, keys_ref, spread_ref, start, count, tile, chain, interpret):
-    """Scores of `count` keys from `start` on, as pairs of offset and [tile, LANES]."""
+def scores(q_ref, keys_refs, spread_ref, start, count, tile, chain, interpret):
+    """Scores of `count` keys from `start` on, as pairs of offset and [tile, LANES].
+
+    keys_refs: that of rows of keys, or those of stored keys' codes and scales.
+    """
     wide = min(WIDE, count)
     for offset in range(0, count, wide):
-        dots = matmul(q_ref[...], keys_ref[pl.ds(start + offset, wide), :])
+        own = pl.ds(start + offset, wide)
+        if len(keys_refs) == 1:
+            dots = matmul(q_ref[...], keys_refs[0][own, :])
+        else:
+            own = pl.ds(pl.multiple_of(start + offset, wide), wide)
+            keys = expand(*(ref[:, own] for ref in keys_refs), q_ref.dtype)
+            dots = matmul(q_ref[...], keys, ((1,), (0,)))
         for lane in range(0, wide, LANES):
             part = rounded(dots[:, lane : lane + LANES], chain, interpret)
             terms = rounded(jax.nn.relu(part) * spread_ref[...], chain, interpret)
             yield offset + lane, rounded(sum_heads(terms, tile), chain, interpret)
+
+
+def expand(codes, scales, dtype):
+    """Keys [channels, keys] of stored ones, [words, keys] and [1, keys]."""
+    parts = [
+        (e2m1(nibble(codes, i)) * exp2(scale_of(scales, i))).astype(dtype) for i in range(NIBBLES)
+    ]
+    return jnp.concatenate(parts, axis=0)
 
 
 def sum_heads(terms, tile):

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.kernels import membership
-from v4jax.kernels.indexer_topk import reference
+from v4jax.kernels.indexer_topk import reference, stored_keys
+from v4jax.kernels.indexer_topk.stored_keys import StoredKeys
 
 QUERY_BLOCK = 128
 ENTRY_TILE = 1024
@@ -55,7 +56,10 @@ def _in_blocks(args, keys_BCZ, everything, finish, topk, chain):
     if padding:
         args = tuple(jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) for x in args)
     tile = min(ENTRY_TILE, -(-keys_BCZ.shape[1] // COUNT_BLOCK) * COUNT_BLOCK)
-    keys_BCZ = jnp.pad(keys_BCZ, [(0, 0), (0, -keys_BCZ.shape[1] % tile), (0, 0)])
+    if isinstance(keys_BCZ, StoredKeys):
+        keys_BCZ = stored_keys.pad(keys_BCZ, tile)
+    else:
+        keys_BCZ = jnp.pad(keys_BCZ, [(0, 0), (0, -keys_BCZ.shape[1] % tile), (0, 0)])
     blocks = (length + padding) // block
 
     def choose(args):
@@ -135,7 +139,7 @@ def _ordered_scores(q, weight, low, high, keys_BCZ, tile, chain):
 
     def body(index, order):
         begin = index * tile
-        keys = jax.lax.dynamic_slice_in_dim(keys_BCZ, begin, tile, axis=1)
+        keys = _tile_of(keys_BCZ, begin, tile)
         scores = reference.index_scores(q, weight, keys, chain=chain)
         entry = (begin + jnp.arange(tile))[None, None]
         visible = (entry >= low[..., None]) & (entry < high[..., None])
@@ -146,6 +150,12 @@ def _ordered_scores(q, weight, low, high, keys_BCZ, tile, chain):
     if entries == tile:
         return body(0, order)
     return jax.lax.fori_loop(jnp.min(low) // tile, -(-jnp.max(high) // tile), body, order)
+
+
+def _tile_of(keys_BCZ, begin, tile):
+    if isinstance(keys_BCZ, StoredKeys):
+        return stored_keys.block(keys_BCZ, begin, tile)
+    return jax.lax.dynamic_slice_in_dim(keys_BCZ, begin, tile, axis=1)
 
 
 def order_preserving(scores):

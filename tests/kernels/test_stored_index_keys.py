@@ -1,0 +1,99 @@
+"""Index keys in the four bits that they are stored in: the same choice as of the keys expanded."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from v4jax import quant
+from v4jax.kernels.indexer_topk import api, cases, stored_keys
+
+# Of every layout: less than a tile, two folded queries, several tiles of queries and of keys.
+QUICK = ("few_entries", "two_queries", "odd_heads")
+NAMES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in cases.NUMERICS]
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
+
+
+def test_native_keys_come_back_bit_for_bit():
+    keys = jax.random.normal(jax.random.key(0), (2, 37, 128))
+    keys = keys * jnp.exp(5 * jax.random.normal(jax.random.key(1), (2, 37, 1)))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        native = quant.fake_quant_e2m1(keys.astype(dtype), stored_keys.GROUP)
+        packed = stored_keys.pack(native)
+        assert packed.shape == keys.shape
+        np.testing.assert_array_equal(stored_keys.unpack(packed), native.astype(jnp.float32))
+
+
+def test_bytes_of_a_key():
+    packed = jax.eval_shape(stored_keys.pack, jax.ShapeDtypeStruct((1, 1000, 128), jnp.bfloat16))
+    assert sum(leaf.size * 4 for leaf in jax.tree.leaves(packed)) == 68 * 1000
+
+
+def test_every_code_of_e2m1():
+    codes = np.arange(16)
+    wanted = codes.astype(np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    np.testing.assert_array_equal(stored_keys.e2m1(jnp.asarray(codes)), wanted)
+
+
+def test_layout_by_eye():
+    """Channel 35 is nibble 2 of word 3, its scale byte 1."""
+    keys = jnp.zeros((1, 7, 128)).at[0, 5, 35].set(-6.0).at[0, 5, 127].set(12.0)
+    packed = stored_keys.pack(keys)
+    assert stored_keys.nibble(packed.codes[0, 3, 5], 2) == 0b1111
+    assert (packed.scales[0, 0, 5] >> 8) & 255 == 127
+    assert (packed.scales[0, 0, 5] >> 24) & 255 == 128
+
+
+def test_writing_keys():
+    keys, new = (jax.random.normal(jax.random.key(i), (2, n, 128)) for i, n in ((0, 9), (1, 3)))
+    keys, new = (quant.fake_quant_e2m1(x, 32) for x in (keys, new))
+    written = stored_keys.write(stored_keys.pack(keys), new, jnp.array([[4, -1, 9], [8, 0, 2]]))
+    wanted = keys.at[0, 4].set(new[0, 0]).at[1, jnp.array([8, 0, 2])].set(new[1])
+    np.testing.assert_array_equal(stored_keys.unpack(written), wanted)
+
+
+@functools.partial(jax.jit, static_argnames=("topk", "chain", "implementation"))
+def choose(*arguments, topk, chain=False, implementation):
+    return api.indexer_topk(*arguments, topk, chain=chain, implementation=implementation)
+
+
+def arguments(name, dtype):
+    """A case of the official width with native queries and keys: scores are exact in float32."""
+    case = dataclasses.replace(cases.NUMERICS[name], width=128)
+    q, weight, keys, low, high = cases.arguments(case, dtype)
+    weight = jnp.round(4 * weight) / 4
+    return case, (*(quant.fake_quant_e2m1(x, 32) for x in (q, keys)), weight, low, high)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_choice_is_that_of_the_expanded_keys(implementation, name):
+    for dtype, chain in ((jnp.float32, False), (jnp.bfloat16, True)):
+        case, (q, keys, weight, low, high) = arguments(name, dtype)
+        packed = stored_keys.pack(keys)
+        run = functools.partial(choose, topk=case.topk, chain=chain)
+        wanted = run(q, weight, keys, low, high, implementation="xla")
+        chosen = run(q, weight, packed, low, high, implementation=implementation)
+        np.testing.assert_array_equal(chosen, wanted)
+
+
+def test_the_packed_choice():
+    case, (q, keys, weight, low, high) = arguments("few_entries", jnp.float32)
+    member = jax.jit(functools.partial(api.indexer_member, topk=case.topk))
+    packed = stored_keys.pack(keys)
+    np.testing.assert_array_equal(
+        member(q, weight, packed, low, high), member(q, weight, keys, low, high)
+    )
+
+
+def test_other_widths_are_refused():
+    with pytest.raises(NotImplementedError, match="64 channels wide .z.; stored keys have 128"):
+        stored_keys.pack(jnp.zeros((1, 1, 64)))
+    q, weight, _, low, high = cases.arguments(cases.NUMERICS["few_entries"])
+    packed = stored_keys.pack(jnp.zeros((2, 5, 128)))
+    with pytest.raises(NotImplementedError, match="8 channels wide .z.; StoredKeys have 128"):
+        api.indexer_member(q, weight, packed, low, high, 3)
