@@ -28,7 +28,8 @@ class Program:
     """A function to compile.
 
     Attributes:
-      arguments: by kind ("weights", "optimizer", "cache", "tokens"), in the function's order.
+      arguments: by kind ("weights", "optimizer", "cache", "tokens", "scalars"), in the function's
+        order.
       donated: kinds that the step gives back in place.
     """
 
