@@ -1,12 +1,14 @@
 """Configs of runs: overrides by name, what a resumed run may change, config files, bad values."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from tests.tiny import tiny_config
+from v4jax.accounting import count_parameters
 from v4jax.errors import InputError
-from v4jax.train import config_file
+from v4jax.train import config_file, sweep
 from v4jax.train.config import Stage, TrainConfig, differences, flat, override, plain
 from v4jax.train.schedule import Schedule
 
@@ -110,3 +112,16 @@ def test_shipped_recipes_are_valid(name):
     config = config_file.read(f"configs/{name}.py")
     assert isinstance(config, TrainConfig)
     assert dataclasses.replace(config, seed=1).steps == config.steps
+
+
+@pytest.mark.parametrize("folder", sorted(Path("experiments").glob("*/sweep.py")), ids=str)
+def test_every_run_of_the_experiments_is_a_valid_config(folder):
+    experiment = sweep._read(folder.parent)
+    for name, changes in experiment.RUNS.items():
+        file = sweep._file(folder.parent, changes.get("config", experiment.CONFIG))
+        fields = [(k, str(v)) for k, v in changes.items() if k != "config"]
+        config = config_file.read(str(file), fields)
+        base = config_file.read(experiment.CONFIG)
+        counts = [count_parameters(c.model) for c in (config, base)]
+        sizes = [count.total + sum(count.mtp_blocks) for count in counts]
+        assert abs(sizes[0] / sizes[1] - 1) < 0.01, (name, sizes)  # matched parameters

@@ -74,7 +74,7 @@ SUBCOMMANDS = {
     "sweep": Subcommand(
         "v4jax.cli.sweep",
         "Run an experiment's list of changed configs, each resumable; one table and one plot.",
-        "v4jax sweep experiments/003_indexer_loss",
+        "v4jax sweep experiments/007_indexer_loss",
         ("DIR",),
     ),
 }
