@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from v4jax.errors import InputError
 
@@ -108,14 +108,14 @@ class Shards:
     """A mesh and a strategy, or (with no mesh) one device: then every `axes` is empty.
 
     Attributes:
-      mesh, strategy: both or neither.
+      mesh, strategy: both or neither; a mesh without devices is enough to count with.
       waves: parts in which tokens go to their experts, so that one part's exchange overlaps
         the computation of another and the buffers are that much smaller.
       capacity: token copies that a shard may send to each other one, in multiples of an even
         spread, where the exchange is a padded one; None for as many as could ever be sent.
     """
 
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
     strategy: Strategy | None = None
     waves: int = 1
     capacity: float | None = None
