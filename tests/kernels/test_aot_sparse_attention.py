@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.kernels import aot
-from v4jax.kernels.sparse_attention import api, cases
+from v4jax.kernels.sparse_attention import api, cases, entries, stored
 
 TRAINED = [name for name in cases.REAL if "decode" not in name]
 
@@ -23,6 +23,17 @@ def on_chips(names):
 
 def quick(chip, name):
     return chip == aot.TPU_CHIPS[0] or name.endswith("csa_prefill_4k")
+
+
+# The forms in which a cache keeps entries, and where they are read.
+FORMS = {"lanes": entries.in_lanes, "stored": stored.pack}
+CACHED = [name for name in cases.REAL if "csa_decode" in name or "prefill_4k_of_64k" in name]
+
+
+def cached(name, form):
+    """A case's arguments with the entries in that form."""
+    diff, arrays = cases.specs(cases.REAL[name])
+    return diff | {"entries_BCH": jax.eval_shape(FORMS[form], diff["entries_BCH"])}, arrays
 
 
 def forward(case, diff, arrays):
@@ -67,4 +78,25 @@ def test_forward_compiles_for_an_h100(name):
 def test_backward_compiles_for_an_h100(name):
     case = cases.REAL[name]
     compiled = aot.compile_h100(functools.partial(gradients, case), *cases.specs(case))
+    assert "triton" in compiled.as_text()
+
+
+@aot.needs_libtpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("chip", "name"), on_chips(CACHED))
+def test_cached_entries_compile_for_tpus(chip, name, form):
+    case = cases.REAL[name]
+    compiled = aot.compile_tpu(chip, functools.partial(forward, case), *cached(name, form))
+    assert "tpu_custom_call" in compiled.as_text()
+    if "decode" in name:
+        # A decode step copies nothing of the size of the cache.
+        entry_bytes = case.batch * case.entries * 2 * case.width
+        assert compiled.memory_analysis().temp_size_in_bytes < entry_bytes / 16
+
+
+@aot.needs_cuda
+@pytest.mark.parametrize("name", CACHED)
+def test_stored_entries_compile_for_an_h100(name):
+    case = cases.REAL[name]
+    compiled = aot.compile_h100(functools.partial(forward, case), *cached(name, "stored"))
     assert "triton" in compiled.as_text()

@@ -20,7 +20,8 @@ class SparseAttention:
     """Queries of a tile (TPU: all heads each) or heads of one query (GPU), and keys of a tile.
 
     rows: chosen rows that the TPU's decode path fetches ahead; gather_above: entries beyond which
-    it serves prefill too. backward_*: of the gradients, GPU only (the TPU uses the same tiles).
+    it serves prefill too. backward_*: of the gradients, stored_*: of stored rows, whose words take
+    registers of their own; GPU only (the TPU uses the same tiles).
     """
 
     queries: int = 8
@@ -30,6 +31,8 @@ class SparseAttention:
     heads: int = 32
     warps: int = 8
     stages: int = 2
+    stored_keys: int = 32
+    stored_stages: int = 1
     backward_heads: int = 32
     backward_keys: int = 32
     backward_warps: int = 8

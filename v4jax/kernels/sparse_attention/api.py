@@ -8,7 +8,9 @@ from jaxtyping import Array, Float, Inexact, Int, UInt32
 
 from v4jax.kernels import dispatch
 from v4jax.kernels.sparse_attention import pallas_gpu, pallas_tpu, reference, xla
+from v4jax.kernels.sparse_attention.entries import check, flat
 from v4jax.kernels.sparse_attention.plan import Places, Plan
+from v4jax.kernels.sparse_attention.stored import StoredRows
 
 FORWARD = {
     "xla": xla.forward,
@@ -32,7 +34,7 @@ def sparse_attention(
     window_BSH: Inexact[Array, "b s h"] | None = None,
     first_BT: Int[Array, "b t"] | None = None,
     window: int = 0,
-    entries_BCH: Inexact[Array, "b c h"] | None = None,
+    entries_BCH: Inexact[Array, "b c h"] | Inexact[Array, "b c _ _"] | StoredRows | None = None,
     low_BT: Int[Array, "b t"] | None = None,
     high_BT: Int[Array, "b t"] | None = None,
     chosen_BTK: Int[Array, "b t k"] | None = None,
@@ -50,7 +52,9 @@ def sparse_attention(
       window_BSH: S = P + T rows; row P + t belongs to query t, the P before are older.
       first_BT: the first row that a query may see; it sees first <= row <= P + t, and of those
         only the last `window`.
-      entries_BCH: compressed entries (or, for full attention, every token's own row).
+      entries_BCH: compressed entries (or, for full attention, every token's own row): rows, rows
+        in lanes or `StoredRows` (`entries`, `stored`). A cache from which a TPU decodes is kept in
+        one of the latter two; of rows it would copy the list at every step.
       low_BT, high_BT: a query may see entries low <= e < high.
       chosen_BTK: the entries that a query attends to, -1 where there is none; each must lie in
         [low, high) and stand once.
@@ -61,11 +65,13 @@ def sparse_attention(
       implementation: None chooses; "xla", "pallas_tpu", "pallas_gpu" or "reference" by name.
 
     Returns:
-      [B,T,N,H] of q's dtype; differentiable in q, sink, window and entries.
+      [B,T,N,H] of q's dtype; differentiable in q, sink, window and entries, except where these
+      are `StoredRows`, which are a cache's.
 
     Raises:
       NotImplementedError: the named implementation does not exist or cannot take the arguments.
     """
+    check(entries_BCH, q_BTNH.shape[3])
     if entries_BCH is not None and entries_BCH.shape[1] == 0:
         entries_BCH = low_BT = high_BT = chosen_BTK = member_BTW = None
     if chosen_BTK is not None:
@@ -97,12 +103,19 @@ def _attend_bwd(plan, implementation, saved, gradients):
     """ds = p (dp - delta), delta = sum over H of do * o; the sink's value is 0, so its dp is 0."""
     dout, _ = gradients
     q_BTNH, sink_N, window_BSH, entries_BCH, places, out, lse = saved
+    if isinstance(entries_BCH, StoredRows):
+        raise NotImplementedError(
+            "sparse_attention has no gradient where the entries are StoredRows; hand it rows "
+            "[B,C,H] (stored.unpack)"
+        )
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     dsink = -jnp.sum(jnp.exp(sink_N[None, None] - lse) * delta, axis=(0, 1))
-    arrays = (q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout)
+    arrays = (q_BTNH, window_BSH, flat(entries_BCH), places, lse, delta, dout)
     refuse = _refusal(plan, q_BTNH, window_BSH, entries_BCH)
     grads = dispatch.run(OP, implementation, _bind(BACKWARD, plan), refuse, *arrays)
     dq, dwindow, dentries = grads
+    if entries_BCH is not None:
+        dentries = dentries.reshape(entries_BCH.shape)
     return dq, dsink, dwindow, dentries, jax.tree.map(lambda _: None, places)
 
 

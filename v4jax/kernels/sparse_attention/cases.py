@@ -50,15 +50,15 @@ PRO = {"window": 128, "heads": 128, "width": 512, "batch": 1}
 
 
 def _real(model, topk):
+    decode = model | {"batch": 4}
     return {
         "csa_prefill_4k": Case(4096, entries=1024, choices=topk, **model),
         "csa_prefill_4k_of_64k": Case(4096, entries=16384, choices=topk, hidden=61440, **model),
         "hca_prefill_4k_of_64k": Case(4096, entries=512, ratio=128, hidden=61440, **model),
         "hca_prefill_4k_of_1m": Case(4096, entries=8192, ratio=128, hidden=1044480, **model),
         "window_4k": Case(4096, entries=0, **model),
-        "csa_decode_1m": Case(
-            1, entries=262144, choices=topk, hidden=1048575, **(model | {"batch": 4})
-        ),
+        "csa_decode_64k": Case(1, entries=16384, choices=topk, hidden=65535, **decode),
+        "csa_decode_1m": Case(1, entries=262144, choices=topk, hidden=1048575, **decode),
     }
 
 

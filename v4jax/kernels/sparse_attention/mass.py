@@ -6,6 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
+from v4jax.kernels.sparse_attention import query_blocks
+from v4jax.kernels.sparse_attention.entries import flat, take
+from v4jax.kernels.sparse_attention.stored import StoredRows
+
 QUERY_BLOCK = 64
 
 
@@ -13,7 +17,7 @@ QUERY_BLOCK = 64
 def attention_mass(
     q_BTNH: Inexact[Array, "b t n h"],
     lse_BTN: Float[Array, "b t n"],
-    entries_BCH: Inexact[Array, "b c h"],
+    entries_BCH: Inexact[Array, "b c h"] | Inexact[Array, "b c _ _"] | StoredRows,
     keys_BTK: Int[Array, "b t k"],
     *,
     scale: float,
@@ -28,28 +32,18 @@ def attention_mass(
         block of queries with every visible entry.
       scale: as in the attention.
     """
-    batch, length, count = keys_BTK.shape
-    block = min(QUERY_BLOCK, length)
-    arrays = [_pad(jax.lax.stop_gradient(x), -length % block) for x in (q_BTNH, lse_BTN, keys_BTK)]
-    blocks = [_split(x, block) for x in arrays]
-    entries = jax.lax.stop_gradient(entries_BCH)
-    row = jnp.arange(batch)[:, None, None]
+    length = keys_BTK.shape[1]
+    padding = -length % min(QUERY_BLOCK, length)
+    parts = (length + padding) // min(QUERY_BLOCK, length)
+    arrays = jax.lax.stop_gradient((q_BTNH, lse_BTN, keys_BTK))
+    blocks = [query_blocks.split(query_blocks.pad(x, after=padding), parts) for x in arrays]
+    entries = jax.lax.stop_gradient(flat(entries_BCH))
 
     def one(block):
         q, lse, keys = block
-        kv = entries[row, jnp.maximum(keys, 0)].astype(jnp.float32)
+        kv = take(entries, jnp.maximum(keys, 0)).astype(jnp.float32)
         scores = jnp.einsum("btnh,btkh->btnk", q.astype(jnp.float32), kv) * scale
         mass = jnp.sum(jnp.exp(scores - lse[..., None]), axis=2)
         return jnp.where(keys >= 0, mass, 0.0)
 
-    mass = jnp.moveaxis(jax.lax.map(one, blocks), 0, 1)
-    return mass.reshape(batch, -1, count)[:, :length]
-
-
-def _pad(x, after):
-    return jnp.pad(x, [(0, 0), (0, after)] + [(0, 0)] * (x.ndim - 2))
-
-
-def _split(x, block):
-    """[B,T,...] -> [T/block, B, block, ...]"""
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
+    return query_blocks.join(jax.lax.map(one, blocks))[:, :length]

@@ -2,10 +2,11 @@
 
 A program takes one query and a block of its heads, and walks over that query's own keys: its
 window rows, then its range of entries or its chosen entries, whose rows it loads by index. Nothing
-is gathered in memory first and no masked key costs arithmetic. Backward without atomics: dq walks
-the same keys; a range of keys (window rows, HCA entries) collects its gradient over the queries
-that see it; for chosen entries each (query, choice) writes its part and a second kernel adds the
-parts of an entry in a fixed order.
+is gathered in memory first and no masked key costs arithmetic. Stored rows (`stored`) are loaded as
+they are; keys, queries and sums are then cut into blocks of channels. Backward without atomics: dq
+walks the same keys; a range of keys (window rows, HCA entries) collects its gradient over the
+queries that see it; for chosen entries each (query, choice) writes its part and a second kernel
+adds the parts of an entry in a fixed order.
 """
 
 import functools
@@ -17,6 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from v4jax.kernels import blocks, membership
+from v4jax.kernels.sparse_attention import gpu_stored
+from v4jax.kernels.sparse_attention.entries import flat
+from v4jax.kernels.sparse_attention.stored import PLANES, StoredRows
 from v4jax.kernels.sparse_attention.walk import query_bounds
 
 PARTS_BYTES = 1 << 30
@@ -26,7 +30,9 @@ PROGRAMS = 264  # two for every multiprocessor of an H100
 def refuse(plan, q_BTNH, window_BSH, entries_BCH):
     """Why the kernel cannot take these arguments, or None."""
     for name, x in (("q", q_BTNH), ("window", window_BSH), ("entries", entries_BCH)):
-        if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
+        if x is None or isinstance(x, StoredRows):
+            continue
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {x.dtype}; supported: float32, bfloat16"
     if q_BTNH.shape[3] > 512:
         return f"head width (h) is {q_BTNH.shape[3]}; supported: at most 512"
@@ -59,7 +65,7 @@ class _Tile(NamedTuple):
     stages: int
 
 
-def _tile(q_BTNH, backward=False):
+def _tile(q_BTNH, backward=False, is_stored=False):
     """bf16 tiles come from the table: the gradients hold q, do and an accumulator and spill sooner.
     float32 is for checks and takes small ones.
     """
@@ -67,6 +73,8 @@ def _tile(q_BTNH, backward=False):
     if q_BTNH.dtype != jnp.bfloat16:
         return _Tile(16, 16, 4, 1)
     tile = _Tile(sizes.heads, sizes.keys, sizes.warps, sizes.stages)
+    if is_stored:
+        tile = tile._replace(keys=sizes.stored_keys, stages=sizes.stored_stages)
     if backward:
         tile = _Tile(
             sizes.backward_heads, sizes.backward_keys, sizes.backward_warps, sizes.backward_stages
@@ -88,6 +96,8 @@ def _prepare(plan, tile, q_BTNH, window_BSH, entries_BCH, places):
     def keys(x):
         if x is None:
             return jnp.zeros((batch, 1, width + pad_h), q.dtype)
+        if isinstance(x, StoredRows):
+            return x
         return jnp.pad(x.astype(q.dtype), ((0, 0), (0, 0), (0, pad_h)))
 
     bounds = query_bounds(plan, window_BSH, batch, length, places)
@@ -103,8 +113,9 @@ def _prepare(plan, tile, q_BTNH, window_BSH, entries_BCH, places):
 
 def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places, *, interpret):
     """See api.sparse_attention: out [B,T,N,H] of q's dtype and log-sum-exp [B,T,N]."""
-    arrays = (q_BTNH, sink_N, window_BSH, entries_BCH, places)
-    return _forward(plan, _tile(q_BTNH), interpret, *arrays)
+    arrays = (q_BTNH, sink_N, window_BSH, flat(entries_BCH), places)
+    tile = _tile(q_BTNH, is_stored=isinstance(entries_BCH, StoredRows))
+    return _forward(plan, tile, interpret, *arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -114,15 +125,17 @@ def _forward(plan, tile, interpret, q_BTNH, sink_N, window_BSH, entries_BCH, pla
     batch, length, heads, width = q.shape
     sink = jnp.pad(sink_N, (0, heads - sink_N.shape[0]))
     rows, column = _query_specs(tile.heads, width)
+    is_stored = isinstance(entries, StoredRows)
+    sources = jax.tree.leaves(entries)
     out, lse = pl.pallas_call(
-        functools.partial(_forward_kernel, plan, tile.keys),
+        functools.partial(_forward_kernel, plan, tile.keys, PLANES if is_stored else 1),
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
         ),
         grid=(batch, length, heads // tile.heads),
         in_specs=[
-            *_key_specs(bounds, chosen, window, entries),
+            *_key_specs(bounds, chosen, window, *sources),
             rows,
             pl.BlockSpec((tile.heads,), lambda b, t, n: (n,)),
         ],
@@ -130,7 +143,7 @@ def _forward(plan, tile, interpret, q_BTNH, sink_N, window_BSH, entries_BCH, pla
         compiler_params=_parameters(tile),
         name="sparse_attention_forward",
         interpret=interpret,
-    )(bounds, chosen, window, entries, q, sink)
+    )(bounds, chosen, window, *sources, q, sink)
     _, _, n, h = q_BTNH.shape
     return out[:, :, :n, :h], lse[:, :, :n]
 
@@ -141,7 +154,7 @@ def _query_specs(block, width):
     return rows, pl.BlockSpec((None, None, block), lambda b, t, n: (b, t, n))
 
 
-def _key_specs(bounds, chosen, window, entries):
+def _key_specs(bounds, chosen, *keys):
     """One query's bounds and choice, and all of its row's keys."""
 
     def own(x):
@@ -150,15 +163,20 @@ def _key_specs(bounds, chosen, window, entries):
     def whole(x):
         return pl.BlockSpec((None, *x.shape[1:]), lambda b, t, n: (b, 0, 0))
 
-    return [own(bounds), own(chosen), whole(window), whole(entries)]
+    return [own(bounds), own(chosen), *map(whole, keys)]
 
 
-def _load_rows(ref, index_K, seen_K):
-    """Rows of an array [rows, width] by index, zero where not seen."""
-    column = jnp.arange(ref.shape[1])
+def _load_rows(ref, index_K, seen_K, parts=1):
+    """Rows of an array [rows, width] by index, zero where not seen, as blocks of their channels."""
+    columns = ref.shape[1] // parts
     index = jnp.where(seen_K, index_K, 0)
-    mask = jnp.broadcast_to(seen_K[:, None], (index.shape[0], ref.shape[1]))
-    return plt.load(ref.at[index[:, None], column[None, :]], mask=mask, other=0.0)
+    mask = jnp.broadcast_to(seen_K[:, None], (index.shape[0], columns))
+
+    def part(i):
+        column = i * columns + jnp.arange(columns)
+        return plt.load(ref.at[index[:, None], column[None, :]], mask=mask, other=0.0)
+
+    return [part(i) for i in range(parts)]
 
 
 def _dot(a, b, trans_a=False, trans_b=False):
@@ -168,45 +186,63 @@ def _dot(a, b, trans_a=False, trans_b=False):
 
 
 def _walk_keys(plan, size, bounds, chosen, window, entries, meet, carry):
-    """`meet(kv, seen, carry)` for every tile of one query's keys."""
+    """`meet(parts, seen, carry)` for every tile of one query's keys, given as blocks of channels.
 
-    def in_range(ref, low, high, carry):
+    entries: one array, whose rows stay whole, or words and tails.
+    """
+    parts = PLANES if len(entries) == 2 else 1
+
+    def load_window(index, seen):
+        return _load_rows(window, index, seen, parts)
+
+    def load_entries(index, seen):
+        if len(entries) == 2:
+            return gpu_stored.load(*entries, index, seen, window.dtype)
+        return _load_rows(*entries, index, seen)
+
+    def in_range(load, low, high, carry):
         def body(j, carry):
             index = low + j * size + jnp.arange(size)
             seen = index < high
-            return meet(_load_rows(ref, index, seen), seen, carry)
+            return meet(load(index, seen), seen, carry)
 
         return jax.lax.fori_loop(0, pl.cdiv(jnp.maximum(high - low, 0), size), body, carry)
 
-    carry = in_range(window, bounds[0], bounds[1], carry)
+    carry = in_range(load_window, bounds[0], bounds[1], carry)
     if not plan.topk:
-        return in_range(entries, bounds[2], bounds[3], carry)
+        return in_range(load_entries, bounds[2], bounds[3], carry)
 
     def body(j, carry):
         index = chosen[pl.ds(j * size, size)]
         seen = index >= 0
-        return meet(_load_rows(entries, index, seen), seen, carry)
+        return meet(load_entries(index, seen), seen, carry)
 
     return jax.lax.fori_loop(0, chosen.shape[0] // size, body, carry)
 
 
-def _forward_kernel(plan, size, bounds, chosen, window, entries, q_ref, sink_ref, o_ref, lse_ref):
-    q = q_ref[...]
-    heads, width = q.shape
+def _forward_kernel(plan, size, parts, bounds, chosen, window, *refs):
+    """refs: the sources of entries, q, sink, out and log-sum-exp. parts: blocks of channels."""
+    *entries, q_ref, sink_ref, o_ref, lse_ref = refs
+    heads, width = q_ref.shape
+    columns = [pl.ds(i * (width // parts), width // parts) for i in range(parts)]
+    q = [q_ref[:, own] for own in columns]
 
     def meet(kv, seen, carry):
         top, total, acc = carry
-        scores = _dot(q, kv, trans_b=True) * plan.scale
-        scores = jnp.where(seen[None, :], scores, -jnp.inf)
+        scores = sum(_dot(q_part, part, trans_b=True) for q_part, part in zip(q, kv, strict=True))
+        scores = jnp.where(seen[None, :], scores * plan.scale, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(-1))
         shrink = jnp.exp(top - new_top)
         p = jnp.exp(scores - new_top[:, None])
-        acc = acc * shrink[:, None] + _dot(p.astype(kv.dtype), kv)
+        rounded = p.astype(kv[0].dtype)
+        acc = [a * shrink[:, None] + _dot(rounded, part) for a, part in zip(acc, kv, strict=True)]
         return new_top, total * shrink + p.sum(-1), acc
 
-    start = (sink_ref[...], jnp.ones((heads,), jnp.float32), jnp.zeros((heads, width), jnp.float32))
+    acc = [jnp.zeros((heads, width // parts), jnp.float32)] * parts
+    start = (sink_ref[...], jnp.ones((heads,), jnp.float32), acc)
     top, total, acc = _walk_keys(plan, size, bounds, chosen, window, entries, meet, start)
-    o_ref[...] = (acc / total[:, None]).astype(o_ref.dtype)
+    for own, part in zip(columns, acc, strict=True):
+        o_ref[:, own] = (part / total[:, None]).astype(o_ref.dtype)
     lse_ref[...] = top + jnp.log(total)
 
 
@@ -278,12 +314,13 @@ def _dq_kernel(
 ):
     q, do, lse, delta = (ref[...] for ref in (q_ref, do_ref, lse_ref, delta_ref))
 
-    def meet(kv, seen, dq):
+    def meet(parts, seen, dq):
+        (kv,) = parts
         _, ds = _score_gradient(plan, q, do, lse, delta, kv, seen[None, :])
         return dq + _dot(ds.astype(kv.dtype), kv)
 
     start = jnp.zeros(q.shape, jnp.float32)
-    dq = _walk_keys(plan, size, bounds, chosen, window, entries, meet, start)
+    dq = _walk_keys(plan, size, bounds, chosen, window, [entries], meet, start)
     dq_ref[...] = dq.astype(dq_ref.dtype)
 
 
@@ -414,7 +451,7 @@ def _chosen_parts(plan, tile, interpret, row, chosen_BTK, entries):
 def _parts_kernel(plan, block, chosen, entries, q_ref, do_ref, lse_ref, delta_ref, out):
     index = chosen[...]
     seen = index >= 0
-    kv = _load_rows(entries, index, seen)
+    (kv,) = _load_rows(entries, index, seen)
 
     def heads(n, acc):
         own = pl.ds(n * block, block)

@@ -3,7 +3,8 @@
 A tile of queries walks over the key tiles that it needs, window first, then entries, in one online
 softmax that begins with the sink. Key tiles come from HBM by double-buffered DMA; those that hold
 no visible or no chosen entry are not in the walk. The choice is a packed mask
-(`kernels.membership`), unpacked 128 entries at a shift. The backward pass walks the same tiles
+(`kernels.membership`), unpacked 128 entries at a shift. Stored rows (`stored`) come as they are and
+are expanded on arrival. The backward pass walks the same tiles
 for dq, and for every key tile the tiles of queries that meet it for its gradient: no atomics, the
 same bits every time.
 """
@@ -16,7 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels import blocks, membership
-from v4jax.kernels.sparse_attention import pallas_tpu_gather
+from v4jax.kernels.sparse_attention import pallas_tpu_gather, tpu_stored
+from v4jax.kernels.sparse_attention.entries import flat
+from v4jax.kernels.sparse_attention.stored import LANES, PLANES, StoredRows
 from v4jax.kernels.sparse_attention.tpu_product import dot
 from v4jax.kernels.sparse_attention.walk import Tiles, prepare, unprepare
 
@@ -27,11 +30,13 @@ def refuse(plan, q_BTNH, window_BSH, entries_BCH):
     """Why the kernel cannot take these arguments, or None."""
     sizes = blocks.blocks("tpu").sparse_attention
     for name, x in (("q", q_BTNH), ("window", window_BSH), ("entries", entries_BCH)):
-        if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
+        if x is None or isinstance(x, StoredRows):
+            continue
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {x.dtype}; supported: float32, bfloat16"
     if sizes.keys % membership.LANES or membership.GROUP % sizes.keys:
         return f"block of {sizes.keys} keys; supported: multiples of 128 that divide 4096"
-    needed, have = _vmem_bytes(sizes, q_BTNH), blocks.MEMORY[blocks.chip("tpu")]
+    needed, have = _vmem_bytes(sizes, q_BTNH, entries_BCH), blocks.MEMORY[blocks.chip("tpu")]
     if needed > have:
         return (
             f"tiles of {sizes.queries} queries x {sizes.keys} keys need {needed} bytes of VMEM "
@@ -40,13 +45,18 @@ def refuse(plan, q_BTNH, window_BSH, entries_BCH):
     return None
 
 
-def _vmem_bytes(sizes, q_BTNH):
-    """The backward pass's buffers: q and do twice, key tiles, four score tiles, accumulators."""
+def _vmem_bytes(sizes, q_BTNH, entries_BCH):
+    """The backward pass's buffers: q and do twice, key tiles, four score tiles, accumulators.
+
+    Stored rows have words and tails arrive beside the key tiles.
+    """
     _, _, heads, width = q_BTNH.shape
     rows = sizes.queries * -(-heads // 16) * 16
     width = -(-width // 128) * 128
     item = q_BTNH.dtype.itemsize
     tiles = 4 * rows * width * item + 2 * sizes.keys * width * (item + 4)
+    if isinstance(entries_BCH, StoredRows):
+        tiles += 2 * (sizes.keys + sizes.keys // PLANES) * LANES * 4
     return tiles + 4 * rows * sizes.keys * 4 + rows * width * 4
 
 
@@ -56,6 +66,7 @@ def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places, *, interpret)
     arrays = (q_BTNH, sink_N, window_BSH, entries_BCH, places)
     if pallas_tpu_gather.serves(plan, sizes, q_BTNH, entries_BCH):
         return pallas_tpu_gather.forward(plan, sizes, interpret, *arrays)
+    arrays = (q_BTNH, sink_N, window_BSH, flat(entries_BCH), places)
     return _forward(plan, sizes, interpret, *arrays)
 
 
@@ -66,6 +77,7 @@ def _forward(plan, sizes, interpret, q_BTNH, sink_N, window_BSH, entries_BCH, pl
     sink = jnp.pad(sink_N, (0, tiles.heads - sink_N.shape[0]))
     sink = jnp.broadcast_to(sink[:, None], (tiles.heads, 128))
     batch, length, heads, width = q.shape
+    sources, buffers = _entry_sources(tiles, entries)
     out, lse = pl.pallas_call(
         functools.partial(_forward_kernel, plan, tiles),
         out_shape=(
@@ -77,20 +89,28 @@ def _forward(plan, sizes, interpret, q_BTNH, sink_N, window_BSH, entries_BCH, pl
             *_query_specs(tiles, walk, bounds, member),
             _rows_spec(tiles),
             pl.BlockSpec((heads, 128), lambda b, i: (0, 0)),
-            pl.BlockSpec(memory_space=pl.ANY),
-            pl.BlockSpec(memory_space=pl.ANY),
+            *[pl.BlockSpec(memory_space=pl.ANY)] * (1 + len(sources)),
         ],
         out_specs=(_rows_spec(tiles), _lanes_spec(tiles)),
         scratch_shapes=[
+            pltpu.VMEM((tiles.rows, width), jnp.float32),
             pltpu.VMEM((2, tiles.keys, width), window.dtype),
             pltpu.SemaphoreType.DMA((2,)),
-            pltpu.VMEM((tiles.rows, width), jnp.float32),
+            *buffers,
         ],
         compiler_params=_parameters(),
         name="sparse_attention_forward",
         interpret=interpret,
-    )(walk, bounds, member, q, sink, window, entries)
+    )(walk, bounds, member, q, sink, window, *sources)
     return unprepare(tiles, q_BTNH, out), tiles.from_lanes(lse, q_BTNH)
+
+
+def _entry_sources(tiles, entries):
+    """The arrays that hold the entries, and where stored ones arrive."""
+    if not isinstance(entries, StoredRows):
+        return (entries,), ()
+    shapes = ((2, tiles.keys, LANES), (2, tiles.keys // PLANES, LANES))
+    return (entries.words, entries.tails), [pltpu.VMEM(shape, jnp.int32) for shape in shapes]
 
 
 def _parameters():
@@ -117,9 +137,11 @@ def _lanes_spec(tiles):
     return pl.BlockSpec((1, 1, tiles.lanes, 128), lambda b, i: (b, i, 0, 0))
 
 
-def _forward_kernel(
-    plan, tiles, walk, bounds, member, q_ref, sink, window, entries, o_ref, lse_ref, buf, sem, acc
-):
+def _forward_kernel(plan, tiles, walk, bounds, member, q_ref, sink, window, *refs):
+    """refs: the sources of entries, out, log-sum-exp, sums, and what `_walk_keys` needs."""
+    count = 2 if len(refs) > 6 else 1
+    entries, (o_ref, lse_ref, acc) = refs[:count], refs[count : count + 3]
+    scratch = refs[count + 3 :]
     rows, width = acc.shape
     q = q_ref[0].reshape(rows, width)
     top = jnp.broadcast_to(sink[:, :1][None], (tiles.queries, tiles.heads, 1)).reshape(rows, 1)
@@ -136,19 +158,22 @@ def _forward_kernel(
 
     carry = (top, jnp.ones((rows, 1), jnp.float32))
     top, total = _walk_keys(
-        plan, tiles, walk, bounds, member, window, entries, buf, sem, meet, carry
+        plan, tiles, walk, bounds, member, window, entries, scratch, meet, carry
     )
     o_ref[0] = (acc[...] / total).reshape(o_ref.shape[1:]).astype(o_ref.dtype)
     lse_ref[0, 0] = _to_lanes(top + jnp.log(total), tiles.lanes)
 
 
-def _walk_keys(plan, tiles, walk, bounds, member, window, entries, buf, sem, meet, carry):
+def _walk_keys(plan, tiles, walk, bounds, member, window, entries, scratch, meet, carry):
     """`meet(kv, bias, carry)` for every key tile of this tile of queries, DMA one tile ahead.
 
     walk: [first window tile, their number, first entry tile, number of entry tiles, the next tile
-    of each ...] in SMEM.
+    of each ...] in SMEM. entries: one array, or words and tails of stored rows. scratch: a double
+    buffer of rows, two semaphores, and buffers for words and tails.
     """
     batch = pl.program_id(0)
+    buf, sem, *stored_bufs = scratch
+    arrivals = stored_bufs or [buf]
     in_window = walk[0, 0, 0, 1]
     total = in_window + walk[0, 0, 0, 3]
 
@@ -161,12 +186,33 @@ def _walk_keys(plan, tiles, walk, bounds, member, window, entries, buf, sem, mee
         return jnp.where(step == in_window, walk[0, 0, 0, 2], ahead)
 
     def start(step, tile, slot):
-        def copy(source):
-            rows = pl.ds(tile * tiles.keys, tiles.keys)
-            pltpu.make_async_copy(source.at[batch, rows], buf.at[slot], sem.at[slot]).start()
+        def copy(sources, buffers):
+            for source, buffer in zip(sources, buffers, strict=True):
+                count = buffer.shape[1]
+                rows = source.at[batch, pl.ds(tile * count, count)]
+                pltpu.make_async_copy(rows, buffer.at[slot], sem.at[slot]).start()
 
-        pl.when(step < in_window)(lambda: copy(window))
-        pl.when(step >= in_window)(lambda: copy(entries))
+        pl.when(step < in_window)(lambda: copy([window], [buf]))
+        pl.when(step >= in_window)(lambda: copy(entries, arrivals))
+
+    def wait(slot, buffers):
+        for buffer in buffers:
+            pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], sem.at[slot]).wait()
+
+    def arrive(step, slot):
+        if not stored_bufs:
+            # Waits for the bytes of one tile, whichever array it came from.
+            return wait(slot, [buf])
+
+        @pl.when(step < in_window)
+        def _():
+            wait(slot, [buf])
+
+        @pl.when(step >= in_window)
+        def _():
+            wait(slot, stored_bufs)
+            words, tails = (buffer[slot] for buffer in stored_bufs)
+            buf[slot] = tpu_stored.expand(words, tpu_stored.tails_of_tile(tails), buf.dtype)
 
     first = jnp.where(in_window > 0, walk[0, 0, 0, 0], walk[0, 0, 0, 2])
     pl.when(total > 0)(lambda: start(0, first, 0))
@@ -176,8 +222,7 @@ def _walk_keys(plan, tiles, walk, bounds, member, window, entries, buf, sem, mee
         slot = jax.lax.rem(step, 2)
         ahead = following(step + 1, tile)
         pl.when(step + 1 < total)(lambda: start(step + 1, ahead, 1 - slot))
-        # Waits for the bytes of one tile, whichever array it came from.
-        pltpu.make_async_copy(buf.at[slot], buf.at[slot], sem.at[slot]).wait()
+        arrive(step, slot)
         bias = _bias(plan, tiles, tile, step < in_window, bounds[0], member)
         return ahead, meet(buf[slot], bias, carry)
 
@@ -326,7 +371,7 @@ def _dq_kernel(
         acc[...] += dot(ds.astype(kv.dtype), kv, ((1,), (0,)))
         return carry
 
-    _walk_keys(plan, tiles, walk, bounds, member, window, entries, buf, sem, meet, 0)
+    _walk_keys(plan, tiles, walk, bounds, member, window, [entries], (buf, sem), meet, 0)
     dq_ref[0] = acc[...].reshape(dq_ref.shape[1:]).astype(dq_ref.dtype)
 
 

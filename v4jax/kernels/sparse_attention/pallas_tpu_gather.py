@@ -1,9 +1,9 @@
 """Sparse attention on TPUs by fetching each chosen row: decode, and contexts beyond tiles.
 
 A query's chosen rows come by one DMA each, a chunk of rows ahead of the arithmetic, and are never
-gathered in HBM. DMA addresses single rows of 32-bit words only, so bf16 rows are packed two
-channels a word (channel c low, channel c + H/2 high). Entries that are stored so are taken as they
-are; others are packed first, which reads and writes all of them once.
+gathered in HBM. DMA cannot address a single row of bf16 [C,H]. Rows in lanes and stored rows
+(`entries`) are fetched as they lie; others are packed two channels a 32-bit word first (channel c
+low, channel c + H/2 high), which reads and writes all of them once.
 """
 
 import functools
@@ -14,6 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels import membership
+from v4jax.kernels.sparse_attention import tpu_stored
+from v4jax.kernels.sparse_attention.entries import flat
+from v4jax.kernels.sparse_attention.stored import StoredRows, tail_row
 from v4jax.kernels.sparse_attention.tpu_product import dot
 
 FEW_QUERIES = 16
@@ -38,6 +41,32 @@ def pack_rows(rows):
     return jax.lax.bitcast_convert_type(word, jnp.int32)
 
 
+def _sources(entries, dtype, pad_h):
+    """The arrays whose rows are fetched."""
+    if isinstance(entries, StoredRows):
+        return entries.words, entries.tails
+    if entries.ndim == 4 and entries.dtype == dtype and not pad_h:
+        return (entries,)
+    entries = flat(entries).astype(dtype)
+    return (pack_rows(jnp.pad(entries, ((0, 0), (0, 0), (0, pad_h)))),)
+
+
+def _rows_of(sources, index):
+    """Where an entry lies in each source."""
+    return (index,) if len(sources) == 1 else (index, tail_row(index))
+
+
+def _keys(fetched, ids, dtype):
+    """The fetched chunk of entries `ids` [1,K] as rows [K,H]."""
+    if len(fetched) == 2:
+        words, tails = fetched
+        return tpu_stored.expand(words, tpu_stored.tails_of_rows(tails, ids), dtype)
+    (rows,) = fetched
+    if rows.ndim == 3:
+        return rows.reshape(rows.shape[0], -1)
+    return _unpack(rows, dtype)
+
+
 def _unpack(words, dtype):
     if dtype != jnp.bfloat16:
         return words
@@ -53,7 +82,7 @@ def forward(plan, sizes, interpret, q_BTNH, sink_N, window_BSH, entries_BCH, pla
     chunk, dtype = sizes.rows, q_BTNH.dtype
     pad_h, pad_n = -width % 256, -heads % 16
     q = jnp.pad(q_BTNH, ((0, 0), (0, 0), (0, pad_n), (0, pad_h)))
-    rows = pack_rows(jnp.pad(entries_BCH.astype(dtype), ((0, 0), (0, 0), (0, pad_h))))
+    sources = _sources(entries_BCH, dtype, pad_h)
     chosen = places.chosen
     if chosen is None:
         chosen = membership.to_indices(places.member, plan.topk)
@@ -77,21 +106,20 @@ def forward(plan, sizes, interpret, q_BTNH, sink_N, window_BSH, entries_BCH, pla
             pl.BlockSpec((1, 1, 1, 3), lambda b, t: (b, t, 0, 0), memory_space=pltpu.SMEM),
             pl.BlockSpec(block, lambda b, t: (b, t, 0, 0)),
             pl.BlockSpec((heads, 128), lambda b, t: (0, 0)),
-            pl.BlockSpec(memory_space=pl.ANY),
-            pl.BlockSpec(memory_space=pl.ANY),
+            *[pl.BlockSpec(memory_space=pl.ANY)] * (1 + len(sources)),
         ],
         out_specs=(
             pl.BlockSpec(block, lambda b, t: (b, t, 0, 0)),
             pl.BlockSpec((1, 1, heads, 128), lambda b, t: (b, t, 0, 0)),
         ),
         scratch_shapes=[
-            pltpu.VMEM((2, chunk, rows.shape[2]), rows.dtype),
+            *[pltpu.VMEM((2, chunk, *x.shape[2:]), x.dtype) for x in sources],
             pltpu.VMEM((span, width), dtype),
             pltpu.SemaphoreType.DMA((3,)),
         ],
         name="sparse_attention_gather",
         interpret=interpret,
-    )(chosen, chosen, bounds, q, sink, window, rows)
+    )(chosen, chosen, bounds, q, sink, window, *sources)
     _, _, n, h = q_BTNH.shape
     return out[:, :, :n, :h], lse[:, :, :n, 0]
 
@@ -112,24 +140,11 @@ def _window(plan, q, window_BSH, places):
     return rows, span, bounds[:, :, None]
 
 
-def _kernel(
-    plan,
-    chunk,
-    span,
-    dtype,
-    ids_smem,
-    ids_ref,
-    bounds,
-    q_ref,
-    sink,
-    window,
-    rows,
-    o_ref,
-    lse_ref,
-    buf,
-    window_buf,
-    sem,
-):
+def _kernel(plan, chunk, span, dtype, ids_smem, ids_ref, bounds, q_ref, sink, window, *refs):
+    """refs: the sources, out, log-sum-exp, a double buffer a source, the window's, semaphores."""
+    count = (len(refs) - 4) // 2
+    sources, (o_ref, lse_ref) = refs[:count], refs[count : count + 2]
+    *buffers, window_buf, sem = refs[count + 2 :]
     batch = pl.program_id(0)
     heads, width = q_ref.shape[2:]
     chunks = ids_smem.shape[2]
@@ -139,9 +154,10 @@ def _kernel(
 
     def start(c, slot):
         def row(j, carry):
-            index = jnp.maximum(ids_smem[0, 0, c, j], 0)
-            source = rows.at[batch, pl.ds(index, 1)]
-            pltpu.make_async_copy(source, buf.at[slot, pl.ds(j, 1)], sem.at[slot]).start()
+            places = _rows_of(sources, jnp.maximum(ids_smem[0, 0, c, j], 0))
+            for source, buffer, place in zip(sources, buffers, places, strict=True):
+                fetched = source.at[batch, pl.ds(place, 1)]
+                pltpu.make_async_copy(fetched, buffer.at[slot, pl.ds(j, 1)], sem.at[slot]).start()
             return carry
 
         jax.lax.fori_loop(0, chunk, row, 0)
@@ -158,9 +174,10 @@ def _kernel(
     def body(c, carry):
         slot = jax.lax.rem(c, 2)
         pl.when(c + 1 < chunks)(lambda: start(c + 1, 1 - slot))
-        # One wait for the bytes of the whole chunk.
-        pltpu.make_async_copy(buf.at[slot], buf.at[slot], sem.at[slot]).wait()
-        return meet(_unpack(buf[slot], dtype), ids_ref[0, 0, pl.ds(c, 1), :] >= 0, carry)
+        for buffer in buffers:  # one wait for the bytes of the whole chunk
+            pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], sem.at[slot]).wait()
+        ids = ids_ref[0, 0, pl.ds(c, 1), :]
+        return meet(_keys([buffer[slot] for buffer in buffers], ids, dtype), ids >= 0, carry)
 
     start(0, 0)
     band.start()

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.kernels import membership
+from v4jax.kernels.sparse_attention import stored
+from v4jax.kernels.sparse_attention.stored import StoredRows
 
 BOUNDS = 128  # bounds stand in the first four lanes of a row of 128, which DMA can address
 
@@ -101,6 +103,8 @@ def prepare(plan, sizes, q_BTNH, window_BSH, entries_BCH, places):
 def _pad_keys(tiles, x, like):
     if x is None:
         return jnp.zeros((like.shape[0], tiles.keys, tiles.width), like.dtype)
+    if isinstance(x, StoredRows):
+        return stored.pad(x, tiles.keys)
     x = x.astype(like.dtype)
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % tiles.keys), (0, tiles.width - x.shape[2])))
 

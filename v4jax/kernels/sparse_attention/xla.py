@@ -14,6 +14,9 @@ import jax.numpy as jnp
 
 from v4jax import quant
 from v4jax.kernels import membership
+from v4jax.kernels.sparse_attention import query_blocks, stored
+from v4jax.kernels.sparse_attention.entries import flat, take
+from v4jax.kernels.sparse_attention.stored import StoredRows
 
 QUERY_BLOCK = 128
 ENTRY_TILE = 512
@@ -25,7 +28,7 @@ GATHERED_ELEMENTS = 1 << 22
 def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
     """See api.sparse_attention: out [B,T,N,H] of q's dtype and log-sum-exp [B,T,N]."""
     length = q_BTNH.shape[1]
-    q, window, entries, places = _pad(plan, q_BTNH, window_BSH, entries_BCH, places)
+    q, window, entries, places = _pad(plan, q_BTNH, window_BSH, flat(entries_BCH), places)
     block = min(QUERY_BLOCK, length)
 
     def run(index):
@@ -44,7 +47,7 @@ def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
     if blocks == 1:
         out, lse = run(0)
     else:
-        out, lse = map(_join, jax.lax.map(run, jnp.arange(blocks)))  # from [blocks, B, Q, ...]
+        out, lse = map(query_blocks.join, jax.lax.map(run, jnp.arange(blocks)))
     return out[:, :length], lse[:, :length]
 
 
@@ -52,28 +55,20 @@ def _pad(plan, q_BTNH, window_BSH, entries_BCH, places):
     """Whole blocks of queries, windows that begin inside the rows, whole tiles of entries."""
     length = q_BTNH.shape[1]
     padding = -length % min(QUERY_BLOCK, length)
-    pad = functools.partial(_pad_axis_1, after=padding)
+    pad = functools.partial(query_blocks.pad, after=padding)
     first = places.first
     if window_BSH is not None:
         short = max(plan.window - 1 - (window_BSH.shape[1] - length), 0)
-        window_BSH = _pad_axis_1(window_BSH, before=short, after=padding)
+        window_BSH = query_blocks.pad(window_BSH, before=short, after=padding)
         first = first + short
-    if entries_BCH is not None:
+    if isinstance(entries_BCH, StoredRows):
+        sets = -(-entries_BCH.shape[1] // stored.SET)
+        entries_BCH = stored.pad(entries_BCH, min(ENTRY_TILE, sets * stored.SET))
+    elif entries_BCH is not None:
         tile = min(ENTRY_TILE, entries_BCH.shape[1])
-        entries_BCH = _pad_axis_1(entries_BCH, after=-entries_BCH.shape[1] % tile)
+        entries_BCH = query_blocks.pad(entries_BCH, after=-entries_BCH.shape[1] % tile)
     places = jax.tree.map(pad, places._replace(first=first))
     return pad(q_BTNH), window_BSH, entries_BCH, places
-
-
-def _pad_axis_1(x, before=0, after=0):
-    if not before and not after:
-        return x
-    return jnp.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2))
-
-
-def _join(x):
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _take_block(block, index, q_BTNH, places):
@@ -174,7 +169,10 @@ def _picked(here, entries):
 def _entry_tile(index, entries_BCH, low, high, picked):
     size = min(ENTRY_TILE, entries_BCH.shape[1])
     begin = index * size
-    kv = jax.lax.dynamic_slice_in_dim(entries_BCH, begin, size, axis=1)
+    if isinstance(entries_BCH, StoredRows):
+        kv = stored.block(entries_BCH, begin, size)
+    else:
+        kv = jax.lax.dynamic_slice_in_dim(entries_BCH, begin, size, axis=1)
     entry = (begin + jnp.arange(size))[None, None]
     mask = (entry >= low[..., None]) & (entry < high[..., None])
     if picked is not None:
@@ -192,30 +190,16 @@ def _gather_blocks(q, chosen, entries_BCH):
     return parts
 
 
-def _split(x, parts):
-    """[B,Q,...] -> [parts, B, Q/parts, ...]"""
-    return jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)
-
-
-def _rows(entries_BCH, chosen):
-    batch = jnp.arange(entries_BCH.shape[0])[:, None, None]
-    return entries_BCH[batch, jnp.maximum(chosen, 0)]
-
-
 def _absorb_gathered(plan, carry, q, entries_BCH, chosen):
     def part(args):
         carry, q, chosen = args
-        return _absorb(plan, carry, q, _rows(entries_BCH, chosen), chosen >= 0)
+        return _absorb(plan, carry, q, take(entries_BCH, jnp.maximum(chosen, 0)), chosen >= 0)
 
     parts = _gather_blocks(q, chosen, entries_BCH)
     if parts == 1:
         return part((carry, q, chosen))
-    split = jax.tree.map(lambda x: _split(x, parts), (carry, q, chosen))
-    return jax.tree.map(_join, jax.lax.map(part, split))
-
-
-# Backward. ds = p * (dp - delta) with p = exp(s - lse), delta = sum(do * o) over H; the sink's
-# probability exp(sink - lse) has value 0, so its ds is -p * delta.
+    split = jax.tree.map(lambda x: query_blocks.split(x, parts), (carry, q, chosen))
+    return jax.tree.map(query_blocks.join, jax.lax.map(part, split))
 
 
 def backward(plan, q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout):
@@ -223,7 +207,9 @@ def backward(plan, q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout):
     length = q_BTNH.shape[1]
     q, window, entries, places = _pad(plan, q_BTNH, window_BSH, entries_BCH, places)
     block = min(QUERY_BLOCK, length)
-    row = [_pad_axis_1(x.astype(jnp.float32), after=-length % block) for x in (dout, delta, lse)]
+    row = [
+        query_blocks.pad(x.astype(jnp.float32), after=-length % block) for x in (dout, delta, lse)
+    ]
 
     def zeros(x):
         return None if x is None else jnp.zeros(x.shape, jnp.float32)
@@ -249,7 +235,7 @@ def backward(plan, q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout):
         dwindow = dwindow[:, before : before + window_BSH.shape[1]].astype(window_BSH.dtype)
     if entries is not None:
         dentries = dentries[:, : entries_BCH.shape[1]].astype(entries_BCH.dtype)
-    return _join(dq)[:, :length].astype(q_BTNH.dtype), dwindow, dentries
+    return query_blocks.join(dq)[:, :length].astype(q_BTNH.dtype), dwindow, dentries
 
 
 def _tile_grads(plan, dq, q, kv, mask, row):
@@ -292,9 +278,11 @@ def _gathered_grads(plan, dq, q, entries_BCH, chosen, row, dentries):
 
     def part(dentries, args):
         dq, q, chosen, row = args
-        dq, dkv = _tile_grads(plan, dq, q, _rows(entries_BCH, chosen), chosen >= 0, row)
+        dq, dkv = _tile_grads(
+            plan, dq, q, take(entries_BCH, jnp.maximum(chosen, 0)), chosen >= 0, row
+        )
         return dentries.at[batch, jnp.maximum(chosen, 0)].add(dkv), dq
 
-    split = jax.tree.map(lambda x: _split(x, parts), (dq, q, chosen, row))
+    split = jax.tree.map(lambda x: query_blocks.split(x, parts), (dq, q, chosen, row))
     dentries, dq = jax.lax.scan(part, dentries, split)
-    return _join(dq), dentries
+    return query_blocks.join(dq), dentries

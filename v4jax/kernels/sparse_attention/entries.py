@@ -1,0 +1,46 @@
+"""The forms in which a list of entries may come.
+
+Rows [B,C,H]; the same rows in lanes, [B,C,H/128,128], single rows of which a TPU's DMA can address,
+so that a decode step fetches them from the cache as it lies; or `stored.StoredRows`.
+"""
+
+import jax.numpy as jnp
+
+from v4jax.kernels.sparse_attention import stored
+from v4jax.kernels.sparse_attention.stored import LANES, StoredRows
+
+
+def in_lanes(rows_BCH):
+    """[B,C,H/128,128] of rows [B,C,H]; on a TPU a copy, so a cache is kept in this form."""
+    return rows_BCH.reshape(*rows_BCH.shape[:2], -1, LANES)
+
+
+def flat(entries):
+    """Rows in lanes as [B,C,H], which on a TPU copies them; other forms as they are."""
+    if entries is None or entries.ndim != 4:
+        return entries
+    return entries.reshape(*entries.shape[:2], -1)
+
+
+def take(entries, index):
+    """Rows [B, ..., H] of a flat list at index [B, ...]."""
+    if isinstance(entries, StoredRows):
+        return stored.take(entries, index)
+    batch = jnp.arange(index.shape[0]).reshape(-1, *(1 for _ in index.shape[1:]))
+    return entries[batch, index]
+
+
+def check(entries, width):
+    """Refuses a list whose rows are no keys of queries `width` wide."""
+    if isinstance(entries, StoredRows) and width != stored.WIDTH:
+        raise NotImplementedError(
+            f"sparse_attention: q's head width (h) is {width}; StoredRows have {stored.WIDTH}"
+        )
+    if entries is None or entries.ndim != 4:
+        return
+    parts, lanes = entries.shape[2:]
+    if lanes != LANES or parts * lanes != width:
+        raise NotImplementedError(
+            f"sparse_attention: entries in lanes end in {parts} x {lanes} and q's head width (h) "
+            f"is {width}; supported: h / {LANES} x {LANES}"
+        )
