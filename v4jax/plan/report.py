@@ -161,7 +161,7 @@ def _time(plan):
 
 
 def _seconds(value):
-    return f"{value:.3f} s" if value >= 1 else f"{1e3 * value:.3f} ms"
+    return f"{value:.3f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 
 def draw(plan: Plan, name: str, path: str) -> None:
