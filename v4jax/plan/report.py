@@ -193,6 +193,8 @@ def _draw_memory(axes, device):
     start = 0.0
     for kind in ("weights", "optimizer", "cache", "temporaries"):
         size = (device[kind] or 0) / GB
+        if not size:
+            continue
         axes.barh(0, size, left=start, label=f"{kind} {size:.2f}")
         start += size
     capacity = device["capacity"] / GB
