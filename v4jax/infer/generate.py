@@ -18,6 +18,7 @@ import numpy as np
 
 from v4jax.errors import InputError
 from v4jax.infer import sampling as sampling_lib
+from v4jax.infer.placement import Placement, replicated
 
 PREFILL_CHUNK = 2048
 
@@ -66,7 +67,8 @@ def generate(
     otherwise also on (seed, row): step n of row i draws with `fold_in(fold_in(key(seed), i), n)`.
 
     Args:
-      model, params: as `v4jax.load` returns them.
+      model, params: as `v4jax.load` returns them. A model with a mesh reads prompts and decodes on
+        all of it, whatever its strategy: `Placement`.
       prompts: token ids, a list or array a prompt, of any lengths; or one such list.
       max_new_tokens: how many tokens to make for each prompt, at most.
       temperature: 0 takes the most likely token; else logits are divided by it.
@@ -94,17 +96,12 @@ def generate(
     prompts = _read_prompts(prompts, model.config.vocab_size)
     stop_ids = _read_stop_ids(stop_ids, model.config.vocab_size)
     capacity = _cache_length(prompts, max_new_tokens, max_length, model.config)
-    decoder = _Decoder(model, _on_device(params), setting, jax.random.key(seed))
+    placement = Placement.of(model, len(prompts))
+    variables, key = placement.variables(params), placement.everywhere(jax.random.key(seed))
+    decoder = _Decoder(placement, variables, setting, key)
     answers = _Answers(prompts, stop_ids, on_token)
-    cache = model.init_cache(len(prompts), capacity)
+    cache = placement.prefill.init_cache(len(prompts), capacity)
     return _run(decoder, _prefill_chunks(prompts, chunk, capacity), cache, answers, max_new_tokens)
-
-
-def _on_device(params):
-    # Tensors that are only carried along (DSpark drafts) stay out of the compiled programs, and
-    # numpy leaves go to the device once, not at every step.
-    variables = {name: tree for name, tree in params.items() if name != "carried"}
-    return jax.tree.map(jnp.asarray, variables)
 
 
 def _run(decoder, chunks, cache, answers, max_new_tokens) -> Generation:
@@ -147,7 +144,7 @@ def _decode_all(decoder, tokens_B, cache, answers, max_new_tokens):
 class _Decoder:
     """The compiled programs with the arguments that stay the same."""
 
-    model: object
+    placement: Placement
     variables: dict
     setting: sampling_lib.Sampling
     key: jax.Array
@@ -157,14 +154,21 @@ class _Decoder:
         logits_BV = self._no_logits(chunks)
         for tokens_BT, lengths_B in chunks:
             logits_BV, cache = _prefill(
-                self.model, self.variables, cache, tokens_BT, lengths_B, logits_BV
+                self.placement.prefill, self.variables, cache, tokens_BT, lengths_B, logits_BV
             )
-        return _pick(logits_BV, self.setting, self.key, np.int32(0)), cache
+        tokens_B = _pick(self.placement.decode, logits_BV, self.setting, self.key, np.int32(0))
+        return tokens_B, self.placement.handed_over(cache)
 
     def decode(self, tokens_B, cache, step):
         """The token after `tokens_B` in each row, and the cache that holds `tokens_B` too."""
         return _decode(
-            self.model, self.variables, cache, tokens_B, self.setting, self.key, np.int32(step)
+            self.placement.decode,
+            self.variables,
+            cache,
+            tokens_B,
+            self.setting,
+            self.key,
+            np.int32(step),
         )
 
     def compile(self, chunks, cache, decode):
@@ -172,37 +176,41 @@ class _Decoder:
         started = time.perf_counter()
         logits_BV = self._no_logits(chunks)
         for tokens_BT, lengths_B in {chunk[0].shape: chunk for chunk in chunks}.values():
-            arguments = (self.model, self.variables, cache, tokens_BT, lengths_B, logits_BV)
+            model = self.placement.prefill
+            arguments = (model, self.variables, cache, tokens_BT, lengths_B, logits_BV)
             _prefill.lower(*arguments).compile()
-        step = np.int32(0)
-        _pick.lower(logits_BV, self.setting, self.key, step).compile()
+        step, model = np.int32(0), self.placement.decode
+        _pick.lower(model, logits_BV, self.setting, self.key, step).compile()
         if decode:
-            tokens_B = jnp.zeros(len(logits_BV), jnp.int32)
-            arguments = (self.model, self.variables, cache, tokens_B, self.setting, self.key, step)
+            tokens_B = self.placement.everywhere(jnp.zeros(len(logits_BV), jnp.int32))
+            cache = self.placement.described(cache)
+            arguments = (model, self.variables, cache, tokens_B, self.setting, self.key, step)
             _decode.lower(*arguments).compile()
         return time.perf_counter() - started
 
     def _no_logits(self, chunks):
-        rows = len(chunks[0][0])
-        return jnp.zeros((rows, self.model.config.vocab_size), jnp.float32)
+        shape = (len(chunks[0][0]), self.placement.prefill.config.vocab_size)
+        return self.placement.everywhere(jnp.zeros(shape, jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "logits_BV"))
 def _prefill(model, variables, cache, tokens_BT, lengths_B, logits_BV):
     """One chunk; the logits of a row are those of the last chunk that holds some of it."""
     out = model.apply(variables, tokens_BT, cache=cache, lengths=lengths_B, logits="last")
-    return jnp.where(lengths_B[:, None] > 0, out.logits[:, 0], logits_BV), out.cache
+    logits_BV = jnp.where(lengths_B[:, None] > 0, out.logits[:, 0], logits_BV)
+    return replicated(model, logits_BV), out.cache
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def _decode(model, variables, cache, tokens_B, setting, key, step):
     out = model.apply(variables, tokens_B[:, None], cache=cache, logits="last")
-    return _pick(out.logits[:, 0], setting, key, step), out.cache
+    return _pick(model, out.logits[:, 0], setting, key, step), out.cache
 
 
-@jax.jit
-def _pick(logits_BV, setting, key, step):
+@functools.partial(jax.jit, static_argnames="model")
+def _pick(model, logits_BV, setting, key, step):
     """The next token of each row, [B]; -1 where the logits are not finite."""
+    logits_BV = replicated(model, logits_BV)
     keys_B = sampling_lib.row_keys(key, len(logits_BV), step)
     tokens_B = sampling_lib.sample(logits_BV, keys_B, setting)
     return jnp.where(jnp.isfinite(logits_BV).all(axis=-1), tokens_B, -1)

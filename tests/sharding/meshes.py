@@ -1,0 +1,92 @@
+"""A model on a mesh beside the same model on one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from v4jax.config import CSA, WINDOW, LayerSpec, ModelConfig, Yarn, with_hash_routing
+from v4jax.model import sharded
+from v4jax.model.transformer import Transformer
+from v4jax.sharding.mesh import make_mesh, parse_sizes
+from v4jax.sharding.rules import Shards
+
+ROWS, LENGTH = 8, 75  # 75 tokens: slices that no ratio and no window divides
+# Every mesh that tests run on; the sizes of the config divide by each.
+MESHES = (
+    "expert=8",
+    "sequence=8",
+    "expert=2,sequence=4",
+    "data=2,fsdp=2,sequence=2",
+    "fsdp=4,tensor=2",
+)
+
+
+def config() -> ModelConfig:
+    """All layer kinds, two of them scanned; sizes that divide by 8 where a mesh cuts them."""
+    return ModelConfig(
+        vocab_size=64,
+        hidden_size=32,
+        layers=with_hash_routing((WINDOW,) + (CSA, LayerSpec("hca", ratio=16)) * 2, 1),
+        mtp_layers=(WINDOW,),
+        num_attention_heads=4,
+        head_dim=16,
+        qk_rope_head_dim=8,
+        q_lora_rank=16,
+        o_groups=2,
+        o_lora_rank=8,
+        sliding_window=12,
+        rope_scaling=Yarn(original_max_position_embeddings=64),
+        max_position_embeddings=4096,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_topk=6,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        hc_mult=2,
+        initializer_range=0.2,
+        dtype="float32",
+    )
+
+
+@functools.cache
+def alone() -> tuple[Transformer, dict]:
+    """The model on one device, and its variables."""
+    model = Transformer(config(), min_repeats=2)
+    return model, jax.jit(model.init)(jax.random.key(0))
+
+
+def on_mesh(sizes: str, strategy) -> tuple[Transformer, dict]:
+    """The same on a mesh."""
+    model, variables = alone()
+    sizes = parse_sizes(sizes)
+    count = int(np.prod(list(sizes.values())))
+    mesh = make_mesh(jax.devices()[:count], **sizes)
+    model = model.clone(sharding=Shards(mesh, strategy))
+    return model, jax.device_put(variables, sharded.variable_shardings(model))
+
+
+@functools.cache
+def tokens() -> jax.Array:
+    return jax.random.randint(jax.random.key(1), (ROWS, LENGTH), 0, 64)
+
+
+@functools.cache
+def documents() -> jax.Array:
+    """Packed rows: documents of one token and of many, none ending where a slice ends."""
+    starts = np.random.default_rng(0).random((ROWS, LENGTH)) < 0.06
+    return jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
+
+
+def largest_difference(a, b) -> float:
+    """Over all leaves."""
+    parts = jax.tree.map(lambda x, y: float(np.max(np.abs(np.asarray(x) - np.asarray(y)))), a, b)
+    return max(jax.tree.leaves(parts), default=0.0)
+
+
+def equal(a, b) -> bool:
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )

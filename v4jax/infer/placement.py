@@ -1,0 +1,77 @@
+"""What generation puts where: one device, or a mesh that reads prompts and decodes in turn."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from v4jax.model import sharded
+from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """The models that read prompts and that decode: one and the same on one device.
+
+    On a mesh prompts are read with their tokens spread over it. Rows that its shards divide are
+    then decoded each on a shard of its own, with its whole cache; fewer rows with every cache in
+    parts, as it lies already.
+    """
+
+    prefill: Any
+    decode: Any
+
+    @classmethod
+    def of(cls, model, rows: int) -> "Placement":
+        """For `rows` prompts; the model's own strategy does not count."""
+        shards = model.sharding
+        if shards.mesh is None:
+            return cls(model, model)
+
+        def as_by(strategy):
+            return model.clone(sharding=dataclasses.replace(shards, strategy=strategy))
+
+        many, few = as_by(DECODE), as_by(DECODE_LONG)
+        return cls(as_by(PREFILL), few if rows % many.sharding.size("batch") else many)
+
+    def variables(self, params):
+        """The variables where both models want them.
+
+        Tensors that are only carried along (DSpark drafts) stay out of the compiled programs, and
+        numpy leaves go to the device once, not at every step.
+        """
+        variables = {name: tree for name, tree in params.items() if name != "carried"}
+        if self.prefill.sharding.mesh is None:
+            return jax.tree.map(jnp.asarray, variables)
+        wanted = sharded.variable_shardings(self.prefill)
+        return jax.device_put(variables, {name: wanted[name] for name in variables})
+
+    def everywhere(self, x):
+        """A small array on every device."""
+        mesh = self.prefill.sharding.mesh
+        return x if mesh is None else jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+
+    def handed_over(self, cache):
+        """The cache as the decoding model wants it."""
+        if self.decode.sharding.mesh is None:
+            return cache
+        return jax.device_put(cache, sharded.cache_shardings(self.decode.sharding, cache))
+
+    def described(self, cache):
+        """The shapes and places of `handed_over(cache)`."""
+        if self.decode.sharding.mesh is None:
+            return cache
+        wanted = sharded.cache_shardings(self.decode.sharding, cache)
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), cache, wanted
+        )
+
+
+def replicated(model, x: jax.Array) -> jax.Array:
+    """x on every device of the model's mesh, so that each process can read it."""
+    mesh = model.sharding.mesh
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
