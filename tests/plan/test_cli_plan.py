@@ -1,6 +1,9 @@
 """`v4jax plan`: what it prints and what it refuses; tiny models, compiled for a v5p."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -16,26 +19,24 @@ def plan(capsys, *flags):
     return status, printed.out, printed.err
 
 
+_OURS = ("JAX", "TPU", "XLA", "ALLOW_MULTIPLE")  # what tests set and a shell does not
 DECODE = ("--config=flash_tiny", "--mode=decode", "--context=256", "--batch=4")
 
 
 @pytest.fixture(scope="module")
 def decoded():
-    """The JSON of a decode step of a tiny model on four chips."""
-    import contextlib
-    import io
-
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        status = main(
-            ["v4jax", "plan", *DECODE, "--topology=v5p:2x2x1", "--mesh=expert=4", "--format=json"]
-        )
-    return status, json.loads(out.getvalue())
+    """Status, JSON and stderr of a decode step of a tiny model on four chips, as from a shell."""
+    flags = [*DECODE, "--topology=v5p:2x2x1", "--mesh=expert=4", "--format=json"]
+    words = [sys.executable, "-m", "v4jax.cli.main", "plan", *flags]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
+    done = subprocess.run(words, env=plain, capture_output=True, text=True, check=False)
+    return done.returncode, json.loads(done.stdout), done.stderr
 
 
 @aot.needs_libtpu
 def test_json(decoded):
-    status, found = decoded
+    status, found, noise = decoded
+    assert noise == ""
     assert status == 0 and found["fits"] is True and found["failure"] is None
     keys = {"weights", "optimizer", "cache", "temporaries", "peak", "capacity"}
     assert keys <= found["per_device"].keys()
@@ -79,3 +80,38 @@ def test_bad_input(capsys, flags, said):
     status, out, err = plan(capsys, *DECODE, *flags)
     assert status == 2 and out == "" and said in err
     assert err.count("\n") == 1
+
+
+@aot.needs_cuda
+def test_a_gpu_node(capsys):
+    status, out, _ = plan(
+        capsys, *DECODE, "--topology=h100:1x8", "--mesh=data=2,expert=4", "--format=json"
+    )
+    found = json.loads(out)
+    assert status == 0 and found["fits"] and found["devices"] == 8
+    device = found["per_device"]
+    assert device["arguments_by_compiler"] == pytest.approx(device["arguments"], rel=0.01)
+    assert {row["kind"] for row in found["collectives"]} <= {"all-gather", "reduce-scatter"}
+
+
+@aot.needs_libtpu
+def test_a_training_step(capsys):
+    """v4jax.train's own step of a tiny model: experts exchanged, parts of weights gathered."""
+    status, out, _ = plan(
+        capsys,
+        "--config=flash_tiny",
+        "--mode=train",
+        "--context=128",
+        "--batch=8",
+        "--topology=v5p:2x2x2",
+        "--mesh=fsdp=2,expert=4",
+        "--format=json",
+    )
+    found = json.loads(out)
+    assert status == 0 and found["microbatches"] == 1 and found["strategy"] == "train"
+    device = found["per_device"]
+    for kind in ("weights", "optimizer"):
+        assert device[kind] == pytest.approx(device["by_hand"][kind], rel=0.01)
+    kinds = {row["kind"]: row["axes"] for row in found["collectives"]}
+    assert kinds["ragged-all-to-all"] == ["expert"]
+    assert "all-gather" in kinds
