@@ -14,64 +14,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from v4jax.kernels.hyper_connections import entry, packing
 from v4jax.kernels.hyper_connections import gpu_tiles as tiles
-from v4jax.kernels.hyper_connections import packing
 from v4jax.kernels.hyper_connections.gpu_mixing import mixing_kernel
 
 MOST_FUSED = 4  # streams whose tiles a program can hold beside a tile of the product
 STATIC = ("options", "dtype", "plan", "interpret")
-
-
-def pre(h_BTMD, fn_XV, base_X, scale_3, *, iterations, eps, rms_eps, dtype, interpret):
-    """See api.pre; also the logits [X, N] and the rms factors [N] that its backward takes."""
-    return _pre(
-        h_BTMD,
-        fn_XV,
-        base_X,
-        scale_3,
-        options=(iterations, eps, rms_eps),
-        dtype=jnp.dtype(dtype),
-        plan=tiles.plan(h_BTMD),
-        interpret=interpret,
-    )
-
-
-def post(y_BTD, h_BTMD, post_BTM, comb_BTMM, *, dtype, interpret):
-    """See api.post."""
-    arrays = (y_BTD, h_BTMD, post_BTM, comb_BTMM)
-    plan = tiles.plan(h_BTMD)
-    return _post(*arrays, dtype=jnp.dtype(dtype), plan=plan, interpret=interpret)
-
-
-def post_pre(
-    y_BTD,
-    h_BTMD,
-    post_BTM,
-    comb_BTMM,
-    fn_XV,
-    base_X,
-    scale_3,
-    *,
-    iterations,
-    eps,
-    rms_eps,
-    dtype,
-    interpret,
-):
-    """See api.post_pre; also the logits [X, N] and the rms factors [N] of the new streams."""
-    return _post_pre(
-        y_BTD,
-        h_BTMD,
-        post_BTM,
-        comb_BTMM,
-        fn_XV,
-        base_X,
-        scale_3,
-        options=(iterations, eps, rms_eps),
-        dtype=jnp.dtype(dtype),
-        plan=tiles.plan(h_BTMD),
-        interpret=interpret,
-    )
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
@@ -350,3 +298,14 @@ def _post_kernel(y_ref, h_ref, coefficient_ref, out_ref):
     h = [h_ref[:, i, :].astype(jnp.float32) for i in range(m)]
     for j in range(m):
         out_ref[:, j, :] = recombined(coefficient_ref, y, h, j).astype(out_ref.dtype)
+
+
+def _plan(h_BTMD, dtype):
+    return tiles.plan(h_BTMD)
+
+
+# See api's functions of these names. Beside their results `pre` and `post_pre` give the logits
+# [X, N] and the rms factors [N] that the gradients take.
+pre = entry.forward(_pre, 0, _plan)
+post = entry.forward(_post, 1, _plan, ())
+post_pre = entry.forward(_post_pre, 1, _plan)

@@ -13,48 +13,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from v4jax.kernels.hyper_connections import entry, packing
 from v4jax.kernels.hyper_connections import gpu_tiles as tiles
-from v4jax.kernels.hyper_connections import packing
 from v4jax.kernels.hyper_connections.gpu_mixing import mixing_backward_kernel
 from v4jax.kernels.hyper_connections.pallas_gpu import exact, fn_parts
 
 WARP = 32  # tokens: the buffer of Sinkhorn iterates needs a thread to each
-
-
-def pre_backward(
-    h_BTMD,
-    fn_XV,
-    base_X,
-    scale_3,
-    mixed_XN,
-    norm_N,
-    grads,
-    *,
-    iterations,
-    eps,
-    interpret,
-    grad_BTMD=None,
-):
-    """Gradients of h, fn, base, scale from those of (u, post, comb); `grad_BTMD` is added to dh."""
-    return _pre_backward(
-        h_BTMD,
-        fn_XV,
-        base_X,
-        scale_3,
-        mixed_XN,
-        norm_N,
-        grads,
-        grad_BTMD,
-        options=(iterations, eps),
-        plan=tiles.plan(h_BTMD, WARP),
-        interpret=interpret,
-    )
-
-
-def post_backward(y_BTD, h_BTMD, post_BTM, comb_BTMM, grad_BTMD, *, interpret):
-    """Gradients of y, h, post, comb."""
-    arrays = (y_BTD, h_BTMD, post_BTM, comb_BTMM, grad_BTMD)
-    return _post_backward(*arrays, plan=tiles.plan(h_BTMD), interpret=interpret)
 
 
 def post_pre_backward(
@@ -76,9 +40,7 @@ def post_pre_backward(
     """Gradients of y, h, post, comb, fn, base, scale from those of (h', u, post', comb')."""
     grad_BTMD, *grads = grads
     arrays = (new_BTMD, fn_XV, base_X, scale_3, mixed_XN, norm_N, tuple(grads))
-    dnew_BTMD, *dweights = pre_backward(
-        *arrays, grad_BTMD=grad_BTMD, interpret=interpret, **options
-    )
+    dnew_BTMD, *dweights = pre_backward(*arrays, grad_BTMD, interpret=interpret, **options)
     arrays = (y_BTD, h_BTMD, post_BTM, comb_BTMM, dnew_BTMD)
     return *post_backward(*arrays, interpret=interpret), *dweights
 
@@ -92,12 +54,13 @@ def _pre_backward(
     mixed_XN,
     norm_N,
     grads,
-    grad_BTMD,
+    grad_BTMD=None,
     *,
     options,
     plan,
     interpret,
 ):
+    """Gradients of h, fn, base, scale from those of (u, post, comb); `grad_BTMD` is added to dh."""
     m, d = h_BTMD.shape[2:]
     du_BTD, dpost_BTM, dcomb_BTMM = grads
     h_NMD, du_ND = tiles.streams(h_BTMD, plan), tiles.rows(du_BTD, plan)
@@ -363,3 +326,10 @@ def _post_kernel(
 def _weighted(coefficient_ref, rows, g):
     """sum_j coefficient[rows[j]] * g[j]."""
     return sum(coefficient_ref[r, :][:, None] * x for r, x in zip(rows, g, strict=True))
+
+
+# Gradients of the arguments of api's functions from those of their results.
+pre_backward = entry.backward(_pre_backward, 0, lambda h_BTMD, dtype: tiles.plan(h_BTMD, WARP))
+post_backward = entry.backward(
+    _post_backward, 1, lambda h_BTMD, dtype: tiles.plan(h_BTMD), numbers=()
+)

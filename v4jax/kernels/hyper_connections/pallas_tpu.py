@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4jax.kernels.hyper_connections import packing
+from v4jax.kernels.hyper_connections import entry, packing
 from v4jax.kernels.hyper_connections import tpu_tiles as tiles
 from v4jax.kernels.hyper_connections.tpu_mixing import write_weights
 from v4jax.kernels.hyper_connections.tpu_streams import (
@@ -34,60 +34,6 @@ def post_footprint(h, dtype) -> tiles.Footprint:
 def post_pre_footprint(h, dtype) -> tiles.Footprint:
     m, size = h.shape[-2], jnp.dtype(h.dtype).itemsize
     return tiles.footprint(h, (m + 1) * (size + jnp.dtype(dtype).itemsize))
-
-
-def pre(h_BTMD, fn_XV, base_X, scale_3, *, iterations, eps, rms_eps, dtype, interpret):
-    """See api.pre; also the logits [X, N] and the rms factors [N] that its backward takes."""
-    plan = tiles.plan(h_BTMD, pre_footprint(h_BTMD, dtype))
-    return _pre(
-        h_BTMD,
-        fn_XV,
-        base_X,
-        scale_3,
-        options=(iterations, eps, rms_eps),
-        dtype=jnp.dtype(dtype),
-        plan=plan,
-        interpret=interpret,
-    )
-
-
-def post(y_BTD, h_BTMD, post_BTM, comb_BTMM, *, dtype, interpret):
-    """See api.post."""
-    plan = tiles.plan(h_BTMD, post_footprint(h_BTMD, dtype))
-    arrays = (y_BTD, h_BTMD, post_BTM, comb_BTMM)
-    return _post(*arrays, dtype=jnp.dtype(dtype), plan=plan, interpret=interpret)
-
-
-def post_pre(
-    y_BTD,
-    h_BTMD,
-    post_BTM,
-    comb_BTMM,
-    fn_XV,
-    base_X,
-    scale_3,
-    *,
-    iterations,
-    eps,
-    rms_eps,
-    dtype,
-    interpret,
-):
-    """See api.post_pre; also the logits [X, N] and the rms factors [N] of the new streams."""
-    plan = tiles.plan(h_BTMD, post_pre_footprint(h_BTMD, dtype))
-    return _post_pre(
-        y_BTD,
-        h_BTMD,
-        post_BTM,
-        comb_BTMM,
-        fn_XV,
-        base_X,
-        scale_3,
-        options=(iterations, eps, rms_eps),
-        dtype=jnp.dtype(dtype),
-        plan=plan,
-        interpret=interpret,
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("options", "dtype", "plan", "interpret"))
@@ -285,3 +231,15 @@ def _post_pre_kernel(y_ref, h_ref, coefficient_ref, fn_ref, base_ref, scale_ref,
     to_tall(coefficient_ref[...], tall_ref)
     recombine(y_ref, h_ref, tall_ref, out_ref, options["channels"])
     _pre_kernel(out_ref, fn_ref, base_ref, scale_ref, *rest, **options)
+
+
+def plan_for(need):
+    """The plan of a kernel with the footprint need(streams, dtype)."""
+    return lambda h_BTMD, dtype: tiles.plan(h_BTMD, need(h_BTMD, dtype))
+
+
+# See api's functions of these names. Beside their results `pre` and `post_pre` give the logits
+# [X, N] and the rms factors [N] that the gradients take.
+pre = entry.forward(_pre, 0, plan_for(pre_footprint))
+post = entry.forward(_post, 1, plan_for(post_footprint), ())
+post_pre = entry.forward(_post_pre, 1, plan_for(post_pre_footprint))

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4jax.kernels.hyper_connections import packing
+from v4jax.kernels.hyper_connections import entry, packing
 from v4jax.kernels.hyper_connections import tpu_tiles as tiles
 from v4jax.kernels.hyper_connections.pallas_tpu import (
     Specs,
     by_stream,
     pack_coefficients,
+    plan_for,
 )
 from v4jax.kernels.hyper_connections.tpu_mixing import write_dlogits
 from v4jax.kernels.hyper_connections.tpu_streams import (
@@ -46,61 +47,6 @@ def post_footprint(h, dtype) -> tiles.Footprint:
 def post_pre_footprint(h, dtype) -> tiles.Footprint:
     m, size, out = h.shape[-2], jnp.dtype(h.dtype).itemsize, jnp.dtype(dtype).itemsize
     return tiles.footprint(h, (2 * m + 2) * size + (m + 1) * out, m * out, backward=True)
-
-
-def pre_backward(h_BTMD, fn_XV, base_X, scale_3, mixed_XN, norm_N, grads, *, interpret, **options):
-    """Gradients of h, fn, base, scale from those of (u, post, comb)."""
-    plan = tiles.plan(h_BTMD, pre_footprint(h_BTMD, grads[0].dtype))
-    arrays = (h_BTMD, fn_XV, base_X, scale_3, mixed_XN, norm_N, grads)
-    return _pre_backward(
-        *arrays, options=tuple(options[k] for k in OPTIONS), plan=plan, interpret=interpret
-    )
-
-
-OPTIONS = ("iterations", "eps")
-
-
-def post_backward(y_BTD, h_BTMD, post_BTM, comb_BTMM, grad_BTMD, *, interpret):
-    """Gradients of y, h, post, comb."""
-    plan = tiles.plan(h_BTMD, post_footprint(h_BTMD, grad_BTMD.dtype))
-    arrays = (y_BTD, h_BTMD, post_BTM, comb_BTMM, grad_BTMD)
-    return _post_backward(*arrays, plan=plan, interpret=interpret)
-
-
-def post_pre_backward(
-    y_BTD,
-    h_BTMD,
-    post_BTM,
-    comb_BTMM,
-    new_BTMD,
-    fn_XV,
-    base_X,
-    scale_3,
-    mixed_XN,
-    norm_N,
-    grads,
-    *,
-    interpret,
-    **options,
-):
-    """Gradients of y, h, post, comb, fn, base, scale from those of (h', u, post', comb')."""
-    del new_BTMD  # Cheaper to compute again than to read: y and h are read in any case.
-    plan = tiles.plan(h_BTMD, post_pre_footprint(h_BTMD, grads[0].dtype))
-    return _post_pre_backward(
-        y_BTD,
-        h_BTMD,
-        post_BTM,
-        comb_BTMM,
-        fn_XV,
-        base_X,
-        scale_3,
-        mixed_XN,
-        norm_N,
-        grads,
-        options=tuple(options[k] for k in OPTIONS),
-        plan=plan,
-        interpret=interpret,
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("options", "plan", "interpret"))
@@ -172,6 +118,7 @@ def _post_pre_backward(
     h_BTMD,
     post_BTM,
     comb_BTMM,
+    new_BTMD,
     fn_XV,
     base_X,
     scale_3,
@@ -183,6 +130,7 @@ def _post_pre_backward(
     plan,
     interpret,
 ):
+    del new_BTMD  # Cheaper to compute again than to read: y and h are read in any case.
     batch, length, m, d = h_BTMD.shape
     grad_BTMD, du_BTD, dpost_BTM, dcomb_BTMM = grads
     h_MND = tiles.stream_major(h_BTMD, plan.tokens)
@@ -518,3 +466,9 @@ def _dfn(right, h, x, exact):
         return out
     part = out.shape[0] // 3
     return (out[2 * part : 2 * part + x] + out[part : part + x]) + out[:x]
+
+
+# Gradients of the arguments of api's functions from those of their results.
+pre_backward = entry.backward(_pre_backward, 0, plan_for(pre_footprint))
+post_backward = entry.backward(_post_backward, 1, plan_for(post_footprint), ())
+post_pre_backward = entry.backward(_post_pre_backward, 1, plan_for(post_pre_footprint))
