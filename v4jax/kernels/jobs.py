@@ -17,10 +17,14 @@ from v4jax.kernels.hyper_connections import api as hyper_connections
 from v4jax.kernels.hyper_connections import cases as mixing_cases
 from v4jax.kernels.indexer_topk import api as indexer_topk
 from v4jax.kernels.indexer_topk import cases as indexer_cases
+from v4jax.kernels.indexer_topk import stored_keys
 from v4jax.kernels.sparse_attention import api as sparse_attention
 from v4jax.kernels.sparse_attention import cases as attention_cases
+from v4jax.kernels.sparse_attention import entries, stored
 
 BF16 = 2
+# Bytes of an entry and of an index key as they are stored (architecture section 11).
+ENTRY_BYTES, KEY_BYTES = 584, 68
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,7 @@ def _attention(tiny):
     decode = dataclasses.replace(attention_cases.REAL["flash_csa_decode_1m"], batch=64)
     if tiny:
         prefill = attention_cases.SMALL["chosen_masked"]
-        decode = attention_cases.SMALL["one_query"]
+        decode = dataclasses.replace(attention_cases.SMALL["one_query"], width=stored.WIDTH)
     work = {}
     for case in (prefill, decode):
         pairs = case.batch * case.length * (case.window + case.choices) * case.heads
@@ -75,10 +79,12 @@ def _attention(tiny):
 
         return run
 
-    def arguments(case):
-        return jax.jit(functools.partial(_attention_arguments, case))
+    def arguments(case, form=None):
+        return jax.jit(functools.partial(_attention_arguments, case, form))
 
     flops = work[prefill][0]
+    decode_flops, decode_bytes = work[decode]
+    saved = decode.batch * decode.choices * (decode.width * BF16 - ENTRY_BYTES)
     return [
         Job(
             "sparse prefill forward",
@@ -102,8 +108,18 @@ def _attention(tiny):
             "sparse decode, batch 64, 1M",
             "sparse_attention",
             forward(decode),
-            arguments(decode),
-            *work[decode],
+            arguments(decode, entries.in_lanes),
+            decode_flops,
+            decode_bytes,
+            0.60,
+        ),
+        Job(
+            "sparse decode, batch 64, 1M, stored rows",
+            "sparse_attention",
+            forward(decode),
+            arguments(decode, stored.pack),
+            decode_flops,
+            decode_bytes - saved,
             0.60,
         ),
     ]
@@ -113,9 +129,18 @@ def _static(case):
     return {"scale": case.width**-0.5, "window": case.window}
 
 
-def _attention_arguments(case):
+def _attention_arguments(case, form=None):
+    """form: what a cache keeps the entries as, where not as rows."""
     diff, other = attention_cases.make(case, jnp.bfloat16)
+    diff["entries_BCH"] = _in_form(form, diff["entries_BCH"])
     return diff, {name: x for name, x in other.items() if name not in ("scale", "window")}
+
+
+def _in_form(form, rows):
+    """Made a sequence at a time, for it passes through float32."""
+    if form is None:
+        return rows
+    return jax.lax.map(lambda one: jax.tree.map(lambda x: x[0], form(one[None])), rows)
 
 
 def _experts(tiny):
@@ -184,6 +209,7 @@ def _indexer(tiny):
     if tiny:
         prefill = indexer_cases.NUMERICS["several_blocks"]
         decode = indexer_cases.NUMERICS["one_query"]
+        decode = dataclasses.replace(decode, width=stored_keys.WIDTH)
 
     def run(case):
         def by_name(implementation):
@@ -193,24 +219,34 @@ def _indexer(tiny):
 
         return by_name
 
-    def job(name, case):
+    def job(name, case, form=None):
         queries = case.batch * case.length * case.heads
-        read = case.batch * case.entries * case.width + queries * case.width
-        arguments = jax.jit(functools.partial(_indexer_arguments, case))
+        key_bytes = KEY_BYTES if form else case.width * BF16
+        read = case.batch * case.entries * key_bytes + queries * case.width * BF16
+        arguments = jax.jit(functools.partial(_indexer_arguments, case, form))
         flops = 2 * queries * case.width * case.entries
-        return Job(name, "indexer_topk", run(case), arguments, flops, read * BF16, 0.50)
+        return Job(name, "indexer_topk", run(case), arguments, flops, read, 0.50)
 
-    return [job("indexer prefill 4K of 1M", prefill), job("indexer decode, batch 64, 1M", decode)]
+    decoding = "indexer decode, batch 64, 1M"
+    return [
+        job("indexer prefill 4K of 1M", prefill),
+        job(decoding, decode),
+        job(f"{decoding}, stored keys", decode, stored_keys.pack),
+    ]
 
 
-def _indexer_arguments(case):
+def _indexer_arguments(case, form=None):
+    """form: what a cache keeps the keys as, where not as rows."""
     keys = iter(jax.random.split(jax.random.key(0), 3))
     queries = (case.batch, case.length)
     position = case.hidden + jnp.broadcast_to(jnp.arange(case.length)[None], queries)
+    q = jax.random.normal(next(keys), (*queries, case.heads, case.width), jnp.bfloat16)
+    weight = jax.random.normal(next(keys), (*queries, case.heads), jnp.bfloat16)
+    rows = jax.random.normal(next(keys), (case.batch, case.entries, case.width), jnp.bfloat16)
     return (
-        jax.random.normal(next(keys), (*queries, case.heads, case.width), jnp.bfloat16),
-        jax.random.normal(next(keys), (*queries, case.heads), jnp.bfloat16),
-        jax.random.normal(next(keys), (case.batch, case.entries, case.width), jnp.bfloat16),
+        q,
+        weight,
+        _in_form(form, rows),
         jnp.zeros(queries, jnp.int32),
         jnp.minimum((position + 1) // 4, case.entries),
     )
