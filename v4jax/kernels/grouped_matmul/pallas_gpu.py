@@ -17,23 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from v4jax.kernels.grouped_matmul import formats, items, passes, swiglu
+from v4jax.kernels.grouped_matmul import entry, formats, items, swiglu
 from v4jax.kernels.grouped_matmul import pallas_gpu_weights as expand
-from v4jax.kernels.grouped_matmul.plan_gpu import Plan, plan
-
-
-def forward(x_XD, gate_X, group_sizes_E, weights, *, limit, rounding, interpret):
-    """See api.expert_ffn."""
-    static = dict(limit=limit, rounding=rounding, interpret=interpret)
-    sizes = plan(x_XD, weights, rounding)
-    return _forward(x_XD, gate_X, group_sizes_E, weights, sizes=sizes, **static)
-
-
-def backward(x_XD, gate_X, group_sizes_E, weights, dy_XD, *, limit, rounding, interpret):
-    """Gradients of x, gate and weights (None where they are frozen)."""
-    static = dict(limit=limit, rounding=rounding, interpret=interpret)
-    sizes = plan(x_XD, weights, rounding)
-    return _backward(x_XD, gate_X, group_sizes_E, weights, dy_XD, sizes=sizes, **static)
+from v4jax.kernels.grouped_matmul.plan_gpu import plan
 
 
 def refuse(x_XD, gate_X, group_sizes_E, weights, rounding) -> str | None:
@@ -52,30 +38,8 @@ def refuse(x_XD, gate_X, group_sizes_E, weights, rounding) -> str | None:
     return None
 
 
-_jit = functools.partial(jax.jit, static_argnames=("limit", "rounding", "sizes", "interpret"))
-
-
-@_jit
-def _forward(x_XD, gate_X, group_sizes_E, weights, *, limit, rounding, sizes, interpret):
-    kernels = _Kernels(group_sizes_E, limit, rounding.dtype, sizes, interpret)
-    return passes.forward(kernels, x_XD, gate_X, weights, rounding)
-
-
-@_jit
-def _backward(x_XD, gate_X, group_sizes_E, weights, dy_XD, *, limit, rounding, sizes, interpret):
-    kernels = _Kernels(group_sizes_E, limit, rounding.dtype, sizes, interpret)
-    return passes.backward(kernels, x_XD, gate_X, weights, dy_XD, rounding)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kernels:
-    """What `passes` calls; `dtype` is the type that every matmul's result is rounded to."""
-
-    group_sizes_E: jax.Array
-    limit: float
-    dtype: str
-    sizes: Plan
-    interpret: bool
+class _Kernels(entry.Kernels):
+    """The grouped matmuls that `passes` calls."""
 
     def up(self, x, gate, w1, w3):
         store = functools.partial(_store_up, limit=self.limit, dtype=self.dtype)
@@ -337,3 +301,6 @@ def _weight_gradient_kernel(begin, end, lhs, rhs, out, *, tile, interpret):
     total = jax.lax.fori_loop(0, (last - first + step - 1) // step, rows, zero)
     mask = (at_m < m)[:, None] & (at_n < n)[None, :]
     plt.store(out.at[group, at_m[:, None], at_n[None, :]], total.astype(out.dtype), mask=mask)
+
+
+forward, backward = entry.functions(_Kernels, plan)

@@ -11,7 +11,6 @@ odd columns in one byte; instead of interleaving lanes, the other operand or the
 into even and odd columns outside.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -19,25 +18,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4jax.kernels.grouped_matmul import formats, items, passes, swiglu
+from v4jax.kernels.grouped_matmul import entry, formats, items, swiglu
 from v4jax.kernels.grouped_matmul import pallas_tpu_weights as expand
-from v4jax.kernels.grouped_matmul.plan_tpu import Plan, plan
+from v4jax.kernels.grouped_matmul.plan_tpu import plan
 
 LANES = 128
-
-
-def forward(x_XD, gate_X, group_sizes_E, weights, *, limit, rounding, interpret):
-    """See api.expert_ffn."""
-    static = dict(limit=limit, rounding=rounding, interpret=interpret)
-    sizes = plan(x_XD, weights, rounding)
-    return _forward(x_XD, gate_X, group_sizes_E, weights, sizes=sizes, **static)
-
-
-def backward(x_XD, gate_X, group_sizes_E, weights, dy_XD, *, limit, rounding, interpret):
-    """Gradients of x, gate and weights (None where they are frozen)."""
-    static = dict(limit=limit, rounding=rounding, interpret=interpret)
-    sizes = plan(x_XD, weights, rounding)
-    return _backward(x_XD, gate_X, group_sizes_E, weights, dy_XD, sizes=sizes, **static)
 
 
 def refuse(x_XD, gate_X, group_sizes_E, weights, rounding) -> str | None:
@@ -54,30 +39,8 @@ def refuse(x_XD, gate_X, group_sizes_E, weights, rounding) -> str | None:
     return None
 
 
-_jit = functools.partial(jax.jit, static_argnames=("limit", "rounding", "sizes", "interpret"))
-
-
-@_jit
-def _forward(x_XD, gate_X, group_sizes_E, weights, *, limit, rounding, sizes, interpret):
-    kernels = _Kernels(group_sizes_E, limit, rounding.dtype, sizes, interpret)
-    return passes.forward(kernels, x_XD, gate_X, weights, rounding)
-
-
-@_jit
-def _backward(x_XD, gate_X, group_sizes_E, weights, dy_XD, *, limit, rounding, sizes, interpret):
-    kernels = _Kernels(group_sizes_E, limit, rounding.dtype, sizes, interpret)
-    return passes.backward(kernels, x_XD, gate_X, weights, dy_XD, rounding)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kernels:
-    """What `passes` calls; `dtype` is the type that every matmul's result is rounded to."""
-
-    group_sizes_E: jax.Array
-    limit: float
-    dtype: str
-    sizes: Plan
-    interpret: bool
+class _Kernels(entry.Kernels):
+    """The grouped matmuls that `passes` calls."""
 
     def up(self, x, gate, w1, w3):
         store = functools.partial(_store_up, limit=self.limit, dtype=self.dtype)
@@ -337,3 +300,6 @@ def _weight_gradients_kernel(n_lhs, rows, group, tile, begin, end, count, *refs)
     def _():
         for out, total in zip(outs, sums, strict=True):
             out[0] = total[...].astype(out.dtype)
+
+
+forward, backward = entry.functions(_Kernels, plan)
