@@ -166,7 +166,7 @@ def _expected(flag):
         return " or ".join(values)
     if flag.boolean:
         return "true or false"
-    return flag.parser.syntactic_help.replace("integer", "whole number") or "a value"
+    return flag.parser.syntactic_help.replace("an integer", "a whole number") or "a value"
 
 
 def _complain(program, sentence):
