@@ -45,11 +45,25 @@ TPU, GPU = "tpu_custom_call", "__gpu$xla.gpu.triton"
 by_name = pytest.mark.parametrize("case", cases.REAL, ids=lambda case: case.name)
 
 
+# Every chip, operation and case; beside the first chip only Flash's `post_pre` in the quick suite.
+ON_CHIPS = [
+    pytest.param(
+        chip,
+        op,
+        case,
+        marks=() if quick else pytest.mark.slow,
+        id=f"{chip}-{op}-{case.name}",
+    )
+    for chip in aot.TPU_CHIPS
+    for op in OPS
+    for case in cases.REAL
+    for quick in [chip == aot.TPU_CHIPS[0] or (op, case) == ("post_pre", cases.FLASH)]
+]
+
+
 @aot.needs_libtpu
-@pytest.mark.parametrize("chip", aot.TPU_CHIPS)
-@pytest.mark.parametrize("op", OPS)
-@by_name
-def test_tpu(case, op, chip):
+@pytest.mark.parametrize(("chip", "op", "case"), ON_CHIPS)
+def test_tpu(chip, op, case):
     """Nobody asked for a kernel by name: the platform chose it, one forward and one backward."""
     f = both(case, op, jnp.bfloat16)
     compiled = aot.compile_tpu(chip, f, *specs(case, op, jnp.bfloat16))
