@@ -40,6 +40,15 @@ def test_values_and_gradients(chunk, monkeypatch):
         np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_correct(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 5 * VOCAB)
+    y, table, target, weight = inputs()
+    best = np.argmax(np.asarray(y) @ np.asarray(table).T, axis=1)
+    target = target.at[:20].set(best[:20])
+    wanted = weight[np.asarray(target) == best].sum()
+    assert module.correct(y, table, target, weight) == wanted > 0
+
+
 def test_bfloat16_states_get_bfloat16_gradients():
     y, *rest = inputs("bfloat16")
     assert jax.grad(cross_entropy)(y, *rest).dtype == jnp.bfloat16

@@ -19,7 +19,7 @@ from tests.tiny import tiny_config
 from v4jax.config import CSA, with_hash_routing
 from v4jax.datasets.config import DataConfig
 from v4jax.errors import InputError
-from v4jax.train import loop, metrics
+from v4jax.train import loop, metrics, placement
 from v4jax.train.checkpoints import Checkpoints
 from v4jax.train.config import Stage, TrainConfig
 from v4jax.train.schedule import Schedule
@@ -41,6 +41,8 @@ def get_config(text=None) -> TrainConfig:
         schedule=Schedule(peak=1e-2, final=1e-3, warm_up=2, decay=3),
         checkpoint_every=2,
         keep=2,
+        evaluate_every=4,
+        evaluate_rows=3,
     )
 
 
@@ -91,6 +93,8 @@ def test_what_a_run_leaves(whole):
     for line in lines:
         wanted = {"loss", "tokens_per_second", "grad_norm", "learning_rate", "mfu", "indexer"}
         assert wanted <= set(line) and all(np.isfinite(v) for v in line.values())
+    assert [line["step"] for line in lines if "held_out" in line] == [4, 8]
+    assert 0 <= lines[-1]["held_out_accuracy"] <= 1
     np.testing.assert_allclose([line["learning_rate"] for line in lines[:2]], [5e-3, 1e-2])
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["6", "8"]
@@ -199,6 +203,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     again = Checkpoints(tmp_path, keep=2)
     assert again.latest == 1 and again.run_of(1) == {"step": 1}
     like = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, state(0)))
-    found = again.restore(1, like)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = again.restore(1, placement.placed(like, jax.tree.map(lambda _: here, like)))
     np.testing.assert_array_equal(found.params["w"]["weight"], 1.0)
     again.close()

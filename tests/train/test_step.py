@@ -13,7 +13,14 @@ from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
 from v4jax.train.loss import LossWeights
 from v4jax.train.optimizer import OptimizerConfig, joined, make_optimizer
-from v4jax.train.step import Rates, StepConfig, balanced, new_state, train_step
+from v4jax.train.step import (
+    Rates,
+    StepConfig,
+    accumulate,
+    balanced,
+    new_state,
+    train_step,
+)
 
 RATES = Rates(jnp.float32(1e-2), jnp.float32(0.3))
 
@@ -50,18 +57,30 @@ def test_every_parameter_moves_and_the_loss_falls():
 
 
 def test_accumulated_parts_are_the_whole_batch():
-    batch = small_batch(rows=4)
-    # The indexer's mean is taken a part at a time, each over its own queries; here they agree, a
-    # query's sight depending on its place alone.
-    whole, noted = compiled(StepConfig())(begin(), batch, RATES)
-    parts, noted_parts = compiled(StepConfig(parts=2))(begin(), batch, RATES)
-    for name in ("loss", "mtp", "balance", "grad_norm", "load_cv"):
-        np.testing.assert_allclose(noted[name], noted_parts[name], rtol=2e-5)
-    for before, a, b in zip(
-        *(jax.tree.leaves(s.params) for s in (begin(), whole, parts)), strict=True
+    # Unpacked: the indexer's mean is a part's own, and here every part has as many queries.
+    model, _ = small_model()
+    batch = small_batch(rows=4, packed=False)
+    (whole, noted), (parts, noted_parts) = (
+        jax.jit(functools.partial(accumulate, model, StepConfig(parts=n)))(begin(), batch, RATES)
+        for n in (1, 2)
+    )
+    for name in ("loss", "mtp", "balance", "indexer", "indexer_uniform"):
+        np.testing.assert_allclose(noted[name], noted_parts[name], rtol=1e-5)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(whole), jax.tree.leaves(parts), strict=True
     ):
-        moved = float(jnp.abs(a - before).max())
-        assert float(jnp.abs(a - b).max()) < 0.02 * moved  # Muon's direction amplifies rounding
+        assert float(jnp.abs(a - b).max()) < 1e-4 * float(jnp.abs(a).max()), joined(path)
+
+
+def test_the_gradient_is_clipped_to_its_global_norm():
+    state, batch = begin(), small_batch(rows=4)
+    clipped = compiled(StepConfig(clip=1e-3))(state, batch, RATES)
+    whole = compiled(StepConfig(clip=None))(state, batch, RATES)
+    np.testing.assert_allclose(clipped[1]["grad_norm"], whole[1]["grad_norm"], rtol=1e-5)
+    factor = 1e-3 / float(whole[1]["grad_norm"])
+    momenta = [s.moments.inner_states["muon"].inner_state[0].trace["mtp_0"]["e_proj"]["weight"]
+               for s, _ in (clipped, whole)]  # fmt: skip
+    np.testing.assert_allclose(momenta[0], factor * momenta[1], rtol=1e-4, atol=1e-9)
 
 
 def test_indexer_warm_up_moves_the_indexer_alone():

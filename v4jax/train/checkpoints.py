@@ -46,9 +46,9 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._good = self._manager.latest_step()
             # A donated buffer of a CPU would change while it is written: Orbax takes a view of it.
-            arrays = {name: np.array(leaf) for name, leaf in _named(state).items()} if (
-                jax.default_backend() == "cpu"
-            ) else _named(state)  # fmt: skip
+            arrays = _named(state)
+            if jax.default_backend() == "cpu" and jax.process_count() == 1:
+                arrays = {name: np.array(leaf) for name, leaf in arrays.items()}
             self._manager.save(
                 step,
                 args=args.Composite(state=args.StandardSave(arrays), run=args.JsonSave(run)),
@@ -70,11 +70,7 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step, laid out as `like` (shapes, types, shardings), on any mesh."""
         args = self._ocp.args
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here)
-            for name, x in _named(like).items()
-        }
+        wanted = _named(like)
         with jax.transfer_guard("allow"), self._sentence(f"of step {step} cannot be read"):
             restore = args.StandardRestore(wanted)
             found = self._manager.restore(step, args=args.Composite(state=restore)).state

@@ -13,6 +13,7 @@ from typing import Any
 from v4jax.config import ModelConfig, Yarn
 from v4jax.datasets.config import DataConfig
 from v4jax.errors import InputError
+from v4jax.train.lora import LoraConfig
 from v4jax.train.loss import LossWeights
 from v4jax.train.optimizer import OptimizerConfig, check_pattern
 from v4jax.train.schedule import Schedule
@@ -68,7 +69,9 @@ class TrainConfig:
     Attributes:
       losses: weights; mtp_decayed is the MTP weight from the start of the learning rate's decay.
       bias_step: how far router biases move after each step.
-      start: a checkpoint to fine-tune; None for fresh weights.
+      start: a checkpoint to fine-tune; None for fresh weights. lora: with a rank, only adapters
+        learn, and everything else has no optimiser state.
+      mesh: axes and sizes on all devices, "data=2,fsdp=4"; None for one device.
       dtype: of activations. remat: recompute activations. min_repeats: as of `Transformer`.
       checkpoint_every, keep: steps between checkpoints and how many stay. evaluate_every: steps
         between evaluations on held-out rows, of at most evaluate_rows. log_every: steps a line.
@@ -84,6 +87,8 @@ class TrainConfig:
     bias_step: float = 1e-3
     seed: int = 0
     start: str | None = None
+    lora: LoraConfig = LoraConfig()
+    mesh: str | None = None
     dtype: str = "float32"
     remat: bool = False
     min_repeats: int = 4
@@ -105,6 +110,10 @@ class TrainConfig:
             )
         if not self.losses.mtp and self.mtp_decayed:
             object.__setattr__(self, "mtp_decayed", 0.0)
+        if self.lora.rank is not None and self.mesh is not None:
+            raise InputError(
+                f"lora.rank is {self.lora.rank} and mesh {self.mesh!r}; LoRA runs alone"
+            )
         self.schedule.check(self.steps)
 
     @property
@@ -121,7 +130,7 @@ class TrainConfig:
 
 
 # What a resumed run may change: the rest decides which numbers come out, or what they are.
-FREE = ("schedule.", "checkpoint_every", "keep", "log_every", "evaluate_", "start")
+FREE = ("schedule.", "checkpoint_every", "keep", "log_every", "evaluate_", "start", "mesh")
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

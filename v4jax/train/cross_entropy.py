@@ -75,6 +75,24 @@ def _backward(axes, gradients, g):
 _nats.defvjp(_forward, _backward)
 
 
+def correct(
+    y_XD: Inexact[Array, "x d"],
+    table_VD: Inexact[Array, "v d"],
+    target_X: Int[Array, "x"],
+    weight_X: Float[Array, "x"],
+) -> Float[Array, ""]:
+    """The sum of the weights of targets that have the highest logit."""
+    table = table_VD.astype(jnp.float32)
+
+    def add(total, chunk):
+        y, target, weight = chunk
+        best = jnp.argmax(jnp.einsum("xd,vd->xv", y, table), axis=-1)
+        return total + jnp.sum(jnp.where(best == target, weight, 0.0)), None
+
+    chunks = _chunks(table.shape[0], y_XD.astype(jnp.float32), target_X, weight_X)
+    return jax.lax.scan(add, jnp.float32(0), chunks)[0]
+
+
 def _chunk_nats(axes, y, table, target):
     """Nats of each token, and its probabilities [x,V] with a mark at the target."""
     logits = jnp.einsum("xd,vd->xv", y, table)

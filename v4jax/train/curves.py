@@ -12,6 +12,7 @@ from v4jax.train import metrics
 PANELS = (
     ("loss", "nats a token", False),
     ("held_out", "held-out nats a token", False),
+    ("held_out_accuracy", "held-out targets right", False),
     ("grad_norm", "gradient norm", True),
     ("learning_rate", "learning rate", False),
     ("tokens_per_second", "tokens a second", False),

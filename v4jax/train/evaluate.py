@@ -1,43 +1,56 @@
-"""Loss on held-out documents."""
+"""Loss and accuracy on held-out documents or tasks."""
 
-import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from v4jax.datasets.rows import TextRows
 from v4jax.datasets.source import Source
 from v4jax.model.transformer import Transformer
+from v4jax.train import lora, placement
 from v4jax.train.batch import make_batch
 from v4jax.train.config import Stage, TrainConfig
-from v4jax.train.loss import LossWeights, count, loss
+from v4jax.train.cross_entropy import correct, cross_entropy
 from v4jax.train.step import TrainState
-
-ONLY_TEXT = LossWeights(mtp=0.0, balance=0.0, indexer=0.0)
 
 
 def evaluator(config: TrainConfig, stage: Stage, model: Transformer, source: Source):
-    """A function from a state to {"held_out": nats a token, "held_out_bits_per_byte": ...}.
+    """A function from a state to "held_out" (nats a target) and "held_out_accuracy" (0 to 1).
+
+    Of held-out text also to "held_out_bits_per_byte".
 
     Always the same rows: of held-out documents where there are any; of synthetic data rows that no
     step takes; else rows of the training text.
     """
     rows, per_byte = _rows(config, stage, source), None
     if source.held_out is not None:
-        per_byte = source.held_out.ids.size / source.held_out_bytes / math.log(2)
+        # A document's mark of begin is never a target.
+        targets = source.held_out.ids.size - source.held_out.starts.size
+        per_byte = targets / source.held_out_bytes / math.log(2)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def nats(dense, state, batch):
-        variables = {"params": state.params, "buffers": state.buffers}
-        return loss(model, variables, batch, ONLY_TEXT, count(batch), dense=dense)[1]["loss"]
+    @jax.jit
+    def sums(state, batch):
+        params = lora.merge(state.params, config.lora)
+        out = model.apply(
+            {"params": params, "buffers": state.buffers},
+            batch.tokens_BT,
+            segment_ids=batch.segment_ids_BT,
+            logits="normed",
+            dense=stage.attention == "dense",
+        )
+        target, weight = batch.targets_BTJ[..., 0].reshape(-1), batch.weights_BTJ.reshape(-1)
+        args = out.normed.reshape(target.size, -1), params["head"]["weight"], target, weight
+        return jnp.stack([cross_entropy(*args), correct(*args), jnp.sum(weight)])
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        dense = stage.attention == "dense"
-        found = [float(jax.device_get(nats(dense, state, jax.device_put(b)))) for b in rows]
-        mean = float(np.mean(found))
-        line = {"held_out": mean}
-        return line | ({} if per_byte is None else {"held_out_bits_per_byte": mean * per_byte})
+        batches = [placement.put_batch(model.sharding, batch) for batch in rows]
+        nats, right, count = sum(jax.device_get(sums(state, batch)) for batch in batches)
+        line = {"held_out": float(nats / count), "held_out_accuracy": float(right / count)}
+        if per_byte is not None:
+            line["held_out_bits_per_byte"] = line["held_out"] * per_byte
+        return line
 
     return evaluate
 

@@ -7,7 +7,7 @@ import tokenizers
 
 from v4jax import checkpoint
 from v4jax.model.transformer import Transformer
-from v4jax.train import quantized
+from v4jax.train import lora, quantized
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import TrainState
 
@@ -23,7 +23,7 @@ def export(
     """Writes DIR/model anew: quantised if the run ended so, else float32."""
     fresh, out = workdir / f".{FOLDER}.new", workdir / FOLDER
     shutil.rmtree(fresh, ignore_errors=True)
-    params = state.params
+    params = lora.merge(state.params, config.lora)
     if config.stages[-1].quantized:
         role_of = quantized.roles(Transformer(config.model, min_repeats=config.min_repeats))
         params = quantized.stored(params, role_of)

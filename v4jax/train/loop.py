@@ -28,14 +28,14 @@ from v4jax.datasets.source import Source, open_source
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
 from v4jax.safetensors_io import write_atomically
-from v4jax.train import evaluate, export, metrics, start
+from v4jax.train import evaluate, export, lora, metrics, placement, start
 from v4jax.train.batch import Batch, make_batch
 from v4jax.train.checkpoints import Checkpoints
 from v4jax.train.config import Stage, TrainConfig, differences, plain
 from v4jax.train.optimizer import make_optimizer
 from v4jax.train.step import Rates, StepConfig, TrainState, new_state, train_step
 
-INDEXER = "/indexer/"
+NOT_INDEXER = "^(?!.*/indexer/)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,7 @@ class _Run:
     signals: "_Signals"
     optimizer: Any
     state: TrainState
+    shardings: Any = None
 
 
 def _open(config, workdir, steps, stack):
@@ -88,28 +89,40 @@ def _open(config, workdir, steps, stack):
     checkpoints = Checkpoints(workdir, config.keep)
     stack.callback(checkpoints.close)
     model, optimizer = _model(config, config.stages[0]), _optimizer(config)
+    shape = _shape(config, model, optimizer)
+    shardings = placement.state_shardings(model, optimizer, shape)
     latest = checkpoints.latest
     if latest is None:
-        state = _fresh(config, model, optimizer, source)
+        state = _fresh(config, model, optimizer, source, shardings)
     else:
         _check_same(config, source, checkpoints.run_of(latest), workdir)
-        anew = dataclasses.replace(config, start=None)  # its file need not be there any more
-        like = jax.eval_shape(functools.partial(_fresh, anew, model, optimizer, source))
-        state = checkpoints.restore(latest, like)
+        state = checkpoints.restore(latest, placement.placed(shape, shardings))
     if source.tokenizer is not None:
         write_atomically(tokenizer, source.tokenizer.to_str().encode())
     write_atomically(workdir / "config.json", json.dumps(plain(config), indent=1).encode() + b"\n")
     log = metrics.Metrics(workdir, latest or 0)
     stack.callback(log.close)
     signals = stack.enter_context(_Signals())
-    return _Run(config, workdir, steps, source, checkpoints, log, signals, optimizer, state)
+    run = _Run(config, workdir, steps, source, checkpoints, log, signals, optimizer, state)
+    run.shardings = shardings
+    return run
 
 
-def _fresh(config, model, optimizer, source):
+def _shape(config, model, optimizer):
+    """The state's shapes."""
+    variables = Transformer(model.config, min_repeats=model.min_repeats).abstract_variables()
+    begin = functools.partial(new_state, optimizer=optimizer)
+    params = jax.eval_shape(functools.partial(start.adapted, config), variables["params"])
+    return jax.eval_shape(begin, params, variables["buffers"])
+
+
+def _fresh(config, model, optimizer, source, shardings):
     variables = start.variables(config, model, source.counts_V)
-    return jax.jit(functools.partial(new_state, optimizer=optimizer))(
-        variables["params"], variables["buffers"]
-    )
+    begin = functools.partial(new_state, optimizer=optimizer)
+    where = shardings.params, shardings.buffers
+    params = start.adapted(config, variables["params"])
+    params, buffers = jax.device_put((params, variables["buffers"]), where)
+    return jax.jit(begin, out_shardings=shardings)(params, buffers)
 
 
 def _check_same(config, source, stored, workdir):
@@ -157,6 +170,7 @@ def _steps_of(run: _Run, number: int, done: int):
     step = jax.jit(
         functools.partial(train_step, model, run.optimizer, step_config(config, stage)),
         donate_argnums=0,
+        out_shardings=(run.shardings, None),
     )
     evaluator = evaluate.evaluator(config, stage, model, run.source)
     tokens = stage.batch * stage.length
@@ -166,7 +180,7 @@ def _steps_of(run: _Run, number: int, done: int):
     program, tick = None, time.perf_counter()
     while done < run.steps and config.place(done)[0] == number and not run.signals.caught:
         batch = load(config, stage, run.source, number, config.place(done)[1])
-        inputs = jax.device_put(batch), _rates(config, stage, done)
+        inputs = placement.put_batch(model.sharding, batch), _rates(config, stage, done)
         if program is None:  # before the clock of the first step begins
             program, tick = step.lower(run.state, *inputs).compile(), time.perf_counter()
         run.state, noted = program(run.state, *inputs)
@@ -188,16 +202,19 @@ def step_config(config: TrainConfig, stage: Stage) -> StepConfig:
     """What `train_step` is told of a stage."""
     weight = config.losses.indexer if stage.indexer is None else stage.indexer
     trained = stage.trained
+    if trained is None and config.lora.rank is not None:
+        trained = f"^{lora.SUBTREE}/"
     if trained is None and not weight:
-        trained = f"^(?!.*{INDEXER})"  # with weight 0 decay must not move the indexer either
+        trained = NOT_INDEXER  # with weight 0 decay must not move the indexer either
     return StepConfig(
         losses=dataclasses.replace(config.losses, indexer=weight),
         trained=trained,
         dense=stage.attention == "dense",
         parts=stage.parts,
         clip=config.optimizer.clip,
-        bias_step=config.bias_step if stage.trained is None else 0.0,
+        bias_step=config.bias_step if trained in (None, NOT_INDEXER) else 0.0,
         quantized=stage.quantized,
+        lora=config.lora,
     )
 
 
@@ -224,11 +241,15 @@ def _model(config, stage):
         numerics="native" if stage.quantized else None,
         min_repeats=config.min_repeats,
         remat=config.remat,
+        sharding=placement.shards_of(config.mesh),
     )
 
 
 def _optimizer(config):
-    return make_optimizer(config.optimizer, config.model.o_groups)
+    options = config.optimizer
+    if config.lora.rank is not None:
+        options = dataclasses.replace(options, frozen=lora.ALL_ELSE)
+    return make_optimizer(options, config.model.o_groups)
 
 
 def _rates(config, stage, step):

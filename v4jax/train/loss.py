@@ -91,6 +91,8 @@ def loss(
     shards = model.sharding
     if shards.mesh is None:
         return loss_local(model, weights, dense, variables, batch, counts, further)
+    sharded.check(model.config, shards)
+    shards.check_divides(dict(zip(("batch", "sequence"), batch.tokens_BT.shape, strict=True)))
     row, cell = shards.spec("batch"), shards.spec("batch", "sequence")
     ids = None if batch.segment_ids_BT is None else row
     here = functools.partial(loss_local, model.clone(inside=True), weights, dense)

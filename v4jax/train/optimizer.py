@@ -19,7 +19,7 @@ from v4jax.errors import InputError
 
 # Newton-Schulz: eight steps that bring singular values near 1 quickly, two that settle them there.
 COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
-SMALL = ("ape", "attn_sink", "base", "scale")
+SMALL = ("ape", "attn_sink", "base", "scale", "a", "b")  # a and b are LoRA's
 MATRICES = ("fn", "w1", "w2", "w3", "weight")
 TINY = 1e-30
 

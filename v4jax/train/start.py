@@ -9,6 +9,7 @@ from v4jax.config import ModelConfig
 from v4jax.datasets.hash_table import hash_table
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
+from v4jax.train import lora
 from v4jax.train.config import TrainConfig, flat
 from v4jax.train.optimizer import joined
 
@@ -29,6 +30,13 @@ def variables(config: TrainConfig, model: Transformer, count_V: np.ndarray | Non
         return fresh
     buffers = with_hash_tables(config.model, fresh["buffers"], count_V, config.seed)
     return fresh | {"buffers": buffers}
+
+
+def adapted(config: TrainConfig, params):
+    """The params, with adapters if the run trains those."""
+    if config.lora.rank is None:
+        return params
+    return lora.add(params, config.lora, jax.random.key(config.seed + 1))
 
 
 def with_hash_tables(config: ModelConfig, buffers, count_V: np.ndarray, seed: int):

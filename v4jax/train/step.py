@@ -11,8 +11,9 @@ from jaxtyping import Array
 
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
-from v4jax.train import quantized
+from v4jax.train import lora, quantized
 from v4jax.train.batch import Batch
+from v4jax.train.lora import LoraConfig
 from v4jax.train.loss import LossWeights, count, loss
 from v4jax.train.optimizer import joined, matches, parameter_of
 
@@ -48,6 +49,7 @@ class StepConfig:
       clip: largest global norm of the gradient.
       bias_step: how far a router's bias moves after a step.
       quantized: forward pass with weights as stored (the model should have native numerics).
+      lora: how adapters that are among the params are merged.
     """
 
     losses: LossWeights = LossWeights()
@@ -57,6 +59,7 @@ class StepConfig:
     clip: float | None = 1.0
     bias_step: float = 1e-3
     quantized: bool = False
+    lora: LoraConfig = LoraConfig()
 
 
 def new_state(params, buffers, optimizer: optax.GradientTransformation) -> TrainState:
@@ -112,6 +115,7 @@ def _gradient_of(model, config, state, counts, mtp_weight):
 
     def objective(params, part):
         params = keep_untrained(config.trained, params, jax.lax.stop_gradient(params))
+        params = lora.merge(params, config.lora)
         if role_of is not None:
             params = quantized.straight_through(params, role_of)
         variables = {"params": params, "buffers": state.buffers}

@@ -1,0 +1,106 @@
+"""A step on four fake devices: the loss and gradients of one, runs that resume on other meshes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tiny import unsettle
+from tests.train.models import small_batch
+from v4jax.config import CSA, HCA, ModelConfig, with_hash_routing
+from v4jax.model.transformer import Transformer
+from v4jax.train import loop, placement
+from v4jax.train.config import Stage, TrainConfig
+from v4jax.train.loss import LossWeights
+from v4jax.train.schedule import Schedule
+from v4jax.train.step import Rates, StepConfig, TrainState, accumulate
+
+MESHES = ["data=4", "fsdp=2,tensor=2", "sequence=2,expert=2", "data=2,sequence=2"]
+WEIGHTS = LossWeights(mtp=0.3, balance=0.01, indexer=1.0)
+
+
+def config(**changes) -> ModelConfig:
+    """Sizes that every mesh above divides."""
+    sizes = dict(vocab_size=320, hidden_size=32, num_attention_heads=4, head_dim=16)
+    sizes |= dict(qk_rope_head_dim=8, q_lora_rank=16, o_groups=2, o_lora_rank=8, dtype="float32")
+    sizes |= dict(sliding_window=8, index_n_heads=4, index_head_dim=16, index_topk=4)
+    sizes |= dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    layers = with_hash_routing((CSA, dataclasses.replace(HCA, ratio=8)), 1)
+    sizes |= dict(layers=layers, hc_mult=2, hc_sinkhorn_iters=2, initializer_range=0.1)
+    return ModelConfig(**(sizes | changes))
+
+
+def four(mesh):
+    """The mesh on four of the devices that there are."""
+    devices = jax.devices()
+    if len(devices) < 4:
+        pytest.skip("needs four devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    from v4jax.sharding.mesh import make_mesh, parse_sizes
+    from v4jax.sharding.rules import TRAIN, Shards
+
+    return Shards(make_mesh(devices[:4], **parse_sizes(mesh)), TRAIN)
+
+
+def gradients(shards, batch):
+    """Gradients and figures as host arrays."""
+    model = Transformer(config(), sharding=shards)
+    variables = unsettle(jax.jit(Transformer(config()).init)(jax.random.key(0)), 0)
+    step = StepConfig(losses=WEIGHTS, parts=2)
+
+    @jax.jit
+    def run(variables, batch):
+        state = TrainState(variables["params"], variables["buffers"], None, 0)
+        return accumulate(model, step, state, batch, Rates(jnp.float32(0), jnp.float32(0.3)))
+
+    return jax.device_get(run(variables, placement.put_batch(shards, batch)))
+
+
+@functools.cache
+def alone():
+    return gradients(placement.shards_of(None), small_batch(rows=8, vocab_size=320))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_gradients_are_those_of_one_device(mesh):
+    found, noted = gradients(four(mesh), small_batch(rows=8, vocab_size=320))
+    wanted, wanted_noted = alone()
+    for name, value in wanted_noted.items():
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, err_msg=name)
+        jax.tree.map(close, noted[name], value)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(found), strict=True
+    ):
+        error = np.abs(a - b).max() / np.abs(a).max()
+        assert error < 1e-4, (jax.tree_util.keystr(path), error)
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path, monkeypatch):
+    def run(mesh, workdir, steps):
+        monkeypatch.setattr(
+            placement, "shards_of", lambda mesh: four(mesh) if mesh else placement.Shards()
+        )
+        base = TrainConfig(
+            model=config(),
+            stages=(Stage(steps=4, length=32, batch=4),),
+            data=dataclasses.replace(TrainConfig(model=config()).data, kind="copy"),
+            # Muon turns rounding of a vanishing direction into one of full length.
+            optimizer=dataclasses.replace(
+                TrainConfig(model=config()).optimizer, matrices="adamw", eps=1e-6
+            ),
+            schedule=Schedule(1e-3, 1e-4, warm_up=1, decay=1),
+            checkpoint_every=2,
+        )
+        loop.train(dataclasses.replace(base, mesh=mesh), workdir, steps)
+
+    run("fsdp=2,tensor=2", tmp_path / "moved", 2)
+    run("data=4", tmp_path / "moved", 4)
+    run(None, tmp_path / "alone", 4)
+    from tests.train.test_loop import arrays
+
+    moved, still = (arrays(tmp_path / name, 4) for name in ("moved", "alone"))
+    for name, leaf in still.items():
+        if name.startswith("params"):
+            np.testing.assert_allclose(moved[name], leaf, atol=1e-5, err_msg=name)
