@@ -6,6 +6,7 @@ stacked arrays that the model scans over.
 """
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -18,11 +19,15 @@ import numpy as np
 
 from v4jax.config import ModelConfig, Segment, segments
 from v4jax.errors import InputError
+from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
 from v4jax.orbax_io import MANIFEST_NAME, OrbaxSource
 from v4jax.parallel import run_all
 from v4jax.quant import QTensor
 from v4jax.safetensors_io import INDEX_NAME, SINGLE_NAME
+from v4jax.sharded_load import ShardedLeaf, fill_leaves, identity
+from v4jax.sharding import processes
+from v4jax.sharding.rules import ONE_DEVICE, Shards
 from v4jax.sources import JOURNAL_NAME, FolderSource, converting, planned_items
 from v4jax.targets import OfficialTarget, OrbaxTarget, config_json, copy_item
 from v4jax.variables import VariablesSource
@@ -37,6 +42,7 @@ def load(
     dtype: str | None = None,
     weights: str = "stored",
     numerics: str | None = None,
+    shards: Shards = ONE_DEVICE,
     **options: Any,
 ) -> tuple[Transformer, dict[str, Any]]:
     """Builds a model and loads its weights.
@@ -48,6 +54,8 @@ def load(
       weights: "stored" keeps FP8 and FP4 matrices as they are, as `quant.QTensor`s; "bf16" and
         "float32" expand them.
       numerics: None, or "native" for the official low-precision rounding.
+      shards: a mesh and strategy for the model to run on. Each process then reads only the bytes
+        that its devices hold; draft blocks, which are only passed on, are left out.
       **options: further fields of `Transformer`, such as `min_repeats`.
 
     Returns:
@@ -58,9 +66,16 @@ def load(
     """
     with open_checkpoint(path) as source:
         items = planned_items(source, weights)
-        model = Transformer(source.config, dtype=dtype, numerics=numerics, **options)
+        model = Transformer(
+            source.config, dtype=dtype, numerics=numerics, sharding=shards, **options
+        )
         model.rounding()  # a wrong dtype or numerics shows before gigabytes are read
-        return model, _fill(source, items, model.segments())
+        if shards.mesh is None:
+            return model, _fill(source, items, model.segments())
+        sharded.check(model.config, shards)
+        if processes.count() > 1:
+            processes.agree("the checkpoint", identity(source) | {"weights": weights})
+        return model, _fill_mesh(source, items, model)
 
 
 def load_variables(
@@ -144,19 +159,22 @@ class _Leaf:
         self.specs: list[TensorSpec] = []
         self.buffer: np.ndarray | None = None
 
-    def allocate(self, repeats):
+    def form(self, repeats):
+        """Shape and dtype."""
         first = self.specs[0]
         experts = [spec.expert for spec in self.specs if spec.expert is not None]
         stack = (max(experts) + 1,) if experts else ()
         leading = () if repeats is None else (repeats,)
         wide = any(_tree_dtype(spec) == np.float32 for spec in self.specs)
         dtype = np.dtype(np.float32) if wide else _tree_dtype(first)
-        self.buffer = _aligned((*leading, *stack, *first.shape), dtype)
+        return (*leading, *stack, *first.shape), dtype
 
 
 def _fill(source, items, cut: tuple[Segment, ...]):
     """Reads all items into the variables' arrays; each goes to the device once it is complete."""
-    leaves, places = _plan_leaves(items, cut)
+    leaves, places, repeats = _plan_leaves(items, cut)
+    for where, leaf in leaves.items():
+        leaf.buffer = _aligned(*leaf.form(repeats[where]))
     done = {}
     with ThreadPoolExecutor(THREADS) as pool:
         for item, specs in items.items():
@@ -182,8 +200,27 @@ def _fill_item(source, item, specs, leaves, places, pool):
         run_all(pool, fetch, specs)
 
 
+def _fill_mesh(source, items, model):
+    """As `_fill`, onto the model's mesh."""
+    planned, where_of, repeats = _plan_leaves(items, model.segments())
+    shardings = sharded.variable_shardings(model)
+    leaves, places, last_items = {}, {}, {}
+    for where, leaf in planned.items():
+        if where[0] == "carried":
+            continue
+        quantized = leaf.specs[0].part != "array"
+        path = where[:-1] if quantized else where
+        sharding = functools.reduce(dict.__getitem__, path, shardings)
+        leaves[where] = ShardedLeaf(where, *leaf.form(repeats[where]), sharding, _aligned)
+        last_items[where] = leaf.specs[-1].item
+        for spec in leaf.specs:
+            indices = (where_of[spec.key][1], spec.expert)
+            places[spec.key] = (where, tuple(i for i in indices if i is not None))
+    return _nest(fill_leaves(source, items, leaves, places, last_items))
+
+
 def _plan_leaves(items, cut):
-    """Unfilled leaves by their path, and each tensor's leaf and repeat."""
+    """Unfilled leaves by their path, each tensor's leaf and repeat, and each leaf's repeats."""
     leaves, places, repeats = {}, {}, {}
     lengths = {segment.name: segment.repeats for segment in cut}
     for item, specs in items.items():
@@ -193,9 +230,7 @@ def _plan_leaves(items, cut):
             places[spec.key] = (where, repeat)
             leaves.setdefault(where, _Leaf()).specs.append(spec)
             repeats[where] = None if repeat is None else lengths[path[1]]
-    for where, leaf in leaves.items():
-        leaf.allocate(repeats[where])
-    return leaves, places
+    return leaves, places, repeats
 
 
 def _tree_dtype(spec):

@@ -22,6 +22,7 @@ import numpy as np
 
 from v4jax.errors import InputError
 from v4jax.parallel import run_all
+from v4jax.regions import Region, read_region, whole
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -47,7 +48,6 @@ NUMPY_DTYPES = {
 STORED_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 
 _MAX_HEADER = 100 << 20  # the format's own limit
-_PIECE = 8 << 20  # bytes read at once
 
 
 class Entry(NamedTuple):
@@ -92,19 +92,17 @@ class SafetensorsFile:
             self.close()
             raise
 
-    def read_into(self, key: str, out: np.ndarray) -> None:
-        """Reads a tensor's bytes into a C-contiguous array of the same size in bytes."""
+    def read_into(self, key: str, out: np.ndarray, region: Region | None = None) -> None:
+        """Reads the bytes of a tensor, or of a region, into a C-contiguous array of as many."""
         entry = self.entries[key]
-        buffer = bytes_of(out)
-        if buffer.nbytes != entry.nbytes:
-            raise ValueError(f"{key} has {entry.nbytes} bytes, the buffer {buffer.nbytes}")
-        done = 0
-        while done < entry.nbytes:
-            piece = os.pread(self._fd, min(_PIECE, entry.nbytes - done), entry.start + done)
-            if not piece:
-                raise InputError(f"{self.path}: ended while {key} was read; it was cut short")
-            buffer[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
-            done += len(piece)
+        if region is None:
+            if out.nbytes != entry.nbytes:
+                raise ValueError(f"{key} has {entry.nbytes} bytes, the buffer {out.nbytes}")
+            region = whole(entry.shape)
+        try:
+            read_region(self._fd, entry.start, entry.shape, region, out)
+        except EOFError:
+            raise InputError(f"{self.path}: ended while {key} was read; it was cut short") from None
 
     def read(self, key: str) -> np.ndarray:
         """A tensor as a new array of the dtype that the file states."""
@@ -163,8 +161,8 @@ class SafetensorsFolder:
         if weight_map is not None:
             self._check_index(weight_map)
 
-    def read_into(self, key: str, out: np.ndarray) -> None:
-        self._file_of[key].read_into(key, out)
+    def read_into(self, key: str, out: np.ndarray, region: Region | None = None) -> None:
+        self._file_of[key].read_into(key, out, region)
 
     def read(self, key: str) -> np.ndarray:
         return self._file_of[key].read(key)

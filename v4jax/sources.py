@@ -8,6 +8,10 @@ Orbax format (`orbax_io`) and a model's variables (`checkpoint`). Each has
     items           item -> its list of `TensorSpec`, each with the one dtype that was found
     fingerprint     text that changes when the content may have changed
     open_item(name) a context manager; gives `read(key, out)`, which fills an array
+
+Folders and Orbax directories also have
+
+    open_parts(name) the same; `read(key, out, region)` reads the bytes of a tensor's region alone
 """
 
 import contextlib
@@ -24,8 +28,11 @@ from absl import logging
 from v4jax.config import WINDOW, ModelConfig
 from v4jax.errors import InputError
 from v4jax.expand import check_scales, expand
+from v4jax.regions import shape_of, slices
 from v4jax.safetensors_io import SafetensorsFolder
 from v4jax.weights import (
+    BLOCK,
+    GROUP,
     TensorSpec,
     expanded_config,
     scale_key,
@@ -37,7 +44,7 @@ from v4jax.weights import (
 JOURNAL_NAME = ".incomplete"  # there while a conversion into the directory is under way
 CONFIG_NAME = "config.json"
 
-Read = Callable[[str, np.ndarray], None]
+Read = Callable[..., None]  # (key, out), or of parts (key, out, region)
 Found = Mapping[str, tuple[str, tuple[int, ...]]]  # key -> dtype, shape
 
 
@@ -70,10 +77,12 @@ class FolderSource:
 
     @contextlib.contextmanager
     def open_item(self, name: str) -> Iterator[Read]:
-        def read(key, out):
-            self._folder.read_into(self._file_keys.get(key, key), out)
+        def read(key, out, region=None):
+            self._folder.read_into(self._file_keys.get(key, key), out, region)
 
         yield read
+
+    open_parts = open_item
 
     def close(self) -> None:
         self._folder.close()
@@ -180,29 +189,58 @@ def converting(source, item: str, read: Read) -> Read:
     """A reader of an item that also changes types: `out`'s dtype says what is wanted.
 
     Quantised values are expanded where a float array is wanted, and floats are cast. Bytes that
-    need no change are read straight into `out`. Scales and token tables are checked.
+    need no change are read straight into `out`. Scales and token tables are checked. A region is
+    one of what is wanted; in FP4 that is twice as wide as what is stored.
     """
     specs = {spec.key: spec for spec in source.items[item]}
     experts = source.config.n_routed_experts
 
-    def convert(key, out):
+    def convert(key, out, region=None):
         spec = specs[key]
+        part = () if region is None else (region,)
         same = out.dtype == spec.dtype
-        stored = out if same else np.empty(spec.shape, spec.dtype)
-        read(key, stored)
+        if not same and spec.part == "values":
+            _expand_into(spec, specs[scale_key(key)], read, region, out)
+            return
+        stored = out if same else np.empty(out.shape, spec.dtype)
+        read(key, stored, *part)
         if spec.role == "scale" and stored.dtype == np.uint8:
             check_scales(key, stored)
         if spec.role == "table":
             _check_table(key, stored, experts)
-        if not same and spec.part == "values":
-            scales = specs[scale_key(key)]
-            factors = np.empty(scales.shape, scales.dtype)
-            read(scales.key, factors)
-            expand(key, stored, factors, out)
-        elif not same:
+        if not same:
             out[...] = stored
 
     return convert
+
+
+def _expand_into(spec, scales, read, region, out):
+    """Reads and expands a matrix, or the blocks around a region of it."""
+    if region is None:
+        values, factors = (np.empty(each.shape, each.dtype) for each in (spec, scales))
+        read(spec.key, values)
+        read(scales.key, factors)
+        expand(spec.key, values, factors, out)
+        return
+    packed = spec.dtype == np.uint8
+    rows, columns = (1, GROUP) if packed else (BLOCK, BLOCK)
+    blocks = tuple(
+        (first // size, -(-end // size))
+        for (first, end), size in zip(region, (rows, columns), strict=True)
+    )
+    full = (spec.shape[0], spec.shape[1] * (2 if packed else 1))
+    around = tuple(
+        (first * size, min(end * size, most))
+        for (first, end), size, most in zip(blocks, (rows, columns), full, strict=True)
+    )
+    stored = (around[0], tuple(n // 2 for n in around[1])) if packed else around
+    values = np.empty(shape_of(stored), spec.dtype)
+    factors = np.empty(shape_of(blocks), scales.dtype)
+    read(spec.key, values, stored)
+    read(scales.key, factors, blocks)
+    expanded = np.empty(shape_of(around), out.dtype)
+    expand(spec.key, values, factors, expanded)
+    out[...] = expanded[slices(region, around)]
 
 
 def _check_table(key, table, experts):
