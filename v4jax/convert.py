@@ -3,6 +3,10 @@
 From official, transformers or our Orbax format to official or Orbax, with the weights as stored or
 expanded to bf16 or float32. The target looks whole only when all of it has been written, read back
 and compared: until then it holds a journal, and neither index nor manifest.
+
+Several processes (`sharding.processes`) share the items of a conversion among them and write into
+one directory on a disk that all can reach; process 0 begins and finishes it. The bytes of the
+target are the same.
 """
 
 import dataclasses
@@ -22,6 +26,7 @@ from v4jax.journal import Journal
 from v4jax.orbax_io import MANIFEST_NAME
 from v4jax.parallel import run_all
 from v4jax.safetensors_io import INDEX_NAME, SINGLE_NAME, bytes_of, write_atomically
+from v4jax.sharding import processes
 from v4jax.sources import JOURNAL_NAME, converting, planned_items
 from v4jax.targets import TARGETS, OfficialTarget, OrbaxTarget, config_json, copy_item
 from v4jax.weights import expanded_config
@@ -90,14 +95,18 @@ def convert(
         raise InputError(f"to is {to!r}; expected one of {', '.join(TARGETS)}")
     source, target = locate(source), os.fspath(target)
     _check_apart(source, target)
+    task = _Task(source, target, to, weights, progress)
     started = time.monotonic()
     try:
         with open_checkpoint(source) as opened:
+            processes.agree(
+                "the conversion", {"config": opened.config.to_hf(), "to": to, "weights": weights}
+            )
             report = None
             if not (verify and _is_whole(target)):
-                report = _Conversion(opened, target, to, weights, progress).run()
+                report = _Conversion(opened, task).run()
             if verify:
-                compared = _compare(opened, target, weights, progress)
+                compared = _compare(opened, task)
                 report = report or compared
     except OSError as error:
         raise InputError(
@@ -107,24 +116,64 @@ def convert(
     return dataclasses.replace(report, seconds=time.monotonic() - started)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What `convert` was asked for."""
+
+    source: str
+    target: str
+    to: str
+    weights: str
+    progress: bool
+
+
 class _Conversion:
     """One run, from the first check of the target to its last file."""
 
-    def __init__(self, source, target, to, weights, progress):
-        self.source, self.path, self.weights = source, target, weights
-        self.config = expanded_config(source.config, weights)
-        self.items = planned_items(source, weights)
-        kind = {"official": OfficialTarget, "orbax": OrbaxTarget}[to]
-        self.target = kind(target, self.items)
+    def __init__(self, source, task):
+        self.source, self.path, self.weights = source, task.target, task.weights
+        self.task = task
+        self.config = expanded_config(source.config, task.weights)
+        self.items = planned_items(source, task.weights)
+        kind = {"official": OfficialTarget, "orbax": OrbaxTarget}[task.to]
+        self.target = kind(task.target, self.items)
         self.purpose = {
             "source": os.path.realpath(source.path),
-            "to": to,
-            "weights": weights,
+            "to": task.to,
+            "weights": task.weights,
             "content": source.fingerprint,
         }
-        self.progress = progress
 
     def run(self) -> Report:
+        process, count = processes.index(), processes.count()
+        journal = self._begin() if process == 0 else None
+        # Process 0 knows what an earlier run has finished, and which of it is still there.
+        resumed = processes.gathered(self._resumed(journal))[0]
+        if count == 1:
+            self.work(journal, resumed, (0, 1))
+        else:
+            # Orbax lets process 0 of a joined program write alone, so each writes from outside.
+            task = dataclasses.replace(self.task, progress=self.task.progress and process == 0)
+            processes.run_outside(_convert_part, task, resumed, (process, count))
+        processes.barrier("items written")
+        if process == 0:
+            journal.take_in()
+            self._finish({k: v for name in self.items for k, v in journal.done[name].items()})
+            journal.close()
+        processes.barrier("conversion finished")
+        nbytes = self._bytes(self.items)
+        tensors = sum(len(specs) for specs in self.items.values())
+        return Report("converted", tensors, nbytes, 0.0, len(resumed))
+
+    def work(self, journal, resumed, part):
+        """Writes and reads back a part of the items: every n-th from the i-th, for (i, n)."""
+        missing = _share([name for name in self.items if name not in resumed], part)
+        done = {name: resumed[name] for name in _share(resumed, part)}
+        with ThreadPoolExecutor(THREADS) as pool:
+            self._write(pool, journal, missing, done)
+            self._read_back(pool, done | {name: journal.done[name] for name in missing})
+
+    def _begin(self):
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise InputError(f"{self.path}: is a file; expected a new directory for the target")
         # Before the journal is made, so that a full disk leaves nothing behind.
@@ -132,34 +181,26 @@ class _Conversion:
             self._check_space(self.items)
         journal = Journal(self.path, self.purpose)
         self._check_space([name for name in self.items if name not in journal.done])
-        resumed = [name for name in journal.done if self.target.has_item(name)]
-        with ThreadPoolExecutor(THREADS) as pool:
-            self._write(pool, journal, resumed)
-            checksums = self._read_back(pool, journal)
-        self._finish(checksums)
-        journal.close()
-        nbytes = self._bytes(self.items)
-        count = sum(len(specs) for specs in self.items.values())
-        return Report("converted", count, nbytes, 0.0, len(resumed))
+        return journal
 
-    def _write(self, pool, journal, resumed):
-        with self._bar("writing", self._bytes(resumed)) as bar:
-            for name in self.items:
-                if name in resumed:
-                    continue
+    def _resumed(self, journal):
+        """Checksums of the items that an earlier run has written."""
+        done = {} if journal is None else journal.done
+        return {name: done[name] for name in done if self.target.has_item(name)}
+
+    def _write(self, pool, journal, names, done):
+        with self._bar("writing", [*names, *done], self._bytes(done)) as bar:
+            for name in names:
                 bar.set_postfix_str(name)
                 self._check_space([name])  # others may have filled the disk meanwhile
                 journal.add(name, copy_item(self.source, self.target, name, pool, bar.update))
 
-    def _read_back(self, pool, journal):
-        """Compares what is on disk with what was written; all checksums."""
-        checksums = {}
-        with self._bar("verifying") as bar:
-            for name in self.items:
+    def _read_back(self, pool, written):
+        """Compares what is on disk with what was written."""
+        with self._bar("verifying", written) as bar:
+            for name, checksums in written.items():
                 bar.set_postfix_str(name)
-                checksums |= journal.done[name]
                 self._read_back_item(name, pool, checksums, bar)
-        return checksums
 
     def _read_back_item(self, name, pool, checksums, bar):
         with self.target.open_item(name) as read:
@@ -191,25 +232,54 @@ class _Conversion:
     def _bytes(self, names):
         return sum(spec.nbytes for name in names for spec in self.items[name])
 
-    def _bar(self, what, initial=0):
-        return _bar(what, self._bytes(self.items), initial, self.progress)
+    def _bar(self, what, names, initial=0):
+        return _bar(what, self._bytes(names), initial, self.task.progress)
 
 
-def _compare(source, target, weights, progress) -> Report:
+def _convert_part(task, resumed, part):
+    """One process's part of the items; its journal is beside that of the whole."""
+    with open_checkpoint(task.source) as opened:
+        conversion = _Conversion(opened, task)
+        journal = Journal(task.target, conversion.purpose, 1 + part[0])
+        conversion.work(journal, resumed, part)
+
+
+def _share(names, part):
+    return list(names)[part[0] :: part[1]]
+
+
+def _compare(source, task) -> Report:
     """Reads both checkpoints and compares every tensor, bit by bit."""
-    with open_checkpoint(target) as other:
-        expected, found = planned_items(source, weights), other.items
-        _check_same_tensors(expected, found, source.path, target, weights)
-        total = sum(spec.nbytes for specs in expected.values() for spec in specs)
-        count = sum(len(specs) for specs in expected.values())
+    process, count = processes.index(), processes.count()
+    if count == 1:
+        _compare_part(source, task, (0, 1))
+    else:
+        task = dataclasses.replace(task, progress=task.progress and process == 0)
+        processes.run_outside(_reopen_and_compare, task, (process, count))
+    processes.barrier("compared")
+    expected = planned_items(source, task.weights)
+    total = sum(spec.nbytes for specs in expected.values() for spec in specs)
+    return Report("compared", sum(len(specs) for specs in expected.values()), total, 0.0)
+
+
+def _reopen_and_compare(task, part):
+    with open_checkpoint(task.source) as source:
+        _compare_part(source, task, part)
+
+
+def _compare_part(source, task, part):
+    with open_checkpoint(task.target) as other:
+        expected = planned_items(source, task.weights)
+        _check_same_tensors(expected, other.items, source.path, task.target, task.weights)
+        names = _share(expected, part)
+        total = sum(spec.nbytes for name in names for spec in expected[name])
         with (
             ThreadPoolExecutor(THREADS) as pool,
-            _bar("comparing", total, 0, progress) as bar,
+            _bar("comparing", total, 0, task.progress) as bar,
         ):
-            for name, specs in expected.items():
+            for name in names:
                 bar.set_postfix_str(name)
-                _compare_item(source, other, name, specs, pool, bar)
-    return Report("compared", count, total, 0.0)
+                _compare_item(source, other, name, expected[name], pool, bar)
 
 
 def _compare_item(source, other, name, specs, pool, bar):

@@ -1,12 +1,13 @@
 """Convert a checkpoint between the official layout and Orbax.
 
-Progress goes to stderr, one summary line to stdout.
+Progress goes to stderr, one summary line to stdout. Several processes share the work.
 """
 
 from absl import flags
 
 from v4jax.convert import convert
 from v4jax.errors import InputError
+from v4jax.sharding import processes
 
 FLAGS = flags.FLAGS
 
@@ -26,6 +27,7 @@ def define_flags():
     flags.DEFINE_boolean(
         "verify", False, "Compare every tensor with the source; alone if the target is there"
     )
+    processes.define_flags()
 
 
 def run() -> int:
@@ -35,6 +37,7 @@ def run() -> int:
             raise InputError(f"--{name} is missing; expected {expected}")
     if FLAGS.to is None:
         raise InputError("--to is missing; expected official or orbax")
-    report = convert(FLAGS.source, FLAGS.target, FLAGS.to, FLAGS.weights, FLAGS.verify)
-    print(f"{report}: {FLAGS.target}")
+    with processes.joined_by_flags():
+        report = convert(FLAGS.source, FLAGS.target, FLAGS.to, FLAGS.weights, FLAGS.verify)
+        print(f"{report}: {FLAGS.target}")
     return 0

@@ -1,0 +1,170 @@
+"""Two and four real processes on this machine, with two CPU devices each."""
+
+import filecmp
+import json
+import os
+import sys
+import time
+
+import pytest
+
+from tests.checkpoints import synthetic
+from tests.sharding import spawn
+from v4jax import convert as convert_lib
+from v4jax.checkpoint import open_checkpoint
+from v4jax.convert import convert
+from v4jax.errors import InputError
+from v4jax.sharding import processes
+
+WORKERS = "tests.sharding.workers:"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    synthetic(folder / "official")
+    return folder
+
+
+def check_ended(ended):
+    for process, each in enumerate(ended):
+        assert each.status == 0, f"process {process}: {each.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("count", (2, 4))
+def test_only_the_first_speaks(count):
+    ended = spawn.run_function(WORKERS + "speak", count)
+    check_ended(ended)
+    assert ended[0].stdout == f"hello from 0\nsum {2.0 * count}\n"
+    assert all(each.stdout == "" for each in ended[1:])
+
+
+@pytest.mark.parametrize(
+    "count, strategy, sizes, weights",
+    [
+        (4, "prefill", dict(expert=8), "stored"),
+        (4, "train", dict(data=2, fsdp=2, expert=2), "float32"),
+        (2, "train", dict(fsdp=2, expert=2), "bf16"),
+    ],
+)
+def test_each_reads_its_part(folder, count, strategy, sizes, weights):
+    path = str(folder / "official")
+    ended = spawn.run_function(WORKERS + "load", count, path, strategy, json.dumps(sizes), weights)
+    check_ended(ended)
+    found = json.loads(ended[0].stdout)
+    assert [each["wrong"] for each in found] == [0] * count
+    size = sum(f.stat().st_size for f in (folder / "official").glob("*.safetensors"))
+    for each in found:
+        assert each["read"] < 0.9 * size
+        if weights == "stored":
+            # What its devices hold, parts of equal content once, and the sample for `agree`.
+            assert 0 <= each["read"] - each["held"] < 4096
+
+
+def test_restore_onto_another_mesh(folder):
+    sizes = json.dumps(dict(fsdp=2, expert=2))
+    ended = spawn.run_function(WORKERS + "restore", 2, str(folder), "prefill", sizes)
+    check_ended(ended)
+    assert [each["wrong"] for each in json.loads(ended[0].stdout)] == [0, 0]
+
+
+@pytest.mark.parametrize("count, to", [(2, "orbax"), (4, "official")])
+def test_conversion(folder, count, to):
+    source, one, many = (str(folder / name) for name in ("official", f"one-{to}", f"many-{to}"))
+    convert(source, one, to, progress=False)
+    flags = [f"--source={source}", f"--target={many}", f"--to={to}", "--verify"]
+    ended = spawn.run_command(["convert", *flags], count)
+    check_ended(ended)
+    assert ended[0].stdout.startswith("converted ") and ended[0].stdout.count("\n") == 1
+    assert all(each.stdout == "" and each.stderr == "" for each in ended[1:])
+    check_same_files(one, many)
+
+
+def test_parts_of_a_stopped_conversion_are_kept(folder):
+    """One of three processes had written its part when all were stopped; then one goes on."""
+    source, one, many = (str(folder / name) for name in ("official", "whole", "stopped"))
+    convert(source, one, "orbax", progress=False)
+    task = convert_lib._Task(source, many, "orbax", "stored", False)
+    with open_checkpoint(source) as opened:
+        conversion = convert_lib._Conversion(opened, task)
+        conversion._begin()
+    convert_lib._convert_part(task, {}, (1, 3))
+    with pytest.raises(InputError, match="has not ended"), open_checkpoint(many):
+        pass
+    report = convert(source, many, "orbax", progress=False)
+    assert report.resumed == len(list(conversion.items)[1::3])
+    check_same_files(one, many)
+
+
+def check_same_files(one, many):
+    names = [files_below(path) for path in (one, many)]
+    assert names[0] == names[1] and names[0]
+    assert filecmp.cmpfiles(one, many, names[0], shallow=False)[0] == names[0]
+
+
+def files_below(path):
+    found = (os.path.join(root, name) for root, _, names in os.walk(path) for name in names)
+    return sorted(os.path.relpath(each, path) for each in found)
+
+
+def test_disagreement_names_the_field():
+    ended = spawn.run_function(WORKERS + "disagree", 2)
+    assert [each.status for each in ended] == [2, 2]
+    message = "the processes disagree on the config: config.width is 64 in process 0 and 66 in"
+    assert message in ended[0].stderr
+    assert "disagree" not in ended[1].stderr
+
+
+@pytest.mark.parametrize("process", (0, 1))
+def test_bad_input_in_one_stops_all(process):
+    ended = spawn.run_function(WORKERS + "fail", 2, str(process), timeout=90)
+    assert f"process {process} of 2: the file is bad" in ended[process].stderr
+    assert ended[process].status == 2
+    other = ended[1 - process]
+    assert other.status not in (0, None) and other.seconds - ended[process].seconds < 30
+    assert other.stderr.strip()
+
+
+@pytest.mark.parametrize("way", ("compute", "sleep"))
+@pytest.mark.parametrize("process", (0, 1))
+def test_a_killed_process_stops_the_others(process, way):
+    """Within three heartbeats of 10 seconds, and not without a word."""
+    ended = spawn.run_function(WORKERS + "die", 4, str(process), way, timeout=120)
+    assert ended[process].status == -9
+    for each in (each for i, each in enumerate(ended) if i != process):
+        assert each.status not in (0, None)
+        assert each.seconds - ended[process].seconds < 30
+        assert "process" in each.stderr or "task" in each.stderr
+
+
+def test_a_coordinator_that_does_not_answer():
+    address = f"127.0.0.1:{spawn.free_port()}"
+    started = time.monotonic()
+    with (
+        pytest.raises(InputError, match=f"{address} did not answer within 1 s"),
+        processes.joined(address, 2, 1, wait=1),
+    ):
+        pass
+    assert time.monotonic() - started < 10
+
+
+def test_a_process_that_never_comes():
+    """Process 0 of two waits for the other one, and says so."""
+    address = f"127.0.0.1:{spawn.free_port()}"
+    code = f"from v4jax.sharding.processes import joined\nwith joined({address!r}, 2, 0, wait=3): 1"
+    [ended] = spawn.run(lambda _: [sys.executable, "-c", code], 1, timeout=90)
+    assert ended.status not in (0, None) and ended.seconds < 60
+    assert f"not all of the 2 processes met at {address} within 3 s" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("localhost:1", None, 0), "--num_processes missing beside --coordinator and --process_id"),
+        (("localhost", 2, 0), "--coordinator is 'localhost'; expected HOST:PORT"),
+        (("localhost:1", 2, 2), "--process_id is 2 and --num_processes 2; expected one from 0 to"),
+    ],
+)
+def test_bad_flags(flags, message):
+    with pytest.raises(InputError, match=message), processes.joined(*flags):
+        pass
