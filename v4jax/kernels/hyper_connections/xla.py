@@ -52,15 +52,10 @@ def pre_backward(h_BTMD, fn_XV, base_X, scale_3, mixed_XN, norm_N, grads, *, ite
 
 
 def post(y_BTD, h_BTMD, post_BTM, comb_BTMM, *, dtype):
-    """See api.post."""
-    m, y_BTD = h_BTMD.shape[2], y_BTD.astype(jnp.float32)
-    streams = [h_BTMD[:, :, i].astype(jnp.float32) for i in range(m)]
-
-    def stream(j):
-        kept = sum(comb_BTMM[:, :, i, j, None] * streams[i] for i in range(m))
-        return post_BTM[:, :, j, None] * y_BTD + kept
-
-    return round_to(jnp.stack([stream(j) for j in range(m)], axis=2), dtype)
+    """See api.post. All new streams in one pass: stacked one by one they would be copied."""
+    y_BTD, h_BTMD = y_BTD.astype(jnp.float32), h_BTMD.astype(jnp.float32)
+    kept = sum(comb_BTMM[:, :, i, :, None] * h_BTMD[:, :, i, None] for i in range(h_BTMD.shape[2]))
+    return round_to(post_BTM[..., None] * y_BTD[:, :, None] + kept, dtype)
 
 
 def post_backward(y_BTD, h_BTMD, post_BTM, comb_BTMM, grad_BTMD):
