@@ -19,7 +19,7 @@ from v4jax.kernels.sparse_attention.entries import flat, take
 from v4jax.kernels.sparse_attention.stored import StoredRows
 
 QUERY_BLOCK = 128
-ENTRY_TILE = 512
+ENTRY_TILES = (128, 512)
 # Masked tiles beat gathered rows while there are at most this many entries for each chosen one.
 MASKED_ENTRIES_PER_CHOICE = 4
 GATHERED_ELEMENTS = 1 << 22
@@ -63,12 +63,22 @@ def _pad(plan, q_BTNH, window_BSH, entries_BCH, places):
         first = first + short
     if isinstance(entries_BCH, StoredRows):
         sets = -(-entries_BCH.shape[1] // stored.SET)
-        entries_BCH = stored.pad(entries_BCH, min(ENTRY_TILE, sets * stored.SET))
+        entries_BCH = stored.pad(entries_BCH, _tile_size(sets * stored.SET))
     elif entries_BCH is not None:
-        tile = min(ENTRY_TILE, entries_BCH.shape[1])
+        tile = _tile_size(entries_BCH.shape[1])
         entries_BCH = query_blocks.pad(entries_BCH, after=-entries_BCH.shape[1] % tile)
     places = jax.tree.map(pad, places._replace(first=first))
     return pad(q_BTNH), window_BSH, entries_BCH, places
+
+
+def _tile_size(entries):
+    """About a quarter of the entries, so that early queries skip most; whole tiles keep it.
+
+    A multiple of 128 unless all entries are fewer, as stored rows want it.
+    """
+    smallest, largest = ENTRY_TILES
+    quarter = -(-entries // (4 * smallest)) * smallest
+    return min(entries, quarter, largest)
 
 
 def _take_block(block, index, q_BTNH, places):
@@ -137,7 +147,7 @@ def _absorb_entries(plan, carry, q, entries_BCH, here):
         kv, mask = _entry_tile(index, entries_BCH, low, high, picked)
         return _absorb(plan, carry, q, kv, mask)
 
-    size = min(ENTRY_TILE, entries_BCH.shape[1])
+    size = _tile_size(entries_BCH.shape[1])
     if entries_BCH.shape[1] == size:
         return tile(0, carry)
     return jax.lax.fori_loop(*_tile_range(low, high, size), tile, carry)
@@ -167,7 +177,7 @@ def _picked(here, entries):
 
 
 def _entry_tile(index, entries_BCH, low, high, picked):
-    size = min(ENTRY_TILE, entries_BCH.shape[1])
+    size = _tile_size(entries_BCH.shape[1])
     begin = index * size
     if isinstance(entries_BCH, StoredRows):
         kv = stored.block(entries_BCH, begin, size)
@@ -261,7 +271,7 @@ def _entry_grads(plan, dq, q, entries_BCH, here, row, dentries):
         chosen = _indices(plan, here)
         return _gathered_grads(plan, dq, q, entries_BCH, chosen, row, dentries)
     picked, low, high = _picked(here, entries_BCH.shape[1]), here.low, here.high
-    size = min(ENTRY_TILE, entries_BCH.shape[1])
+    size = _tile_size(entries_BCH.shape[1])
 
     def tile(index, carry):
         dq, dentries = carry
