@@ -10,8 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from v4jax.config import ModelConfig, Yarn
 
-HIGHEST = jax.lax.Precision.HIGHEST
-
 
 def inverse_frequencies(config: ModelConfig, compressing: bool) -> Float[np.ndarray, "half"]:
     """The angle a position turns each channel pair, float32 [R/2] (architecture section 4).
@@ -67,16 +65,21 @@ def rotate(x: Array, cos: Array, sin: Array, inverse: bool = False) -> Float[Arr
     """
     x = x.astype(jnp.float32)
     width = 2 * cos.shape[-1]
-    kept, turned = x[..., :-width], x[..., -width:]
-    cos, sin = jnp.repeat(cos, 2, axis=-1), jnp.repeat(-sin if inverse else sin, 2, axis=-1)
-    # A product with a signed permutation is exact, and far quicker than taking pairs apart.
-    swapped = jnp.einsum("...r,rs->...s", turned, _quarter_turn(width), precision=HIGHEST)
-    return jnp.concatenate([kept, turned * cos + swapped * sin], axis=-1)
+    kept = x.shape[-1] - width
+    cos, sin = _over_channels(cos, kept), _over_channels(-sin if inverse else sin, kept)
+    channel = jnp.expand_dims(jnp.arange(x.shape[-1]), tuple(range(x.ndim - 1)))
+    # Shifting the row by one either way is one pass; taking the pairs apart is several slow ones.
+    partner = jnp.where((channel - kept) % 2 == 0, -_shifted(x, -1), _shifted(x, 1))
+    return jnp.where(channel < kept, x, x * cos + partner * sin)
 
 
-def _quarter_turn(width: int) -> np.ndarray:
-    """The matrix that takes each pair (even, odd) to (-odd, even)."""
-    turn = np.zeros((width, width), np.float32)
-    even = np.arange(0, width, 2)
-    turn[even + 1, even], turn[even, even + 1] = -1, 1
-    return turn
+def _over_channels(angles, kept):
+    """[*b, R/2] -> [*b, H]: each value for both channels of its pair, behind `kept` zeros."""
+    pairs = jnp.repeat(angles, 2, axis=-1)
+    return jnp.pad(pairs, [(0, 0)] * (pairs.ndim - 1) + [(kept, 0)])
+
+
+def _shifted(x, by):
+    """x with channel c at c + by, a zero where there is none."""
+    zero = jnp.zeros((), x.dtype)
+    return jax.lax.pad(x, zero, [(0, 0, 0)] * (x.ndim - 1) + [(by, -by, 0)])
