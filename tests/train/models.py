@@ -1,21 +1,25 @@
 """One small model with every kind of layer for the tests of training, made and compiled once."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 
 from tests.tiny import tiny_config, unsettle
+from v4jax.config import CSA, HCA, with_hash_routing
 from v4jax.model.transformer import Transformer
 from v4jax.train.batch import make_batch
 
 
 @functools.cache
 def small_model(**changes):
-    """A model (window, CSA, HCA and one MTP block) and its variables."""
+    """A model (CSA by hash, HCA by score and one MTP block) and its variables."""
     options = {name: changes.pop(name) for name in ("numerics", "dtype") if name in changes}
-    # Fewer Sinkhorn steps and index heads only make it quicker to compile.
-    model = Transformer(tiny_config(**({"hc_sinkhorn_iters": 3} | changes)), **options)
+    # Two layers and two streams: as quick to compile as it gets.
+    layers = with_hash_routing((CSA, dataclasses.replace(HCA, ratio=16)), 1)
+    sizes = {"layers": layers, "hc_mult": 2, "hc_sinkhorn_iters": 2}
+    model = Transformer(tiny_config(**(sizes | changes)), **options)
     return model, unsettle(jax.jit(model.init)(jax.random.key(0)), 0)
 
 
