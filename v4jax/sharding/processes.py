@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -144,7 +145,6 @@ def run_outside(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _begin_outside(parent):
-    import threading
     import time
 
     import jax
@@ -218,26 +218,38 @@ def _initialize(coordinator, num_processes, process_id, wait, heartbeat) -> bool
     wait = WAIT_SECONDS if wait is None else wait
     if coordinator is not None and process_id:
         _await_coordinator(coordinator, wait)
+    absent = (
+        f"not all of the {num_processes or 'expected'} processes met at "
+        f"{coordinator or 'the coordinator that JAX found'} within {wait} s; check the address and "
+        "that all have started"
+    )
+    # JAX's client gives up with a dump of its own, so this comes first.
+    giving_up = threading.Timer(wait, _give_up, (absent,))
+    giving_up.daemon = True
+    giving_up.start()
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
-            initialization_timeout=wait,
+            initialization_timeout=wait + 10,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS if heartbeat is None else heartbeat,
-            shutdown_timeout_seconds=wait,
+            shutdown_timeout_seconds=WAIT_SECONDS,
         )
     except ValueError:
         if coordinator is None and process_id is None:
             return False  # a TPU that is on its own
         raise
     except RuntimeError as error:
-        raise InputError(
-            f"not all of the {num_processes or 'expected'} processes met at "
-            f"{coordinator or 'the coordinator that JAX found'} within {wait} s ("
-            f"{str(error).splitlines()[0][:120]}); check the address and that all have started"
-        ) from error
+        raise InputError(f"{absent} ({str(error).splitlines()[0][:120]})") from error
+    finally:
+        giving_up.cancel()
     return True
+
+
+def _give_up(sentence):
+    print(f"v4jax: {sentence}", file=sys.stderr, flush=True)
+    os._exit(BAD_INPUT)
 
 
 def _await_coordinator(address, wait):
