@@ -54,7 +54,7 @@ class Collective:
     span: int
     axes: tuple[str, ...]
     count: int
-    bytes: float
+    bytes: int | float
 
 
 @dataclasses.dataclass(frozen=True)

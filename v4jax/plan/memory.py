@@ -23,17 +23,17 @@ class Held:
       gathered: numbers (not bytes) that it computes with once parts of weights are put together.
     """
 
-    weights: float
-    routed: float
-    embedding: float
-    optimizer: float
-    gradients: float
-    cache: float
-    cache_read: float
-    gathered: float
+    weights: int | float
+    routed: int | float
+    embedding: int | float
+    optimizer: int | float
+    gradients: int | float
+    cache: int | float
+    cache_read: int | float
+    gathered: int | float
 
     @property
-    def arguments(self) -> float:
+    def arguments(self) -> int | float:
         """What lies there before and after a step."""
         return self.weights + self.optimizer + self.cache
 

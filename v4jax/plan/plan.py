@@ -34,7 +34,7 @@ class Counted:
 
     held: Held
     operations: dict[str, float]
-    traffic: dict[str, float]
+    traffic: dict[str, int | float]
     imbalance: float
     exchange: list[Collective]
     time: Time

@@ -46,16 +46,16 @@ def passes(job: Job) -> int:
 class Time:
     """Seconds of each term, their floor (all overlapped) and the other end (none)."""
 
-    compute: float
-    memory: float
-    interconnect: float
+    compute: int | float
+    memory: int | float
+    interconnect: int | float
 
     @property
-    def floor(self) -> float:
+    def floor(self) -> int | float:
         return max(self.compute, self.memory, self.interconnect)
 
     @property
-    def sum(self) -> float:
+    def sum(self) -> int | float:
         return self.compute + self.memory + self.interconnect
 
 
@@ -118,7 +118,7 @@ def imbalance(job: Job, shards: Shards) -> float:
     return (sum(last.values()) - last["head"]) / (sum(mean.values()) - mean["head"])
 
 
-def traffic(job: Job, shards: Shards, held: Held) -> dict[str, float]:
+def traffic(job: Job, shards: Shards, held: Held) -> dict[str, int | float]:
     """Bytes that one step moves in and out of a device's memory at least."""
     found = {"activations": _activations(job, shards)}
     if job.mode == "train":
@@ -172,7 +172,7 @@ def hops(chip: Chip, group: int) -> float:
 
 
 def times(
-    chip: Chip, flops: float, uneven: float, moved: float, found: Sequence[Collective]
+    chip: Chip, flops: float, uneven: float, moved: int | float, found: Sequence[Collective]
 ) -> Time:
     """The three terms of the roofline.
 

@@ -29,7 +29,7 @@ class Candidate:
     job: Job
     sizes: dict[str, int]
     counted: Counted
-    needed: float
+    needed: int | float
 
 
 def search(
@@ -105,7 +105,7 @@ def microbatches(job: Job, sizes: dict[str, int]) -> int:
     return next(n for n in _divisors(rows) if rows // n * length <= PART_TOKENS or n == rows)
 
 
-def working(job: Job, shards: Shards, held: Held) -> float:
+def working(job: Job, shards: Shards, held: Held) -> int | float:
     """Bytes that come and go in a step and that no compiler could do without.
 
     Of training the gradients, the streams before every unit of layers and one layer's weights.
