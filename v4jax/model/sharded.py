@@ -61,12 +61,18 @@ def variable_specs(model) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=32)
 def _variable_specs(config, min_repeats, shards):
+    return jax.tree.map(
+        lambda names: shards.spec(*names),
+        _logical_axes(config, min_repeats),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _logical_axes(config, min_repeats):
     from v4jax.model.transformer import Transformer  # it imports this module
 
-    axes = Transformer(config, min_repeats=min_repeats).logical_axes()
-    return jax.tree.map(
-        lambda names: shards.spec(*names), axes, is_leaf=lambda x: isinstance(x, PartitionSpec)
-    )
+    return Transformer(config, min_repeats=min_repeats).logical_axes()
 
 
 def variable_shardings(model) -> dict[str, Any]:
