@@ -21,6 +21,9 @@ from v4jax.errors import InputError
 from v4jax.infer.generate import Generation, generate
 from v4jax.infer.tokenizer import Tokenizer
 from v4jax.quant import QTensor
+from v4jax.sharding import processes
+from v4jax.sharding.mesh import make_mesh, parse_sizes
+from v4jax.sharding.rules import ONE_DEVICE, PREFILL, Shards
 
 FLAGS = flags.FLAGS
 
@@ -54,17 +57,30 @@ def define_flags():
     )
     flags.DEFINE_enum("numerics", None, ["native"], "native: the official FP8 and FP4 rounding")
     flags.DEFINE_integer("max_length", None, "Tokens of prompt and text that the cache can hold")
+    flags.DEFINE_string(
+        "mesh", None, "Run on many devices, as expert=4,sequence=2 (axes: data, fsdp, tensor too)"
+    )
+    processes.define_flags()
     flags.DEFINE_enum("format", "text", ["text", "json"], "json: one object on stdout")
 
 
 def run() -> int:
     """Loads, generates and prints; the exit status."""
+    with processes.joined_by_flags():
+        return _run()
+
+
+def _run():
     directory = _find_directory()
     tokenizer = _find_tokenizer(directory)
     prompts = _read_prompts(tokenizer)
     stop_ids = None if FLAGS.stop_ids is None else _parse_ids("stop_ids", FLAGS.stop_ids)
     model, params = checkpoint.load(
-        directory, dtype=FLAGS.dtype, weights=FLAGS.weights, numerics=FLAGS.numerics
+        directory,
+        dtype=FLAGS.dtype,
+        weights=FLAGS.weights,
+        numerics=FLAGS.numerics,
+        shards=_shards(),
     )
     _say(_describe(FLAGS.checkpoint, model, params))
     report = _Report(tokenizer, prompts, FLAGS.format)
@@ -75,6 +91,18 @@ def run() -> int:
         raise
     report.finish(result)
     return 0
+
+
+def _shards():
+    """Where the model runs: one device, or the mesh of --mesh."""
+    if FLAGS.mesh is None and processes.count() == 1:
+        return ONE_DEVICE
+    if FLAGS.mesh is None:
+        raise InputError(
+            f"--mesh is missing; {processes.count()} processes with {jax.device_count()} devices "
+            f"expect one, such as expert={jax.device_count()}"
+        )
+    return Shards(make_mesh(**parse_sizes(FLAGS.mesh)), PREFILL)
 
 
 def _generate(model, params, prompts, stop_ids, on_token):
