@@ -37,7 +37,8 @@ def expert_ffn(
 
     Args:
       x_XD: rows sorted by expert; the first group_sizes[0] belong to expert 0, and so on. The
-        sizes add up to X. A group may be empty and costs nothing.
+        sizes add up to X or less: rows after the last group must be finite, and their results and
+        gradients are whatever was in memory. A group may be empty and costs nothing.
       gate_X: routing weight of each row.
       w1_EFD, w2_EDF, w3_EFD: stacked experts, all arrays or all in one stored FP8 / FP4 form, which
         is expanded a tile (in plain XLA: an expert) at a time.
