@@ -47,7 +47,7 @@ def _path(name):
 def command(name):
     """The command line of a cell."""
     config, mode, context, batch = JOBS[name]
-    where = FOUND.get(name, ["--topology", "v5p", "--search", "--meshes", "2"])
+    where = FOUND.get(name, ["--topology", "v5p", "--search", "--meshes", "1"])
     job = ["--config", config, "--mode", mode, "--context", str(context), "--batch", str(batch)]
     return ["v4jax", "plan", *job, *where]
 
