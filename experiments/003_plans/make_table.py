@@ -94,8 +94,14 @@ def _row(name, plan):
         f"{sent / 1e9:.3g}",
         terms,
         _time(plan["seconds_estimate"]),
-        f"{plan['compile_seconds']:.0f} s, {plan['host_bytes'] / 1e9:.1f} GB",
+        f"{_compiled(plan)}, {plan['host_bytes'] / 1e9:.1f} GB",
     )
+
+
+def _compiled(plan):
+    """Seconds of the clock and, where they were noted, of processors."""
+    processor = plan.get("compile_processor_seconds")
+    return f"{plan['compile_seconds']:.0f} s" + (f" ({processor:.0f} s)" if processor else "")
 
 
 def _time(seconds):

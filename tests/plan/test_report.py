@@ -30,7 +30,7 @@ def made_up():
     sizes = {"data": 2, "fsdp": 1, "expert": 4, "sequence": 1, "tensor": 1}
     counted = plan_lib.count(job, where, abstract_shards(job, sizes))
     arguments = {"weights": 20 * GB, "tokens": 4, "cache": 10 * GB}
-    compiled = Compiled(arguments, 30 * GB, 40 * GB, None, FOUND, 0, 12.5, 2 * GB)
+    compiled = Compiled(arguments, 30 * GB, 40 * GB, None, FOUND, 0, 12.5, 20.0, 2 * GB)
     return Plan(job, where, sizes, "decode", counted, compiled)
 
 

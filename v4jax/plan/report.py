@@ -41,6 +41,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "tokens_per_second": plan.job.tokens / time.floor,
         "compile_seconds": compiled.seconds,
+        "compile_processor_seconds": compiled.processor,
         "host_bytes": compiled.host,
     }
 
@@ -98,8 +99,8 @@ def _title(plan, name):
             f"  {plan.topology.name}: {plan.topology.count:,} devices, mesh {shape}, "
             f"strategy {plan.strategy}",
             f"  {verdict(plan)}",
-            f"  compiled in {plan.compiled.seconds:.0f} s and {short(plan.compiled.host)}B of "
-            "this machine's memory",
+            f"  compiled in {plan.compiled.seconds:.0f} s ({plan.compiled.processor:.0f} s of "
+            f"processors) and {short(plan.compiled.host)}B of this machine's memory",
         ]
     )
 
