@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from tests.kernels import aot
@@ -83,6 +84,11 @@ def test_bad_input(capsys, flags, said):
 
 
 @aot.needs_cuda
+@pytest.mark.xfail(
+    strict=True,
+    raises=jax.errors.JaxRuntimeError,
+    reason="XLA:GPU makes an invalid scatter of cache.write_rows, which is batched over rows",
+)
 def test_a_gpu_node(capsys):
     status, out, _ = plan(
         capsys, *DECODE, "--topology=h100:1x8", "--mesh=data=2,expert=4", "--format=json"
