@@ -13,6 +13,7 @@ from v4jax.cli import generate as cli_generate
 from v4jax.cli.main import main
 from v4jax.infer.generate import generate
 from v4jax.infer.tokenizer import Tokenizer
+from v4jax.sharding.rules import ONE_DEVICE
 
 MODEL = ToyModel(toy_config(vocab_size=258))
 PARAMS = MODEL.init(jax.random.key(4))
@@ -85,9 +86,12 @@ def test_the_loader_gets_its_settings(run, directory, monkeypatch):
         checkpoint, "load", lambda path, **options: seen.update(options) or (MODEL, PARAMS)
     )
     run("--dtype=bfloat16", "--weights=float32", "--numerics=native", "--max_new_tokens=1")
-    assert seen == {"dtype": "bfloat16", "weights": "float32", "numerics": "native"}
+    asked = {"dtype": "bfloat16", "weights": "float32", "numerics": "native"}
+    assert seen == asked | {"shards": ONE_DEVICE}
     run("--max_new_tokens=1")
-    assert seen == {"dtype": None, "weights": "stored", "numerics": None}
+    assert seen == {"dtype": None, "weights": "stored", "numerics": None, "shards": ONE_DEVICE}
+    run("--mesh=expert=4,sequence=2", "--max_new_tokens=1")
+    assert seen["shards"].mesh.shape["expert"] == 4 and seen["shards"].size("sequence") == 8
 
 
 def test_ids_serve_where_there_is_no_tokenizer(run, directory):

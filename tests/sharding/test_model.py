@@ -17,6 +17,11 @@ GRADIENTS = 2e-5  # of each leaf's largest, see `relative`
 DECODED = 64
 
 
+def quick(sizes):
+    """All meshes, of which one is in the quick suite: each is minutes of compilation."""
+    return [sizes, *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES if m != sizes)]
+
+
 def loss(model, params, buffers, tokens, documents):
     """Something of every output that training uses, and the outputs."""
     out = model.apply(
@@ -75,7 +80,7 @@ def check_training(sizes, strategy, packed):
     assert relative(grads, wanted_grads) <= GRADIENTS
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", quick("sequence=8"))
 def test_packed_training_is_the_same(sizes):
     check_training(sizes, TRAIN, packed=True)
 
@@ -86,13 +91,8 @@ def test_training_is_the_same(sizes):
     check_training(sizes, TRAIN, packed=False)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        "expert=2,sequence=4",
-        *(pytest.param(s, marks=pytest.mark.slow) for s in MESHES if s != "expert=2,sequence=4"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES)
 def test_long_rows_train_the_same(sizes):
     check_training(sizes, TRAIN_LONG, packed=True)
 
@@ -150,18 +150,13 @@ def check_serving(sizes, decode_strategy):
     assert meshes.equal(entries, wanted_entries)
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", quick("expert=2,sequence=4"))
 def test_prefill_chunks_and_decode_of_caches_in_parts_are_the_same(sizes):
     check_serving(sizes, DECODE_LONG)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        "data=2,fsdp=2,sequence=2",
-        *(pytest.param(s, marks=pytest.mark.slow) for s in MESHES if not s.startswith("data")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES)
 def test_decode_of_many_rows_is_the_same(sizes):
     check_serving(sizes, DECODE)
 
@@ -176,13 +171,7 @@ def prompts(rows):
     return [meshes.tokens()[i, : 11 + 9 * i].tolist() for i in range(rows)]
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        "expert=2,sequence=4",
-        *(pytest.param(s, marks=pytest.mark.slow) for s in MESHES if s != "expert=2,sequence=4"),
-    ],
-)
+@pytest.mark.parametrize("sizes", quick("expert=2,sequence=4"))
 @pytest.mark.parametrize("rows", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_generated_tokens_are_the_same(sizes, rows):
     model, variables = meshes.on_mesh(sizes, PREFILL)

@@ -13,6 +13,7 @@ from tests.sharding import meshes
 from tests.sharding.meshes import LENGTH, ROWS
 from v4jax.sharding.rules import PREFILL
 
+pytestmark = pytest.mark.slow  # minutes of compilation
 LOGITS = 2e-5
 # One number of tokens, since each other one is a program of its own; two meshes of slices that are
 # shorter than a window.

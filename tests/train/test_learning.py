@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from tests.tiny import tiny_config, unsettle
 from tests.train.models import small_batch
@@ -12,6 +13,8 @@ from v4jax.model.transformer import Transformer
 from v4jax.train.loss import LossWeights
 from v4jax.train.optimizer import OptimizerConfig, make_optimizer
 from v4jax.train.step import Rates, StepConfig, new_state, train_step
+
+pytestmark = pytest.mark.slow  # compiles whole training programs, minutes of it
 
 # One CSA layer whose 32 entries are four times its top-k.
 SIZES = {"layers": (CSA,), "mtp_layers": (), "hc_mult": 1, "index_topk": 8, "vocab_size": 64}

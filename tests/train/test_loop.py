@@ -25,6 +25,8 @@ from v4jax.train.config import Stage, TrainConfig
 from v4jax.train.schedule import Schedule
 from v4jax.train.step import TrainState
 
+pytestmark = pytest.mark.slow  # compiles whole training programs, minutes of it
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
 

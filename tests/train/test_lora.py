@@ -19,6 +19,8 @@ from v4jax.train.config import Stage, TrainConfig
 from v4jax.train.lora import LoraConfig
 from v4jax.train.schedule import Schedule
 
+pytestmark = pytest.mark.slow  # compiles whole training programs, minutes of it
+
 SIZES = {"layers": (CSA,), "mtp_layers": (), "hc_mult": 1, "hidden_size": 16}
 
 

@@ -18,6 +18,8 @@ from v4jax.train.loss import LossWeights
 from v4jax.train.schedule import Schedule
 from v4jax.train.step import Rates, StepConfig, TrainState, accumulate
 
+pytestmark = pytest.mark.slow  # compiles whole training programs, minutes of it
+
 MESHES = ["data=4", "fsdp=2,tensor=2", "sequence=2,expert=2", "data=2,sequence=2"]
 WEIGHTS = LossWeights(mtp=0.3, balance=0.01, indexer=1.0)
 

@@ -18,6 +18,8 @@ from v4jax.named_configs import get_config
 from v4jax.train import quantized
 from v4jax.train.loss import LossWeights, count, loss
 
+pytestmark = pytest.mark.slow  # compiles whole training programs, minutes of it
+
 # Widths in 32s, so that experts can be stored in FP4.
 SIZES = {"hidden_size": 64, "moe_intermediate_size": 32, "hc_sinkhorn_iters": 3}
 

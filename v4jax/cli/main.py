@@ -166,7 +166,8 @@ def _expected(flag):
         return " or ".join(values)
     if flag.boolean:
         return "true or false"
-    return flag.parser.syntactic_help.replace("an integer", "a whole number") or "a value"
+    text = flag.parser.syntactic_help.replace("an integer", "a whole number")
+    return text.replace("integer", "whole number") or "a value"
 
 
 def _complain(program, sentence):
