@@ -80,7 +80,7 @@ def test_what_does_not_fit(made_up):
 def test_picture(made_up, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "plan.png"
-    report.draw(made_up, "flash_tiny", path)
+    report.draw(made_up, "flash_tiny", str(path))
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
