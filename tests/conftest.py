@@ -22,3 +22,17 @@ def golden():
     if not GOLDEN.is_dir():
         pytest.skip(f"no golden numbers at {GOLDEN.parent.name}/{GOLDEN.name} beside the checkout")
     return GOLDEN
+
+
+# Linux gives a process 65,530 memory maps, and every compiled program takes some: past that XLA
+# dies of a segmentation fault.
+MAPS = Path("/proc/self/maps")
+MANY_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs():
+    """Drops compiled programs once they hold many of the memory maps that a process may have."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()

@@ -46,6 +46,7 @@ VARIANTS = {
             LayerSpec("hca", ratio=16, overlap=True),
             LayerSpec("csa", ratio=6, overlap=True),
         ),
+        "head_dim": 256,  # a cache keeps such rows in lanes
         "hc_mult": 1,
         "n_shared_experts": 0,
         "scoring_func": "softmax",

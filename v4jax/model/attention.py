@@ -9,6 +9,7 @@ from v4jax import quant
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.kernels import membership
 from v4jax.kernels.sparse_attention import api as sparse_attention
+from v4jax.kernels.sparse_attention.entries import flat
 from v4jax.model import rope
 from v4jax.model.cache import LayerCache, read_layer, write_layer, write_rows
 from v4jax.model.compressor import Compressor
@@ -98,13 +99,13 @@ class Attention(nn.Module):
             chosen, seen = _indices(choice), jnp.where(context.real, high, low)
             if chosen is not None:
                 chosen = jnp.where(context.real[..., None], chosen, -1)
-            paid = Paid(q, lse, entries, low, seen, chosen)
+            paid = Paid(q, lse, flat(entries), low, seen, chosen)
             topk = self.config.index_topk or index_keys.shape[1]
             index = Index(*q_index, index_keys, topk, self.numerics.native)
             scale, heads = self.config.head_dim**-0.5, self.numerics.shards.kept("heads")
             aux |= {"indexer_loss": indexer_loss(paid, index, scale, heads)}
         if "attention" in context.aux:
-            aux |= {"q": q, "kv": kv, "entries": keys.get("entries_BCH"), "o": o}
+            aux |= {"q": q, "kv": kv, "entries": flat(keys.get("entries_BCH")), "o": o}
         return self._output(o, turn), cache, aux
 
     def _queries(self, q_lat, turn):
@@ -248,15 +249,15 @@ def _indices(choice):
     return choice.get("chosen_BTK")
 
 
-def _write(shards, buffer_RBCH, layer, new_BEH, start_B, count_B):
+def _write(shards, buffer_RBCX, layer, new_BEH, start_B, count_B):
     """A cache's buffer with new entries at `start`; each shard writes those of its own part."""
-    first = shards.index("entries") * buffer_RBCH.shape[2]
-    return write_rows(buffer_RBCH, layer, new_BEH, start_B - first, count_B)
+    first = shards.index("entries") * buffer_RBCX.shape[2]
+    return write_rows(buffer_RBCX, layer, new_BEH, start_B - first, count_B)
 
 
-def _read(shards, buffer_RBCH, layer):
+def _read(shards, buffer_RBCX, layer):
     """A layer's cached entries: of all shards, unless each attends to its own."""
-    entries = read_layer(buffer_RBCH, layer)
+    entries = read_layer(buffer_RBCX, layer)
     if sequence.spread_entries(shards):
         return entries
     return collectives.gather(entries, shards.axes("entries"), 1)

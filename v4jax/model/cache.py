@@ -18,11 +18,15 @@ from jaxtyping import Array, Int
 from v4jax import config as config_lib
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.errors import InputError
+from v4jax.kernels.sparse_attention.entries import lanes_of
 
 
 @struct.dataclass
 class CompressorState:
-    """Entries [R,B,C,H] and the last raw rows [R,B,P,2*width]: c and gate + ape, float32."""
+    """Entries [R,B,C,H] and the last raw rows [R,B,P,2*width]: c and gate + ape, float32.
+
+    Entries that are fetched one by one lie in lanes, [R,B,C,H/128,128] (`sparse_attention.entries`).
+    """
 
     entries: Any
     raw: Any
@@ -138,16 +142,17 @@ def _init_layer(config, spec, lead, max_length, rollback, dtype, parts):
     if spec.attention == "window":
         return LayerCache(window=window)
 
-    def compressor(width):
+    def compressor(width, entry):
         entries = _room(-(-max_length // spec.ratio), parts)
         doubled = 2 if spec.overlap else 1
         return CompressorState(
-            entries=jnp.zeros((*lead, entries, width), dtype),
+            entries=jnp.zeros((*lead, entries, *entry), dtype),
             raw=jnp.zeros((*lead, raw_rows(spec) + rollback, 2 * doubled * width), jnp.float32),
         )
 
-    index = compressor(z) if spec.attention == "csa" else None
-    return LayerCache(window=window, main=compressor(h), index=index)
+    if spec.attention == "hca":
+        return LayerCache(window=window, main=compressor(h, (h,)))
+    return LayerCache(window, None, compressor(h, lanes_of(h)), compressor(z, (z,)))
 
 
 def _room(entries: int, parts: int) -> int:
@@ -162,25 +167,33 @@ def raw_rows(spec: LayerSpec) -> int:
     return (2 if spec.overlap else 1) * spec.ratio - 1
 
 
-def write_rows(buffer_RBCH, layer, rows_BKH, start_B, count_B):
-    """Writes rows[b, :count[b]] at buffer[layer, b, start[b]:], in place under jit."""
-    rows_BKH = rows_BKH.astype(buffer_RBCH.dtype)
-    size, length = buffer_RBCH.shape[2], rows_BKH.shape[1]
-    if length > size:
-        rows_BKH, length = rows_BKH[:, :size], size
+def write_rows(buffer_RBCX, layer, rows_BKH, start_B, count_B):
+    """Writes rows[b, :count[b]] at buffer[layer, b, start[b]:], in place under jit.
 
-    def one(buffer, rows, start, count):  # [R,C,H], [K,H]
+    One row of the batch after the other: a write that is batched over them becomes a scatter, for
+    which XLA copies the whole buffer.
+    """
+    entry = buffer_RBCX.shape[3:]  # (H,), or H in lanes
+    rows = rows_BKH.astype(buffer_RBCX.dtype).reshape(*rows_BKH.shape[:2], *entry)
+    size, length = buffer_RBCX.shape[2], rows.shape[1]
+    if length > size:
+        rows, length = rows[:, :size], size
+
+    def one(b, buffer):
         # The slice may not reach over the end, or it would be moved: it begins earlier instead.
         # Below 0 it begins where rows of the buffer of another shard end.
-        first = jnp.clip(start, 0, size - length)
-        source = jnp.arange(length) + first - start
-        old = jax.lax.dynamic_slice(buffer, (layer, first, 0), (1, length, buffer.shape[2]))
-        new = rows[jnp.clip(source, 0, length - 1)]
-        fresh = (source >= 0) & (source < count)
-        merged = jnp.where(fresh[None, :, None], new[None], old)
-        return jax.lax.dynamic_update_slice(buffer, merged, (layer, first, 0))
+        first = jnp.clip(start_B[b], 0, size - length)
+        source = jnp.arange(length) + first - start_B[b]
+        at = (layer, b, first, *(0 for _ in entry))
+        old = jax.lax.dynamic_slice(buffer, at, (1, 1, length, *entry))
+        fresh = (source >= 0) & (source < count_B[b])
+        new = rows[b, jnp.clip(source, 0, length - 1)]
+        merged = jnp.where(fresh.reshape(1, 1, -1, *(1 for _ in entry)), new[None, None], old)
+        return jax.lax.dynamic_update_slice(buffer, merged, at)
 
-    return jax.vmap(one, in_axes=(1, 0, 0, 0), out_axes=1)(buffer_RBCH, rows_BKH, start_B, count_B)
+    if rows.shape[0] == 1:
+        return one(0, buffer_RBCX)
+    return jax.lax.fori_loop(0, rows.shape[0], one, buffer_RBCX)
 
 
 def read_layer(buffer_RBCH, layer):

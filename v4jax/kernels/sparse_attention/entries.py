@@ -10,6 +10,14 @@ from v4jax.kernels.sparse_attention import stored
 from v4jax.kernels.sparse_attention.stored import LANES, StoredRows
 
 
+def lanes_of(width: int) -> tuple[int, ...]:
+    """How a cache keeps a row that is fetched alone: in lanes, or whole where lanes would be padded.
+
+    Two rows of lanes are the least that DMA can address in bf16.
+    """
+    return (width // LANES, LANES) if width % (2 * LANES) == 0 else (width,)
+
+
 def in_lanes(rows_BCH):
     """[B,C,H/128,128] of rows [B,C,H]; on a TPU a copy, so a cache is kept in this form."""
     return rows_BCH.reshape(*rows_BCH.shape[:2], -1, LANES)
