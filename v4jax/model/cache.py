@@ -25,7 +25,7 @@ from v4jax.kernels.sparse_attention.entries import lanes_of
 class CompressorState:
     """Entries [R,B,C,H] and the last raw rows [R,B,P,2*width]: c and gate + ape, float32.
 
-    Entries that are fetched one by one lie in lanes, [R,B,C,H/128,128] (`sparse_attention.entries`).
+    Entries that are fetched alone lie in lanes, [R,B,C,H/128,128] (`sparse_attention.entries`).
     """
 
     entries: Any

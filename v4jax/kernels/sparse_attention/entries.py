@@ -11,7 +11,7 @@ from v4jax.kernels.sparse_attention.stored import LANES, StoredRows
 
 
 def lanes_of(width: int) -> tuple[int, ...]:
-    """How a cache keeps a row that is fetched alone: in lanes, or whole where lanes would be padded.
+    """How a cache keeps rows that are fetched alone: in lanes, or whole if lanes would be padded.
 
     Two rows of lanes are the least that DMA can address in bf16.
     """
