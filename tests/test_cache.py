@@ -14,7 +14,7 @@ from v4jax.model.context import document_starts
 def filled():
     model, variables = tiny_model()
     tokens = np.arange(70, dtype=np.int32)[None] % model.config.vocab_size
-    cache = model.apply(variables, tokens, cache=model.init_cache(1, 80, rollback=2)).cache
+    cache = jax.jit(model.apply)(variables, tokens, cache=model.init_cache(1, 80, rollback=2)).cache
     return model, variables, cache
 
 

@@ -16,7 +16,7 @@ from v4jax.infer.tokenizer import Tokenizer
 from v4jax.sharding.rules import ONE_DEVICE
 
 MODEL = ToyModel(toy_config(vocab_size=258))
-PARAMS = MODEL.init(jax.random.key(4))
+PARAMS = jax.jit(MODEL.init)(jax.random.key(4))
 MAX_LENGTH = 32
 
 

@@ -13,7 +13,7 @@ from v4jax.infer.generate import _bucket, _prefill_chunks, generate
 from v4jax.model.transformer import Transformer
 
 MODEL = ToyModel()
-PARAMS = MODEL.init(jax.random.key(3))
+PARAMS = jax.jit(MODEL.init)(jax.random.key(3))
 # A prompt of one token, and prompts that end inside and at the edge of windows and blocks.
 PROMPTS = [
     [5],
@@ -186,7 +186,7 @@ def test_weights_may_be_numpy_arrays():
 
 def test_three_programs_are_compiled_once(compiled_programs):
     model = ToyModel(toy_config(vocab_size=UNSEEN_VOCAB))
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     compiled_programs.clear()
     generate(model, params, [[1, 2], [3]], max_new_tokens=9)
     programs = ["jit(_decode)", "jit(_pick)", "jit(_prefill)"]

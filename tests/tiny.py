@@ -64,7 +64,7 @@ VARIANTS = {
 def tiny_model(variant="released", seed=0, **options):
     """A model of a variant and random variables with a biased router."""
     model = Transformer(tiny_config(**VARIANTS[variant]), **({"min_repeats": 2} | options))
-    variables = model.init(jax.random.key(seed))
+    variables = jax.jit(model.init)(jax.random.key(seed))
     return model, unsettle(variables, seed)
 
 

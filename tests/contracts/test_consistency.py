@@ -28,9 +28,10 @@ def setting(variant):
         jax.random.randint(jax.random.key(5), (1, LENGTH), 0, model.config.vocab_size)
     )
     out = jax.jit(lambda v, t: model.apply(v, t, aux=AUX))(variables, tokens)
-    logits = np.asarray(out.logits[0]) / np.std(out.logits)
+    std = float(np.std(out.logits))
+    logits = np.asarray(out.logits[0]) / std
     chosen = {i: np.asarray(c[0]) for i, c in out.aux.get("chosen", {}).items()}
-    return model, variables, tokens[0], logits, chosen, float(np.std(out.logits))
+    return model, variables, tokens[0], logits, chosen, std
 
 
 @functools.cache
@@ -217,6 +218,7 @@ def test_replay_of_own_choices(variant):
     """Choices that go out as auxiliary outputs and come back in change nothing."""
     model, variables, tokens, *_ = setting(variant)
     names = ("chosen", "router_experts")
-    aux = model.apply(variables, tokens[None], aux=names).aux
-    again = model.apply(variables, tokens[None], replay={name: aux[name] for name in names})
+    apply = jax.jit(model.apply, static_argnames="aux")
+    aux = apply(variables, tokens[None], aux=names).aux
+    again = apply(variables, tokens[None], replay={name: aux[name] for name in names})
     check_logits(variant, again.logits[0], range(LENGTH))

@@ -63,6 +63,11 @@ needs_cuda = pytest.mark.skipif(
 )
 
 
+def first(quick, names):
+    """Parameters: every name, those outside `quick` with the slow tests."""
+    return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in names]
+
+
 @functools.cache
 def tpu_mesh(chip: str) -> Mesh:
     """One device of a described TPU topology."""
@@ -106,5 +111,8 @@ def compile_tpu(chip: str, f, *specs):
 
 def compile_h100(f, *specs):
     """`f` compiled for an H100; a register spill in any kernel is an error."""
-    options = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+    options = {
+        "xla_gpu_fail_ptx_compilation_on_register_spilling": True,
+        "xla_backend_optimization_level": 3,  # tests of programs that run here ask for less
+    }
     return _compile(h100_mesh(), f, specs, options)

@@ -12,8 +12,17 @@ from v4jax.kernels.sparse_attention import api, cases, entries, stored
 TRAINED = [name for name in cases.REAL if "decode" not in name]
 
 
+# Flash at the shortest and the longest of each kind of layer; the rest run with the slow tests.
+QUICK = {
+    "flash_csa_prefill_4k",
+    "flash_csa_prefill_4k_of_64k",
+    "flash_hca_prefill_4k_of_1m",
+    "flash_csa_decode_1m",
+}
+
+
 def on_chips(names):
-    """Every chip and case; beside the first chip only the CSA prefills in the quick suite."""
+    """Every chip and case; beside the first chip only one prefill in the quick suite."""
     return [
         pytest.param(chip, name, marks=() if quick(chip, name) else pytest.mark.slow)
         for chip in aot.TPU_CHIPS
@@ -22,7 +31,13 @@ def on_chips(names):
 
 
 def quick(chip, name):
-    return chip == aot.TPU_CHIPS[0] or name.endswith("csa_prefill_4k")
+    if chip == aot.TPU_CHIPS[0]:
+        return name in QUICK or name in ("pro_csa_prefill_4k", "pro_csa_decode_1m")
+    return name == "flash_csa_prefill_4k"
+
+
+def on_an_h100(names):
+    return aot.first(QUICK, names)
 
 
 # The forms in which a cache keeps entries, and where they are read.
@@ -66,7 +81,7 @@ def test_backward_compiles_for_tpus(chip, name):
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("name", cases.REAL)
+@pytest.mark.parametrize("name", on_an_h100(cases.REAL))
 def test_forward_compiles_for_an_h100(name):
     case = cases.REAL[name]
     compiled = aot.compile_h100(functools.partial(forward, case), *cases.specs(case))
@@ -74,7 +89,7 @@ def test_forward_compiles_for_an_h100(name):
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", on_an_h100(TRAINED))
 def test_backward_compiles_for_an_h100(name):
     case = cases.REAL[name]
     compiled = aot.compile_h100(functools.partial(gradients, case), *cases.specs(case))
@@ -95,7 +110,7 @@ def test_cached_entries_compile_for_tpus(chip, name, form):
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("name", on_an_h100(CACHED))
 def test_stored_entries_compile_for_an_h100(name):
     case = cases.REAL[name]
     compiled = aot.compile_h100(functools.partial(forward, case), *cached(name, "stored"))
