@@ -192,6 +192,14 @@ def test_bad_input_is_one_line_and_status_2(args, message, run):
     assert out == ""
 
 
+def test_half_a_conversion_is_named_before_anything_that_it_lacks(run, directory):
+    (directory / "tokenizer.json").unlink()
+    (directory / ".incomplete").touch()
+    status, out, err = run("--prompt", "a")
+    assert status == 2 and out == ""
+    assert "has not ended; run the same v4jax convert again" in err
+
+
 def test_text_needs_a_tokenizer(run, directory):
     (directory / "tokenizer.json").unlink()
     status, out, err = run("--prompt=a")

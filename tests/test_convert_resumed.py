@@ -112,7 +112,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(instruct, tmp_path, t
     seen = {line[0]: line[2:] for line in lines}
     assert seen.pop("closing:0") == [".incomplete", whole]
     assert all(names in ([], [".incomplete"]) for names in seen.values())
-    with pytest.raises(InputError, match="has not ended; run the same command again"):
+    with pytest.raises(InputError, match="has not ended; run the same v4jax convert again"):
         load_variables(target)
     with pytest.raises(InputError, match="has not ended"):
         run(target, tmp_path / "other")

@@ -91,14 +91,20 @@ def load_variables(
 def open_checkpoint(path: str | os.PathLike) -> Iterator[FolderSource | OrbaxSource]:
     """Opens a checkpoint of any format for reading; see `sources`."""
     path = locate(path)
-    if os.path.exists(os.path.join(path, JOURNAL_NAME)):
-        raise InputError(
-            f"{path}: the conversion into this directory has not ended; run the same command again"
-        )
+    check_finished(path)
     whole = os.path.exists(os.path.join(path, MANIFEST_NAME))
     source = OrbaxSource(path) if whole else FolderSource(path)
     with contextlib.closing(source):
         yield source
+
+
+def check_finished(path: str | os.PathLike) -> None:
+    """Refuses a directory into which a conversion has not ended."""
+    if os.path.exists(os.path.join(path, JOURNAL_NAME)):
+        raise InputError(
+            f"{path}: the conversion into this directory has not ended; run the same v4jax convert "
+            "again, and it goes on where it stopped"
+        )
 
 
 def locate(path: str | os.PathLike) -> str:

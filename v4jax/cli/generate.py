@@ -235,6 +235,7 @@ def _find_directory() -> Path:
             f"--checkpoint is {FLAGS.checkpoint!r}, and there is no directory {directory}; "
             "expected a checkpoint's directory, or nano"
         )
+    checkpoint.check_finished(directory)
     return directory
 
 
