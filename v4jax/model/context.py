@@ -153,9 +153,13 @@ def slice_of(tokens_BT, whole: Whole, aux, dense, shards: Shards) -> Context:
 
 def closing_rows(closed_BT: Int[Array, "b t"], entries: int) -> Int[Array, "b c"]:
     """The row at which each of the first `entries` blocks closes; the last row past the last."""
-    wanted = jnp.arange(1, entries + 1)
-    rows = jax.vmap(lambda row: jnp.searchsorted(row, wanted, method="scan_unrolled"))(closed_BT)
-    return jnp.minimum(rows, closed_BT.shape[1] - 1).astype(jnp.int32)
+    batch, length = closed_BT.shape
+    before = jnp.pad(closed_BT, ((0, 0), (1, 0)))[:, :-1]
+    # Written, not searched for: XLA would repeat a search inside whatever reads its result.
+    place = jnp.where(closed_BT > before, closed_BT - 1, entries)
+    rows = jnp.full((batch, entries), length - 1, jnp.int32)
+    row = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+    return rows.at[jnp.arange(batch)[:, None], place].set(row, mode="drop")
 
 
 def document_starts(segment_ids_BT: Int[Array, "b t"]) -> Int[Array, "b t"]:
