@@ -12,6 +12,7 @@ _MODULES = {
     "ModelConfig": "v4jax.config",
     "Output": "v4jax.model.transformer",
     "QTensor": "v4jax.quant",
+    "Tokenizer": "v4jax.infer.tokenizer",
     "Transformer": "v4jax.model.transformer",
     "config_names": "v4jax.named_configs",
     "generate": "v4jax.infer.generate",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tokenizers
 
+from v4jax.checkpoint import locate
 from v4jax.errors import InputError
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -14,12 +15,14 @@ class Tokenizer:
     """The tokenizer of one checkpoint directory.
 
     Args:
-      directory: holds tokenizer.json and, where the checkpoint has one, tokenizer_config.json. Of
-        the latter only `add_bos_token` counts: when true, encoded text starts with `bos_token`.
+      directory: a checkpoint's, or "nano"; holds tokenizer.json and, where the checkpoint has one,
+        tokenizer_config.json. Of the latter only `add_bos_token` counts: when true, encoded text
+        starts with `bos_token`.
     """
 
     def __init__(self, directory):
-        path = Path(directory) / "tokenizer.json"
+        directory = Path(locate(directory))
+        path = directory / "tokenizer.json"
         if not path.is_file():
             raise InputError(
                 f"there is no tokenizer at {path}; put the checkpoint's tokenizer.json there, or "
@@ -32,7 +35,7 @@ class Tokenizer:
                 f"{path} cannot be read as a tokenizer ({error}); fetch the file again, or give "
                 "token ids with --prompt_ids"
             ) from error
-        self._first_ids = self._read_first_ids(Path(directory) / "tokenizer_config.json")
+        self._first_ids = self._read_first_ids(directory / "tokenizer_config.json")
 
     @property
     def vocab_size(self) -> int:

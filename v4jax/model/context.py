@@ -10,6 +10,9 @@ from jaxtyping import Array, Bool, Int
 from v4jax.sharding import collectives
 from v4jax.sharding.rules import ONE_DEVICE, Shards
 
+# Auxiliary outputs that a call can ask for, and the names under which `aux` has them if others:
+# mhc as mhc_attn and mhc_ffn; attention as q, kv, entries (none in window layers) and o;
+# index_scores also brings index_keys.
 AUX_NAMES = (
     "streams",
     "router_experts",
