@@ -78,6 +78,8 @@ def test_scores_through_the_chain_of_bf16(implementation):
 def test_dense_scores_a_tile_of_keys_at_a_time(chain, monkeypatch):
     monkeypatch.setattr(xla, "DOTS", 2 * 20 * 4 * 70)
     args, g = cases.arguments(SCORED["tile"])[:3], cotangent(SCORED["tile"])
+    # An eighth of a unit: dot products are exact in float32, and the chain rounds the same numbers.
+    args = tuple(jnp.round(8 * x) / 8 for x in args)
     tiled = functools.partial(xla.index_scores, chain=chain)
     wanted = functools.partial(reference.index_scores, chain=chain)
     np.testing.assert_allclose(tiled(*args), wanted(*args), rtol=1e-5, atol=1e-5)
