@@ -71,11 +71,14 @@ def same_choice(got, expected):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_length_padded_then_decoded(variant):
-    """Each prompt length 1..296 as a row of a padded batch, then four decode steps."""
+    """Each prompt length 1..296 as a row of a padded batch, then four decode steps.
+
+    Of variants the first lengths, those around an HCA block's end and the last ones.
+    """
     model, variables, tokens, _, chosen, _ = setting(variant)
     run = stepper(variant)
     rows = 37
-    for first in range(1, 297, rows):
+    for first in range(1, 297, rows) if variant == "released" else (1, 112, 260):
         lengths = np.arange(first, first + rows, dtype=np.int32)
         prompts = np.where(np.arange(LENGTH)[None] < lengths[:, None], tokens[None], 7)
         cache = model.init_cache(rows, LENGTH, ROLLBACK)
