@@ -12,7 +12,7 @@ from tests.sharding.meshes import LENGTH, MESHES, ROWS
 from v4jax.infer.generate import generate
 from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL, TRAIN, TRAIN_LONG
 
-LOGITS = 2e-5  # absolute, float32; logits have a spread of about 1
+LOGITS = 2e-5  # float32; of whole rows in parts of the logits' standard deviation
 GRADIENTS = 2e-5  # of each leaf's largest, see `relative`
 DECODED = 64
 
@@ -44,7 +44,11 @@ def trained_alone(packed):
 
 
 def gradients(model, variables, packed):
-    step = jax.jit(jax.value_and_grad(functools.partial(loss, model), has_aux=True))
+    step = jax.jit(
+        jax.value_and_grad(functools.partial(loss, model), has_aux=True),
+        # Sums in more roundings, as LLVM leaves them unoptimised, differ by 3e-5 themselves.
+        compiler_options={"xla_backend_optimization_level": 3},
+    )
     documents = meshes.documents() if packed else None
     return step(variables["params"], variables["buffers"], meshes.tokens(), documents)
 
@@ -67,20 +71,40 @@ def relative(found, wanted):
 
 def check_training(sizes, strategy, packed):
     model, variables = meshes.on_mesh(sizes, strategy)
-    (value, out), grads = gradients(model, variables, packed)
-    (wanted_value, wanted), wanted_grads = trained_alone(packed)
-    assert meshes.largest_difference(out.logits, wanted.logits) <= LOGITS
-    assert meshes.largest_difference(out.mtp_logits, wanted.mtp_logits) <= LOGITS
+    found, grads = gradients(model, variables, packed)
+    wanted, wanted_grads = trained_alone(packed)
+    check_outputs(found, wanted)
+    assert relative(grads, wanted_grads) <= GRADIENTS
+
+
+def check_outputs(found, wanted):
+    """The loss and all that training reads beside it."""
+    (value, out), (wanted_value, wanted) = found, wanted
+    spread = float(jnp.std(wanted.logits))
+    assert meshes.largest_difference(out.logits, wanted.logits) <= LOGITS * spread
+    assert meshes.largest_difference(out.mtp_logits, wanted.mtp_logits) <= LOGITS * spread
     assert meshes.equal(out.aux["chosen"], wanted.aux["chosen"])
     assert meshes.equal(out.aux["router_experts"], wanted.aux["router_experts"])
     for name in ("router_load", "indexer_loss"):
         for layer, found in out.aux[name].items():
             np.testing.assert_allclose(found, wanted.aux[name][layer], rtol=2e-5, atol=1e-4)
     np.testing.assert_allclose(value, wanted_value, rtol=2e-5)
-    assert relative(grads, wanted_grads) <= GRADIENTS
 
 
-@pytest.mark.parametrize("sizes", quick("sequence=8"))
+def test_outputs_of_packed_rows_are_the_same():
+    """Forward alone, slices shorter than the window; gradients are with the slow tests."""
+    documents = meshes.documents()
+
+    def forward(model, variables):
+        run = jax.jit(functools.partial(loss, model))
+        return run(variables["params"], variables["buffers"], meshes.tokens(), documents)
+
+    found = forward(*meshes.on_mesh("sequence=8", TRAIN))
+    check_outputs(found, forward(*meshes.alone()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES)
 def test_packed_training_is_the_same(sizes):
     check_training(sizes, TRAIN, packed=True)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
+from v4jax.errors import InputError
 from v4jax.sharding import collectives
 from v4jax.sharding.rules import ONE_DEVICE, Shards
 
@@ -119,6 +120,15 @@ class Whole:
         """How many compression blocks have closed at each row, itself included."""
         closes = self.position % ratio == ratio - 1
         return jnp.cumsum(closes, axis=1, dtype=jnp.int32)
+
+
+def check_packed(segment_ids, cache, lengths) -> None:
+    """Refuses a packed row that comes with what only other rows have."""
+    if segment_ids is not None and (cache is not None or lengths is not None):
+        raise InputError(
+            "segment_ids came with a cache or lengths; a packed row has neither, so give each "
+            "document a row of its own"
+        )
 
 
 def place_tokens(

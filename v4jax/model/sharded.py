@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from v4jax.config import ModelConfig
 from v4jax.model.cache import Cache, CompressorState, LayerCache
+from v4jax.model.context import check_packed
 from v4jax.sharding.rules import Shards
 
 # Axes of auxiliary outputs; arrays whose rows are the call's tokens have "sequence" in place 1.
@@ -137,6 +138,7 @@ def apply(
     """`Transformer.__call__` of global arrays on the model's mesh."""
     shards = model.sharding
     check(model.config, shards)
+    check_packed(segment_ids, cache, lengths)
     tokens = jnp.asarray(tokens, jnp.int32)
     batch, length = tokens.shape
     shards.check_divides({"batch": batch})
@@ -193,14 +195,17 @@ def apply_local(
 
 
 def _padded(padding, tokens, lengths, segment_ids, replay):
-    """The arguments with rows that the shards divide; the padding is a document of its own."""
+    """The arguments with rows that the shards divide; the padding is a document of its own.
+
+    And it is no real token, packed or not: routers' loads and the indexer's loss leave it out.
+    """
     if not padding:
         return tokens, lengths, segment_ids, replay
     columns = ((0, 0), (0, padding))
     if segment_ids is not None:
         other = jnp.asarray(segment_ids)[:, -1:] + 1
         segment_ids = jnp.concatenate([segment_ids, jnp.repeat(other, padding, axis=1)], axis=1)
-    elif lengths is None:
+    if lengths is None:
         lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
     if replay is not None:
         replay = jax.tree.map(lambda x: jnp.pad(x, (*columns, (0, 0)), mode="edge"), replay)

@@ -27,7 +27,7 @@ from v4jax.model import cache as cache_lib
 from v4jax.model import sharded
 from v4jax.model.block import Unit
 from v4jax.model.cache import Cache
-from v4jax.model.context import AUX_NAMES, Context, place_tokens, slice_of
+from v4jax.model.context import AUX_NAMES, Context, check_packed, place_tokens, slice_of
 from v4jax.model.hyper_connections import HyperHead
 from v4jax.model.layers import Numerics, RMSNorm, weight
 from v4jax.model.mtp import MTPBlock
@@ -292,11 +292,8 @@ class Transformer(nn.Module):
             raise InputError(f"aux names {unknown} are unknown; expected some of {AUX_NAMES}")
         if tokens.shape[1] == 0:
             raise InputError("tokens has no columns; expected at least one token a row")
-        if segment_ids is not None and (cache is not None or lengths is not None):
-            raise InputError(
-                "segment_ids came with a cache or lengths; a packed row has neither, so give each "
-                "document a row of its own"
-            )
+        if not self.inside:  # where `sharded` has checked, and may have padded a packed row
+            check_packed(segment_ids, cache, lengths)
         if cache is not None:
             _check_cache(tokens, cache, lengths, mtp)
 
