@@ -17,6 +17,7 @@ QUICK = {
     "flash_csa_prefill_4k",
     "flash_csa_prefill_4k_of_64k",
     "flash_hca_prefill_4k_of_1m",
+    "flash_window_4k",
     "flash_csa_decode_1m",
 }
 
@@ -34,10 +35,6 @@ def quick(chip, name):
     if chip == aot.TPU_CHIPS[0]:
         return name in QUICK or name in ("pro_csa_prefill_4k", "pro_csa_decode_1m")
     return name == "flash_csa_prefill_4k"
-
-
-def on_an_h100(names):
-    return aot.first(QUICK, names)
 
 
 # The forms in which a cache keeps entries, and where they are read.
@@ -81,7 +78,7 @@ def test_backward_compiles_for_tpus(chip, name):
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("name", on_an_h100(cases.REAL))
+@pytest.mark.parametrize("name", aot.first(QUICK, cases.REAL))
 def test_forward_compiles_for_an_h100(name):
     case = cases.REAL[name]
     compiled = aot.compile_h100(functools.partial(forward, case), *cases.specs(case))
@@ -89,7 +86,7 @@ def test_forward_compiles_for_an_h100(name):
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("name", on_an_h100(TRAINED))
+@pytest.mark.parametrize("name", aot.first(QUICK, TRAINED))
 def test_backward_compiles_for_an_h100(name):
     case = cases.REAL[name]
     compiled = aot.compile_h100(functools.partial(gradients, case), *cases.specs(case))
@@ -110,7 +107,7 @@ def test_cached_entries_compile_for_tpus(chip, name, form):
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("name", on_an_h100(CACHED))
+@pytest.mark.parametrize("name", aot.first(QUICK, CACHED))
 def test_stored_entries_compile_for_an_h100(name):
     case = cases.REAL[name]
     compiled = aot.compile_h100(functools.partial(forward, case), *cached(name, "stored"))

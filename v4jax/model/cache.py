@@ -142,17 +142,17 @@ def _init_layer(config, spec, lead, max_length, rollback, dtype, parts):
     if spec.attention == "window":
         return LayerCache(window=window)
 
-    def compressor(width, entry):
+    def compressor(width, entry=None):
         entries = _room(-(-max_length // spec.ratio), parts)
         doubled = 2 if spec.overlap else 1
         return CompressorState(
-            entries=jnp.zeros((*lead, entries, *entry), dtype),
+            entries=jnp.zeros((*lead, entries, *(entry or (width,))), dtype),
             raw=jnp.zeros((*lead, raw_rows(spec) + rollback, 2 * doubled * width), jnp.float32),
         )
 
     if spec.attention == "hca":
-        return LayerCache(window=window, main=compressor(h, (h,)))
-    return LayerCache(window, None, compressor(h, lanes_of(h)), compressor(z, (z,)))
+        return LayerCache(window=window, main=compressor(h))
+    return LayerCache(window=window, main=compressor(h, lanes_of(h)), index=compressor(z))
 
 
 def _room(entries: int, parts: int) -> int:
