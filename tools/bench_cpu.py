@@ -2,8 +2,8 @@
 
     python tools/bench_cpu.py [--rival=false] [--out experiments/cpu_speed/history.jsonl]
 
-Both sides are timed in turn after a warm-up; medians of --repeats steady-state runs. A length that
-the rival cannot hold in memory is left to ours alone (--rival_limit).
+Both sides take turns after a warm-up; medians of --repeats steady-state runs. A length that the
+rival cannot hold in memory is left to ours alone (--rival_limit).
 """
 
 import json
@@ -27,6 +27,7 @@ DECODE = flags.DEFINE_list("decode", ["1024", "4096", "32768"], "Contexts of a d
 RIVAL_LIMIT = flags.DEFINE_integer("rival_limit", 4096, "Longest context given to transformers.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each figure.")
 OUT = flags.DEFINE_string("out", None, "JSON lines file to add the result to.")
+STEPS = 20  # decoded tokens of one timed run
 
 SIZES = {
     "vocab_size": 4096,
@@ -63,14 +64,17 @@ def write_checkpoint(folder):
     return model
 
 
-def median_seconds(run):
-    run()
-    times = []
-    for _ in range(REPEATS.value):
-        start = time.perf_counter()
+def median_seconds(runs):
+    """Medians of runs (by name) that take turns, so that a slow minute of the machine slows all."""
+    times = {name: [] for name in runs}
+    for run in runs.values():
         run()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    for _ in range(REPEATS.value):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(seconds)) for name, seconds in times.items()}
 
 
 def tokens_of(length):
@@ -96,22 +100,22 @@ class Ours:
             cache = self.model.init_cache(1, length + 64)
             jax.block_until_ready(self.call(self.variables, tokens, cache))
 
-        return median_seconds(run)
+        return run
 
-    def decode(self, length, steps=20):
+    def decode(self, length):
         tokens = jnp.asarray(tokens_of(length), jnp.int32)
-        cache = self.model.init_cache(1, length + 64 + steps * (REPEATS.value + 1))
+        cache = self.model.init_cache(1, length + 64 + STEPS * (REPEATS.value + 1))
         chunk = min(length, 4096)
         for at in range(0, length, chunk):
             _, cache = self.call(self.variables, tokens[:, at : at + chunk], cache)
         state = [cache]
 
         def run():
-            for _ in range(steps):
+            for _ in range(STEPS):
                 logits, state[0] = self.call(self.variables, tokens[:, :1], state[0])
             jax.block_until_ready(logits)
 
-        return median_seconds(run) / steps
+        return run
 
 
 class Theirs:
@@ -130,24 +134,30 @@ class Theirs:
             with self.torch.no_grad():
                 self.model(tokens, use_cache=True, logits_to_keep=1)
 
-        return median_seconds(run)
+        return run
 
-    def decode(self, length, steps=20):
+    def decode(self, length):
         tokens = self.torch.tensor(tokens_of(length))
         with self.torch.no_grad():
             past = self.model(tokens, use_cache=True, logits_to_keep=1).past_key_values
 
-            def run():
-                for _ in range(steps):
+        def run():
+            with self.torch.no_grad():
+                for _ in range(STEPS):
                     self.model(tokens[:, :1], past_key_values=past, use_cache=True)
 
-            return median_seconds(run) / steps
+        return run
 
 
 def measure(what, length, ours, theirs):
-    row = {"what": what, "length": length, "ours": getattr(ours, what)(length)}
+    """One row of the result: seconds of a prefill, or of one decoded token."""
+    runs = {"ours": getattr(ours, what)(length)}
     if theirs is not None and length <= RIVAL_LIMIT.value:
-        row["transformers"] = getattr(theirs, what)(length)
+        runs["transformers"] = getattr(theirs, what)(length)
+    once = STEPS if what == "decode" else 1
+    row = {"what": what, "length": length}
+    row |= {name: seconds / once for name, seconds in median_seconds(runs).items()}
+    if "transformers" in row:
         row["ratio"] = row["transformers"] / row["ours"]
     row["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(json.dumps(row), flush=True)

@@ -69,6 +69,24 @@ def same_choice(got, expected):
     np.testing.assert_array_equal(pad(got), pad(expected))
 
 
+@pytest.mark.parametrize("variant", ["released", "ablated", "all_visible"])  # scans do not
+def test_last_logits_alone_and_what_the_cache_then_holds(variant):
+    """Prefill that computes the last layer's last token alone, then a chunk and a decode step."""
+    model, variables, tokens, _, _, _ = setting(variant)
+    lengths = np.array([1, 5, 23, 24, 25, 31, 32, 127, 128, 129, 160])
+    padded = np.stack([np.where(np.arange(160) < n, tokens[:160], 7) for n in lengths])
+    step = jax.jit(functools.partial(model.apply, logits="last"))
+    out = step(variables, padded, lengths=lengths, cache=model.init_cache(len(lengths), LENGTH))
+    check_logits(variant, out.logits[:, 0], lengths - 1)
+    more = np.arange(1, len(lengths) + 1)
+    chunk = np.stack([np.resize(tokens[n : n + 12], 160) for n in lengths])
+    out = step(variables, chunk, lengths=more, cache=out.cache)
+    check_logits(variant, out.logits[:, 0], lengths + more - 1)
+    following = tokens[lengths + more][:, None]
+    out = step(variables, following, cache=out.cache)
+    check_logits(variant, out.logits[:, 0], lengths + more)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_length_padded_then_decoded(variant):
     """Each prompt length 1..296 as a row of a padded batch, then four decode steps.

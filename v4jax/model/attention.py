@@ -71,8 +71,6 @@ class Attention(nn.Module):
         compressing = self.spec.attention in ("csa", "hca")
         frequency = rope.inverse_frequencies(self.config, compressing)
         turn = rope.rotations(frequency, context.position)
-        q_lat = self.q_norm(self.wq_a("btd,ld->btl", x_BTD))
-        q = self._queries(q_lat, turn)
         kv = self._kv_rows(x_BTD, turn)
         aux = {}
         if self.spec.attention == "full":
@@ -81,13 +79,20 @@ class Attention(nn.Module):
             keys, cache = self._window(kv, context, cache, layer)
         if compressing:
             entries, cache = self._entries(x_BTD, context, cache, layer)
+        if self.spec.attention == "csa":
+            # The indexer learns from a loss of its own, and the rest of the model not from that.
+            fixed_BTD = jax.lax.stop_gradient(x_BTD)
+            index_keys, cache = self._index_keys(fixed_BTD, context, cache, layer)
+        # Keys are of all tokens; queries, from here on, of those whose output is wanted.
+        x_BTD, turn = jax.tree.map(context.wanted, (x_BTD, turn))
+        context = context.asking()
+        q_lat = self.q_norm(self.wq_a("btd,ld->btl", x_BTD))
+        q = self._queries(q_lat, turn)
+        if compressing:
             low, high = self._own(*context.visible_entries(self.spec.ratio), entries, cache)
             keys |= {"entries_BCH": entries, "low_BT": low, "high_BT": high}
         if self.spec.attention == "csa":
-            # The indexer learns from a loss of its own, and the rest of the model not from that.
-            fixed_BTD, fixed_BTL = jax.lax.stop_gradient((x_BTD, q_lat))
-            index_keys, cache = self._index_keys(fixed_BTD, context, cache, layer)
-            q_index = self.indexer.queries(fixed_BTD, fixed_BTL, turn)
+            q_index = self.indexer.queries(*jax.lax.stop_gradient((x_BTD, q_lat)), turn)
             if replayed_BTK is not None:
                 choice = {"chosen_BTK": self._own_choice(replayed_BTK, entries, cache)}
             else:
@@ -139,9 +144,14 @@ class Attention(nn.Module):
         if cache is not None:
             last = sequence.last_rows(shards, rows, context.whole.total, older.shape[1])
             cache = cache.replace(window=write_layer(cache.window, layer, last))
+        asking = context.asking()
+        if context.last_only:
+            # The window that ends with the last real token, behind `older` and the others.
+            begin = older.shape[1] + jnp.maximum(context.whole.total, 1) - window
+            rows = jax.vmap(lambda x, n: jax.lax.dynamic_slice_in_dim(x, n, window))(rows, begin)
         # A document begins `position` rows before its token, and the rows of this call behind
         # those that joined them.
-        first = rows.shape[1] - kv.shape[1] + context.row - context.position
+        first = rows.shape[1] - asking.tokens.shape[1] + asking.row - asking.position
         return {"window_BSH": rows, "first_BT": jnp.maximum(first, 0), "window": window}, cache
 
     def _all_tokens(self, kv, context, cache, layer):
@@ -155,7 +165,8 @@ class Attention(nn.Module):
         whole = context.whole
         tokens = _write(shards, cache.tokens, layer, kv, whole.begin, whole.total)
         kv = _read(shards, tokens, layer)
-        low, high = self._own(jnp.zeros_like(position), position + 1, kv, cache)
+        high = context.asking().position + 1
+        low, high = self._own(jnp.zeros_like(high), high, kv, cache)
         return {"entries_BCH": kv, "low_BT": low, "high_BT": high}, cache.replace(tokens=tokens)
 
     def _entries(self, x_BTD, context, cache, layer):

@@ -1,6 +1,7 @@
 """One layer, and the unit of layers that a segment repeats."""
 
 import flax.linen as nn
+import jax
 from jaxtyping import Array
 
 from v4jax.config import LayerSpec, ModelConfig
@@ -39,6 +40,8 @@ class Block(nn.Module):
     ):
         """The streams after the layer, its new cache and auxiliary arrays by name.
 
+        Streams of the tokens whose output is wanted, if the context says so.
+
         Args:
           h_BTMD: residual streams. context: the tokens' places.
           cache, layer: the segment's buffers and which repeat this is.
@@ -49,6 +52,8 @@ class Block(nn.Module):
         y_BTD, cache, aux = self.attn(
             self.attn_norm(u_BTD), context, cache, layer, replay.get("chosen")
         )
+        h_BTMD, mixing = jax.tree.map(context.wanted, (h_BTMD, mixing))
+        context = context.asking()
         h_BTMD, u_BTD, ffn_mixing = self.hc_ffn.post_pre(y_BTD, h_BTMD, mixing)
         y_BTD, routing = self.ffn(self.ffn_norm(u_BTD), context, replay.get("router_experts"))
         h_BTMD = self.hc_ffn.post(y_BTD, h_BTMD, ffn_mixing)
@@ -76,7 +81,9 @@ class Unit(nn.Module):
         for i, spec in enumerate(self.specs):
             block = Block(self.config, spec, self.numerics, name=f"block_{i}")
             cache = None if caches is None else caches[i]
-            h_BTMD, cache, aux = block(h_BTMD, context, cache, index, replays[i])
+            last = i == len(self.specs) - 1
+            here = context.replace(last_only=context.last_only and last)
+            h_BTMD, cache, aux = block(h_BTMD, here, cache, index, replays[i])
             kept.append(cache)
             auxes.append(aux)
         return (h_BTMD, None if caches is None else tuple(kept)), tuple(auxes)

@@ -8,7 +8,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Int
 
 from v4jax.errors import InputError
-from v4jax.sharding import collectives
+from v4jax.sharding import collectives, sequence
 from v4jax.sharding.rules import ONE_DEVICE, Shards
 
 # Auxiliary outputs that a call can ask for, and the names under which `aux` has them if others:
@@ -40,7 +40,8 @@ class Context:
     in this shard's slice (the rest is right padding). document [B,T]: the row of the whole call at
     which each token's document begins (None: one document a row).
     whole: the whole call's. aux: names of wanted auxiliary outputs. dense: CSA layers attend to
-    every visible entry instead of the indexer's choice.
+    every visible entry instead of the indexer's choice. last_only: of this layer's output only
+    each row's last real token is wanted; its rows for the cache are made of all tokens.
     """
 
     tokens: Any
@@ -52,6 +53,21 @@ class Context:
     aux: tuple[str, ...] = struct.field(pytree_node=False, default=())
     dense: bool = struct.field(pytree_node=False, default=False)
     shards: Shards = struct.field(pytree_node=False, default=ONE_DEVICE)
+    last_only: bool = struct.field(pytree_node=False, default=False)
+
+    def wanted(self, x_BTX: Array) -> Array:
+        """The rows [B,1,...] of the tokens whose output is wanted: all, or each row's last."""
+        return self.last(x_BTX) if self.last_only else x_BTX
+
+    def last(self, x_BTX: Array) -> Array:
+        """Each row's last real token of the whole call, [B,1,...], on all shards."""
+        return sequence.row_of_all(self.shards, x_BTX, jnp.maximum(self.whole.total - 1, 0))
+
+    def asking(self) -> "Context":
+        """The places of the tokens whose output is wanted."""
+        if not self.last_only:
+            return self
+        return self.replace(tokens=self.last(self.tokens), position=self.last(self.position))
 
     @property
     def row(self) -> Int[Array, "1 t"]:

@@ -31,7 +31,7 @@ from v4jax.model.context import AUX_NAMES, Context, check_packed, place_tokens, 
 from v4jax.model.hyper_connections import HyperHead
 from v4jax.model.layers import Numerics, RMSNorm, weight
 from v4jax.model.mtp import MTPBlock
-from v4jax.sharding import collectives, sequence
+from v4jax.sharding import collectives
 from v4jax.sharding.rules import ONE_DEVICE, Shards
 
 
@@ -169,7 +169,8 @@ class Transformer(nn.Module):
         shards = self.rounding().shards
         context = place_tokens(tokens, lengths, start, segment_ids, aux, dense, shards)
         h_BTMD = self._streams(context.tokens)
-        h_BTMD, cache, found = self._layers(h_BTMD, context, cache, replay or {})
+        last_only = logits == "last" and self._can_narrow(tokens, cache, aux, replay)
+        h_BTMD, cache, found = self._layers(h_BTMD, context, cache, replay or {}, last_only)
         initializing = self.is_initializing()
         states = self._mtp(h_BTMD, tokens, context, found) if mtp or initializing else ()
         if logits == "normed":
@@ -178,10 +179,9 @@ class Transformer(nn.Module):
         predictions = tuple(self._logits(y_BTD) for y_BTD in states)
         if logits == "none" and not initializing:
             return Output(None, cache, predictions, found, h_BTMD)
-        last = h_BTMD
-        if logits == "last":
-            last = sequence.row_of_all(shards, h_BTMD, jnp.maximum(context.whole.total - 1, 0))
-        y_BTD = self.norm(self.hc_head(last))
+        if logits == "last" and not last_only:
+            h_BTMD = context.last(h_BTMD)
+        y_BTD = self.norm(self.hc_head(h_BTMD))
         return Output(self._logits(y_BTD), cache, predictions, found)
 
     @nn.nowrap
@@ -223,19 +223,16 @@ class Transformer(nn.Module):
     @nn.nowrap
     def init_cache(self, batch: int, max_length: int, rollback: int = 0) -> Cache:
         """An empty decode state; see `cache.init_cache`."""
-        make = functools.partial(
-            cache_lib.init_cache,
-            self.config,
-            batch,
-            max_length,
-            rollback=rollback,
-            dtype=self.rounding().dtype,
-            min_repeats=self.min_repeats,
-            parts=self.sharding.size("entries"),
-        )
+        options = {
+            "rollback": rollback,
+            "dtype": self.rounding().dtype,
+            "min_repeats": self.min_repeats,
+            "parts": self.sharding.size("entries"),
+        }
         if self.sharding.mesh is None:
-            return make()
+            return _init_cache(self.config, batch, max_length, **options)
         self.sharding.check_divides({"batch": batch})
+        make = functools.partial(cache_lib.init_cache, self.config, batch, max_length, **options)
         shape = jax.eval_shape(make)
         return jax.jit(make, out_shardings=sharded.cache_shardings(self.sharding, shape))()
 
@@ -245,12 +242,17 @@ class Transformer(nn.Module):
         shape = (*tokens.shape, self.config.hc_mult, self.config.hidden_size)
         return jnp.broadcast_to(x_BTD[:, :, None], shape)
 
-    def _layers(self, h_BTMD, context: Context, cache, replay):
-        """All layers; the new cache and aux[name][layer]."""
+    def _layers(self, h_BTMD, context: Context, cache, replay, last_only):
+        """All layers; the new cache and aux[name][layer].
+
+        last_only: nothing is wanted of the last layer but its cache and each row's last token.
+        """
         found: dict[str, dict[int, Array]] = {}
         kept = {}
         for segment, unit in zip(self.segments(), self.units, strict=True):
             caches = None if cache is None else cache.layers[segment.name]
+            if segment == self.segments()[-1]:
+                context = context.replace(last_only=last_only)
             carry, auxes = _run(unit, segment, (h_BTMD, caches), replay, context)
             h_BTMD, kept[segment.name] = carry
             _collect(found, auxes, segment)
@@ -259,6 +261,16 @@ class Transformer(nn.Module):
         spare = jnp.minimum(cache.spare + context.whole.total, cache.max_rollback)
         lengths = cache.lengths + context.whole.total
         return h_BTMD, cache.replace(lengths=lengths, spare=spare, layers=kept), found
+
+    @nn.nowrap
+    def _can_narrow(self, tokens, cache, aux, replay):
+        """Whether the last layer can leave out all but each row's last token, beside its cache.
+
+        Not in a scan, whose steps are one program; nor where each shard has a slice of the row.
+        """
+        several = tokens.shape[1] > 1 and cache is not None and not (aux or replay)
+        shards = self.rounding().shards
+        return several and self.segments()[-1].repeats == 1 and not shards.axes("sequence")
 
     def _logits(self, y_BTD):
         y, table = y_BTD.astype(jnp.float32), self.head.table().astype(jnp.float32)
@@ -316,6 +328,14 @@ def _check_cache(tokens, cache, lengths, mtp):
             f"the call brings a row to {longest} tokens and the cache has room for "
             f"{cache.max_length}; make a longer one with init_cache"
         )
+
+
+# One program: array by array it takes as long as the attention of a short prompt.
+_init_cache = jax.jit(
+    cache_lib.init_cache,
+    static_argnums=(0, 1, 2),
+    static_argnames=("rollback", "dtype", "min_repeats", "parts"),
+)
 
 
 class _Table(nn.Module):
