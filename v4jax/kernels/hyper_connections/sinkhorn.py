@@ -1,4 +1,6 @@
-"""Sinkhorn's rounds and their gradient inside a kernel, on matrices [M, M, T], tokens last."""
+"""Sinkhorn's rounds and their gradient, in a kernel or outside: [M, M, T], tokens last."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,25 +31,60 @@ def forward(logits_MMT, iterations, eps):
 
 def backward(logits_MMT, da_MMT, iterate_ref, iterations, eps):
     """d(logits). The iterates are computed again, into iterate_ref [iterations, M, M, T]."""
-    p = softmax(logits_MMT)
-    first = p + eps
 
     def again(k, a):
         iterate_ref[k, :, :, :] = a
         return _round(a, eps)
 
     def step(back, da):
-        a = iterate_ref[iterations - 1 - back, :, :, :]
-        rows = _inverse_sum(a, ROWS, eps)
-        b = a * rows
-        columns = _inverse_sum(b, COLUMNS, eps)
-        da = _normalised_backward(da, b * columns, columns, COLUMNS)
-        return _normalised_backward(da, b, rows, ROWS)
+        return _round_backward(iterate_ref[iterations - 1 - back, :, :, :], da, eps)
 
-    columns = _inverse_sum(first, COLUMNS, eps)
-    jax.lax.fori_loop(1, iterations, again, first * columns)
+    a = softmax(logits_MMT) + eps
+    jax.lax.fori_loop(1, iterations, again, a * _inverse_sum(a, COLUMNS, eps))
     da_MMT = jax.lax.fori_loop(0, iterations - 1, step, da_MMT)
-    da_MMT = _normalised_backward(da_MMT, first * columns, columns, COLUMNS)
+    return _begin_backward(logits_MMT, da_MMT, eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def outside(logits_MMT, iterations, eps):
+    """`forward` for plain XLA, whose gradient keeps no more than a matrix a round.
+
+    JAX's own would keep several arrays a round, and XLA:CPU copies each of them.
+    """
+    return forward(logits_MMT, iterations, eps)
+
+
+def _outside_forward(logits_MMT, iterations, eps):
+    return forward(logits_MMT, iterations, eps), logits_MMT
+
+
+def _outside_backward(iterations, eps, logits_MMT, da_MMT):
+    a = softmax(logits_MMT) + eps
+    first = a * _inverse_sum(a, COLUMNS, eps)
+    _, iterates = jax.lax.scan(lambda a, _: (_round(a, eps), a), first, length=iterations - 1)
+    da_MMT, _ = jax.lax.scan(
+        lambda da, a: (_round_backward(a, da, eps), None), da_MMT, iterates, reverse=True
+    )
+    return (_begin_backward(logits_MMT, da_MMT, eps),)
+
+
+outside.defvjp(_outside_forward, _outside_backward)
+
+
+def _round_backward(a_MMT, da_MMT, eps):
+    """d(a) of `_round`."""
+    rows = _inverse_sum(a_MMT, ROWS, eps)
+    b = a_MMT * rows
+    columns = _inverse_sum(b, COLUMNS, eps)
+    da_MMT = _normalised_backward(da_MMT, b * columns, columns, COLUMNS)
+    return _normalised_backward(da_MMT, b, rows, ROWS)
+
+
+def _begin_backward(logits_MMT, da_MMT, eps):
+    """d(logits) of what comes before the rounds."""
+    p = softmax(logits_MMT)
+    columns = _inverse_sum(p + eps, COLUMNS, eps)
+    da_MMT = _normalised_backward(da_MMT, (p + eps) * columns, columns, COLUMNS)
     return p * (da_MMT - jnp.sum(da_MMT * p, axis=ROWS, keepdims=True))
 
 

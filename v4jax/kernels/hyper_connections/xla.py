@@ -7,6 +7,7 @@ has its tokens last ([X, N]), so that a Sinkhorn step is elementwise over all of
 import jax
 import jax.numpy as jnp
 
+from v4jax.kernels.hyper_connections import sinkhorn
 from v4jax.quant import round_to
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -108,19 +109,7 @@ def weights(mixed_XN, base_X, scale_3, m, iterations, eps):
     pre_MN = jax.nn.sigmoid(mixed_XN[:m] * scale_3[0] + base[:m]) + eps
     post_MN = 2 * jax.nn.sigmoid(mixed_XN[m : 2 * m] * scale_3[1] + base[m : 2 * m])
     logits = mixed_XN[2 * m :] * scale_3[2] + base[2 * m :]
-    return pre_MN, post_MN, sinkhorn(logits.reshape(m, m, -1), iterations, eps)
-
-
-def sinkhorn(logits_MMN, iterations, eps):
-    """Rows and columns of exp(logits) normalised in turn, `iterations` times."""
-    a = jax.nn.softmax(logits_MMN, axis=1) + eps
-    a = a / (a.sum(0, keepdims=True) + eps)
-
-    def step(_, a):
-        a = a / (a.sum(1, keepdims=True) + eps)
-        return a / (a.sum(0, keepdims=True) + eps)
-
-    return jax.lax.fori_loop(0, iterations - 1, step, a)
+    return pre_MN, post_MN, sinkhorn.outside(logits.reshape(m, m, -1), iterations, eps)
 
 
 def inner(equation, a, b):
