@@ -38,7 +38,7 @@ def test_the_indexer_learns_what_attention_pays():
     config = StepConfig(losses=WEIGHTS, trained="/indexer/", dense=True, bias_step=0.0)
     state, step = trainer(config)
     lines = []
-    for number in range(150):
+    for number in range(400):
         state, noted = step(state, batch(number), Rates(jnp.float32(5e-3), jnp.float32(0)))
         lines.append({k: float(v) for k, v in noted.items()})
     first, last = lines[0], lines[-1]
@@ -51,10 +51,10 @@ def test_a_skewed_load_evens_out():
     # No parameter is trained: the biases do it alone, a thousandth a step.
     state, step = trainer(StepConfig(losses=LossWeights(0.0, 0.0, 0.0), trained="nothing"))
     skewed = jax.tree.map(
-        lambda b: jnp.zeros_like(b).at[0].set(0.15) if b.shape == (6,) else b, state.buffers
+        lambda b: jnp.zeros_like(b).at[0].set(0.3) if b.shape == (6,) else b, state.buffers
     )
     state, spread = state.replace(buffers=skewed), []
-    for number in range(250):
+    for number in range(400):
         state, noted = step(state, batch(number), Rates(jnp.float32(0), jnp.float32(0)))
         spread.append(float(noted["load_cv"]))
     assert spread[0] > 0.5 and max(spread[-10:]) < 0.2

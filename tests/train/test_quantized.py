@@ -12,6 +12,7 @@ import v4jax
 from tests.tiny import tiny_config, unsettle
 from tests.train.models import small_batch
 from v4jax import checkpoint, quant
+from v4jax.config import CSA, HCA, WINDOW, with_hash_routing
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
 from v4jax.named_configs import get_config
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.slow  # compiles whole training programs, minutes of it
 
 # Widths in 32s, so that experts can be stored in FP4.
 SIZES = {"hidden_size": 64, "moe_intermediate_size": 32, "hc_sinkhorn_iters": 3}
+# An HCA block closes several times in a short row, so that every weight has a gradient.
+SIZES["layers"] = with_hash_routing((WINDOW, CSA, dataclasses.replace(HCA, ratio=16)), 1)
 
 
 @pytest.fixture(scope="module")

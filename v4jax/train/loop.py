@@ -180,7 +180,10 @@ def _steps_of(run: _Run, number: int, done: int):
     program, tick = None, time.perf_counter()
     while done < run.steps and config.place(done)[0] == number and not run.signals.caught:
         batch = load(config, stage, run.source, number, config.place(done)[1])
-        inputs = placement.put_batch(model.sharding, batch), _rates(config, stage, done)
+        inputs = (
+            placement.put_batch(model.sharding, batch),
+            _rates(config, stage, done, model.sharding),
+        )
         if program is None:  # before the clock of the first step begins
             program, tick = step.lower(run.state, *inputs).compile(), time.perf_counter()
         run.state, noted = program(run.state, *inputs)
@@ -258,7 +261,7 @@ def _rates(config, stage, step):
         rate = config.schedule.rate(step, config.steps)
     decaying = config.schedule.decayed(step, config.steps) > 0
     mtp = config.mtp_decayed if decaying else config.losses.mtp
-    return jax.device_put(Rates(np.float32(rate), np.float32(mtp)))
+    return Rates(np.float32(rate), np.float32(mtp))
 
 
 def _check_finite(run, line, batch):

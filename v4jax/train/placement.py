@@ -54,3 +54,8 @@ def put_batch(shards: Shards, batch: Batch) -> Batch:
         return jax.device_put(batch)
     rows = shards.sharding("batch")
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+
+
+def put_everywhere(shards: Shards, values: Any) -> Any:
+    """Host values, the same in every process, on all devices."""
+    return jax.device_put(values, None if shards.mesh is None else shards.sharding())

@@ -26,8 +26,8 @@ def sweep(folder: Path, runs: Path, steps: int | None = None) -> str:
     """Runs all that is not complete, writes the results and returns the table."""
     experiment = _read(folder)
     found: dict[str, list[dict[str, Any]]] = {}
-    for name, changes in experiment.RUNS.items():
-        for seed in experiment.SEEDS:
+    for seed in experiment.SEEDS:  # all runs of a seed first: stopped early, they can be compared
+        for name, changes in experiment.RUNS.items():
             workdir = runs / f"{name}_{seed}"
             fields = {k: v for k, v in changes.items() if k != "config"}
             config = _file(folder, changes.get("config", experiment.CONFIG))
