@@ -35,7 +35,7 @@ BASE = TrainConfig(
     ],
 )
 def test_override(key, text, wanted):
-    found = flat(override(BASE, key, text))[key]
+    found = flat(override(BASE, {key: text}))[key]
     assert found == wanted and type(found) is type(wanted)
 
 
@@ -58,8 +58,16 @@ def test_override(key, text, wanted):
 )
 def test_bad_overrides(key, text, sentence):
     with pytest.raises(InputError) as caught:
-        override(BASE, key, text)
+        override(BASE, {key: text})
     assert sentence in str(caught.value)
+
+
+def test_fields_that_depend_on_each_other_come_in_any_order():
+    wanted = {"stages.1.steps": "1", "stages.0.steps": "2", "schedule.decay": "1"}
+    for keys in (wanted, dict(reversed(wanted.items()))):
+        assert override(BASE, keys).steps == 3
+    with pytest.raises(InputError, match="give one of both"):
+        override(BASE, {"schedule": "x", "schedule.peak": "1"})
 
 
 def test_places_of_steps():
@@ -73,11 +81,11 @@ def test_what_a_resumed_run_may_change():
     stored = plain(BASE)
     assert differences(BASE, stored) == []
     for key, text in (("schedule.peak", "1e-3"), ("keep", "9"), ("stages.1.steps", "70")):
-        assert differences(override(BASE, key, text), stored) == []
-    assert differences(override(BASE, "model.hidden_size", "96"), stored) == [
+        assert differences(override(BASE, {key: text}), stored) == []
+    assert differences(override(BASE, {"model.hidden_size": "96"}), stored) == [
         "model.hidden_size is 96 and was 48"
     ]
-    assert differences(override(BASE, "stages.0.steps", "6"), stored) == [
+    assert differences(override(BASE, {"stages.0.steps": "6"}), stored) == [
         "stages.0.steps is 6 and was 5"
     ]
 
@@ -85,7 +93,7 @@ def test_what_a_resumed_run_may_change():
 def test_a_file_that_gives_a_model_trains_it(tmp_path):
     path = tmp_path / "model.py"
     path.write_text("from tests.tiny import tiny_config\nget_config = tiny_config\n")
-    config = config_file.read(str(path), [("stages.0.steps", "200"), ("seed", "3")])
+    config = config_file.read(str(path), {"stages.0.steps": "200", "seed": "3"})
     assert config.model == tiny_config() and (config.steps, config.seed) == (200, 3)
 
 
@@ -119,7 +127,7 @@ def test_every_run_of_the_experiments_is_a_valid_config(folder):
     experiment = sweep._read(folder.parent)
     for name, changes in experiment.RUNS.items():
         file = sweep._file(folder.parent, changes.get("config", experiment.CONFIG))
-        fields = [(k, str(v)) for k, v in changes.items() if k != "config"]
+        fields = {k: str(v) for k, v in changes.items() if k != "config"}
         config = config_file.read(str(file), fields)
         base = config_file.read(experiment.CONFIG)
         counts = [count_parameters(c.model) for c in (config, base)]

@@ -9,7 +9,7 @@ from v4jax.errors import InputError
 FLAGS = flags.FLAGS
 TERMINATED = 143  # 128 + SIGTERM, as shells report it
 
-_overrides: list[tuple[str, str]] = []
+_overrides: dict[str, str] = {}
 
 
 def define_flags():
@@ -26,7 +26,7 @@ def prepare(args: list[str]) -> list[str]:
     for arg in args:
         match = re.match(r"--config\.([\w.]+)=(.*)$", arg, re.DOTALL)
         if match:
-            _overrides.append((match[1], match[2]))
+            _overrides[match[1]] = match[2]
         elif arg.startswith("--config."):
             raise InputError(f"{arg} has no value; expected --config.KEY=VALUE")
         else:

@@ -164,33 +164,52 @@ def differences(config: TrainConfig, stored: dict[str, Any]) -> list[str]:
     ]
 
 
-def override(config: Any, key: str, text: str) -> Any:
-    """The config with one field, dotted names and numbers of stages, set from text.
+def override(config: Any, texts: dict[str, str]) -> Any:
+    """The config with fields set from text, by dotted names and numbers of stages.
+
+    All of them at once: fields that depend on each other may come in any order.
 
     Raises:
-      InputError: no such field, or a value of another type.
+      InputError: no such field, a value of another type, or values that contradict each other.
     """
-    return _set(config, key.split("."), text, key)
+    tree: dict[str, Any] = {}
+    for key, text in texts.items():
+        *above, last = key.split(".")
+        node = tree
+        for name in above:
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise InputError(
+                    f"--config.{key}: {name!r} is set as a whole too; give one of both"
+                )
+        if isinstance(node.get(last), dict):
+            raise InputError(f"--config.{key}: fields below it are set as well; give one of both")
+        node[last] = text
+    return _set(config, tree, "")
 
 
-def _set(node, names, text, key):
-    name, *rest = names
+def _set(node, changes, at):
     if isinstance(node, tuple):
-        if not name.isdigit() or int(name) >= len(node):
-            raise InputError(
-                f"--config.{key}: {name!r} is none of the numbers 0 to {len(node) - 1}"
-            )
-        at = int(name)
-        return (*node[:at], _set(node[at], rest, text, key), *node[at + 1 :])
-    known = {f.name: f for f in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else {}
-    if name not in known:
-        expected = ", ".join(known) or "nothing below it"
-        raise InputError(f"--config.{key}: there is no field {name!r}; expected {expected}")
-    if rest:
-        value = _set(getattr(node, name), rest, text, key)
-    else:
-        value = _parse(text, typing.get_type_hints(type(node))[name], key)
-    return dataclasses.replace(node, **{name: value})
+        items = list(node)
+        for name, change in changes.items():
+            if not name.isdigit() or int(name) >= len(node):
+                raise InputError(
+                    f"--config.{at}{name}: {name!r} is none of the numbers 0 to {len(node) - 1}"
+                )
+            items[int(name)] = _set(node[int(name)], change, f"{at}{name}.")
+        return tuple(items)
+    known = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+    values = {}
+    for name, change in changes.items():
+        key = at + name
+        if name not in known:
+            expected = ", ".join(known) or "nothing below it"
+            raise InputError(f"--config.{key}: there is no field {name!r}; expected {expected}")
+        if isinstance(change, dict):
+            values[name] = _set(getattr(node, name), change, f"{key}.")
+        else:
+            values[name] = _parse(change, typing.get_type_hints(type(node))[name], key)
+    return dataclasses.replace(node, **values)
 
 
 def _parse(text, hint, key):

@@ -8,13 +8,12 @@ from v4jax.errors import InputError
 from v4jax.train.config import TrainConfig, override
 
 
-def read(path: str, overrides: list[tuple[str, str]] = ()) -> TrainConfig:
+def read(path: str, overrides: dict[str, str] | None = None) -> TrainConfig:
     """Runs a file's get_config() and sets fields by name.
 
     Args:
       path: the file. A `ModelConfig` out of it is trained with the defaults of `TrainConfig`.
-      overrides: dotted names and values as text. Those of one field's several parts are applied in
-        order, so each step must be a valid config.
+      overrides: values as text by dotted name.
 
     Raises:
       InputError: no such file, a mistake in it, no such field.
@@ -27,9 +26,7 @@ def read(path: str, overrides: list[tuple[str, str]] = ()) -> TrainConfig:
             f"{path}: get_config() gives {type(config).__name__}; expected a TrainConfig or a "
             "ModelConfig"
         )
-    for key, value in overrides:
-        config = override(config, key, value)
-    return config
+    return override(config, overrides or {})
 
 
 def _get_config(path):
