@@ -180,10 +180,8 @@ def _steps_of(run: _Run, number: int, done: int):
     program, tick = None, time.perf_counter()
     while done < run.steps and config.place(done)[0] == number and not run.signals.caught:
         batch = load(config, stage, run.source, number, config.place(done)[1])
-        inputs = (
-            placement.put_batch(model.sharding, batch),
-            _rates(config, stage, done, model.sharding),
-        )
+        rates = placement.put_everywhere(model.sharding, _rates(config, stage, done))
+        inputs = placement.put_batch(model.sharding, batch), rates
         if program is None:  # before the clock of the first step begins
             program, tick = step.lower(run.state, *inputs).compile(), time.perf_counter()
         run.state, noted = program(run.state, *inputs)
