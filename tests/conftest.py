@@ -14,19 +14,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.slow_cases import is_slow
-
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-
-
-@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(items):
-    """Marks the cases that `slow_cases` names."""
-    for item in items:
-        if is_slow(item.nodeid):
-            item.add_marker(pytest.mark.slow)
-
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
