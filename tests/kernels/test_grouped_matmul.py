@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.selection import first
 from v4jax import quant
 from v4jax.kernels.grouped_matmul import api, formats, items, pallas_gpu, pallas_tpu
 from v4jax.kernels.grouped_matmul.cases import GROUPS, REAL, inputs, specs
@@ -85,7 +87,7 @@ def test_forward_and_gradients(groups, implementation):
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
-@pytest.mark.parametrize("d, f", [(32, 16), (200, 144)])
+@pytest.mark.parametrize("d, f", first([(200, 144)], [(32, 16), (200, 144)]))
 def test_sizes_that_no_tile_divides(d, f, implementation):
     args = inputs(GROUPS["skewed"], d, f)
     assert_close(run(args, implementation), run(args, "reference"))
@@ -121,9 +123,16 @@ def test_gradient_is_zero_where_the_clamp_bites(implementation):
     assert np.all(grad == 0)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("kind", STORED)
-@pytest.mark.parametrize("groups", ["empty_groups", "skewed"])
+# All for plain XLA; for the Pallas kernels one set of groups, scales in float32 on a TPU alone.
+STORED_SWEEP = list(itertools.product(["empty_groups", "skewed"], STORED, IMPLEMENTATIONS))
+STORED_QUICK = [
+    row
+    for row in STORED_SWEEP
+    if row[2] == "xla" or (row[0] == "empty_groups" and row[1:] != ("fp8_float_scales", KERNELS[1]))
+]
+
+
+@pytest.mark.parametrize("groups, kind, implementation", first(STORED_QUICK, STORED_SWEEP))
 def test_stored_weights_equal_their_expansion(groups, kind, implementation):
     x, gate, weights, sizes = inputs(GROUPS[groups], 512, 256)
     stored = store(weights, kind)
@@ -133,7 +142,7 @@ def test_stored_weights_equal_their_expansion(groups, kind, implementation):
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
-@pytest.mark.parametrize("kind", ["fp4", "fp8"])
+@pytest.mark.parametrize("kind", first(["fp4"], ["fp4", "fp8"]))
 def test_native_rounding_equals_plain_xla(kind, implementation):
     x, gate, weights, sizes = inputs(GROUPS["skewed"], 512, 256)
     args = (x.astype("bfloat16"), gate, store(weights, kind), sizes)
