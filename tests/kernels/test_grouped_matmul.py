@@ -53,8 +53,7 @@ def compiled(implementation, rounding, limit, frozen):
         return jnp.sum(jnp.sin(3 * y.astype(jnp.float32))), y
 
     grad = jax.value_and_grad(loss, argnums=(0, 1) if frozen else (0, 1, 2), has_aux=True)
-    # Compiling takes nearly all of these tests' time; the programs themselves are tiny.
-    return jax.jit(grad, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(grad)
 
 
 def run(args, implementation, limit=0.3, rounding=FLOAT32, frozen=False):

@@ -96,8 +96,7 @@ def results(case, op, implementation, arguments, cotangents, dtype):
 
 
 def differentiated(f, arguments, cotangents):
-    # What a test compiles it runs once.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def run(arguments, cotangents):
         out, vjp = jax.vjp(f, *arguments)
         return out, vjp(cotangents)
