@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import v4jax
-from tests.tiny import tiny_model
+from tests.tiny import tiny_config, tiny_model
 from v4jax.model.context import document_starts
+from v4jax.model.transformer import Transformer
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +70,16 @@ def test_calls_that_do_not_fit(filled, options, message):
 
 @pytest.mark.parametrize("options", [{"batch": 0}, {"max_length": 0}, {"max_length": 5000}])
 def test_caches_that_cannot_be(options):
-    model, _ = tiny_model()
+    model = Transformer(tiny_config())
     with pytest.raises(v4jax.InputError, match="cache"):
         model.init_cache(**({"batch": 1, "max_length": 8} | options))
 
 
-def test_weights_of_the_wrong_shape_are_named():
-    model, variables = tiny_model()
-    variables["params"]["norm"]["weight"] = variables["params"]["norm"]["weight"][:-1]
+def test_weights_of_the_wrong_shape_are_named(filled):
+    model, variables, _ = filled
+    params = variables["params"]
+    params = params | {"norm": {"weight": params["norm"]["weight"][:-1]}}
+    variables = variables | {"params": params}
     with pytest.raises(v4jax.InputError, match=r"norm/weight has shape \(47,\); expected \(48,\)"):
         model.apply(variables, np.zeros((1, 4), np.int32))
 

@@ -5,6 +5,7 @@ other way to compute the same positions must give the same, to 1e-5 and entry fo
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import v4jax
+from tests.selection import first
 from tests.tiny import VARIANTS, tiny_model
 
 LENGTH = 300
@@ -87,17 +89,26 @@ def test_last_logits_alone_and_what_the_cache_then_holds(variant):
     check_logits(variant, out.logits[:, 0], lengths + more)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_length_padded_then_decoded(variant):
-    """Each prompt length 1..296 as a row of a padded batch, then four decode steps.
+ROWS = 37
 
-    Of variants the first lengths, those around an HCA block's end and the last ones.
-    """
+
+@pytest.mark.parametrize("variant", first(["released"], VARIANTS))
+def test_lengths_padded_then_decoded(variant):
+    """The first lengths, those around an HCA block's end and the last ones."""
+    check_lengths(variant, (1, 112, 260))
+
+
+@pytest.mark.slow
+def test_every_length_padded_then_decoded():
+    check_lengths("released", range(1, 297, ROWS))
+
+
+def check_lengths(variant, starts):
+    """Prompts of ROWS lengths from each start as rows of a padded batch, then four decode steps."""
     model, variables, tokens, _, chosen, _ = setting(variant)
-    run = stepper(variant)
-    rows = 37
-    for first in range(1, 297, rows) if variant == "released" else (1, 112, 260):
-        lengths = np.arange(first, first + rows, dtype=np.int32)
+    run, rows = stepper(variant), ROWS
+    for start in starts:
+        lengths = np.arange(start, start + rows, dtype=np.int32)
         prompts = np.where(np.arange(LENGTH)[None] < lengths[:, None], tokens[None], 7)
         cache = model.init_cache(rows, LENGTH, ROLLBACK)
         logits, picked, cache = run(variables, prompts, lengths, cache)
@@ -115,11 +126,15 @@ def test_every_length_padded_then_decoded(variant):
                 same_choice(choice[:, 0], chosen[layer][at])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("width, sizes", [(8, (1, 3, 8, 5, 2, 7)), (130, (127, 1, 130, 23, 24))])
-def test_any_chunking(variant, width, sizes):
+CHUNKS = {8: (1, 3, 8, 5, 2, 7), 130: (127, 1, 130, 23, 24)}  # shorter and longer than windows
+CHUNKED = [(8, "released"), (8, "all_visible"), (130, "scanned"), (130, "ablated")]
+
+
+@pytest.mark.parametrize("width, variant", first(CHUNKED, itertools.product(CHUNKS, VARIANTS)))
+def test_any_chunking(width, variant):
     """Prefill in chunks of odd sizes, which move over the window's and the blocks' edges."""
     model, variables, tokens, _, chosen, _ = setting(variant)
+    sizes = CHUNKS[width]
     cache, at, turn = model.init_cache(1, LENGTH, ROLLBACK), 0, 0
     while at < LENGTH:
         size = min(sizes[turn % len(sizes)], LENGTH - at)
@@ -134,7 +149,7 @@ def test_any_chunking(variant, width, sizes):
         at, turn = at + size, turn + 1
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", first(["released", "ablated", "all_visible"], VARIANTS))
 def test_documents_of_a_packed_row(variant):
     """Each document of a packed row equals the document alone, whatever stands before it."""
     model, variables, tokens, _, _, std = setting(variant)
@@ -149,7 +164,7 @@ def test_documents_of_a_packed_row(variant):
         at += n
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", first(["released", "ablated", "all_visible"], VARIANTS))
 @pytest.mark.parametrize("back", [1, 5, 9])
 def test_rollback_and_go_on(variant, back):
     """Tokens taken back leave no trace: the row goes on as if they had never come."""
@@ -181,7 +196,7 @@ def test_rollback_beyond_what_is_kept_is_refused():
         cache.rollback(1)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", first(["released", "ablated"], VARIANTS))
 def test_no_gradient_from_later_tokens(variant):
     """The loss at a position has a gradient of exactly zero in every later token's embedding."""
     model, variables, _, *_ = setting(variant)
@@ -200,6 +215,7 @@ def test_no_gradient_from_later_tokens(variant):
         assert np.abs(rows[at]).max() > 0
 
 
+@pytest.mark.slow  # test_last_logits_alone_... has more lengths
 def test_last_logits_are_the_last():
     variant = "released"
     model, variables, tokens, *_ = setting(variant)
@@ -234,7 +250,7 @@ def test_scan_equals_unrolled():
     check_logits("scanned", logits[0], range(LENGTH))
 
 
-@pytest.mark.parametrize("variant", ["released", "scanned"])
+@pytest.mark.parametrize("variant", first(["scanned"], ["released", "scanned"]))
 def test_replay_of_own_choices(variant):
     """Choices that go out as auxiliary outputs and come back in change nothing."""
     model, variables, tokens, *_ = setting(variant)

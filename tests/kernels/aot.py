@@ -63,11 +63,6 @@ needs_cuda = pytest.mark.skipif(
 )
 
 
-def first(quick, names):
-    """Parameters: every name, those outside `quick` with the slow tests."""
-    return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in names]
-
-
 @functools.cache
 def tpu_mesh(chip: str) -> Mesh:
     """One device of a described TPU topology."""

@@ -1,11 +1,13 @@
 """The experts' kernels compiled for chips that are not there, at the released models' shapes."""
 
 import functools
+import itertools
 
 import jax.numpy as jnp
 import pytest
 
 from tests.kernels import aot
+from tests.selection import first
 from v4jax.kernels.grouped_matmul import pallas_gpu, pallas_tpu
 from v4jax.kernels.grouped_matmul.api import Rounding
 from v4jax.kernels.grouped_matmul.cases import REAL, Case, specs
@@ -17,23 +19,18 @@ SHARDED = {
     "flash": Case(rows=4096 * 6, experts=8, d=4096, f=2048),
     "pro": Case(rows=4096 * 6, experts=12, d=7168, f=3072),
 }
-# Every pair of a case and a form compiles; these go first, the others run with the slow tests.
-QUICK = {
-    ("flash", "bfloat16"),
-    ("flash", "fp8"),
-    ("flash_decode", "fp4"),
-    ("pro", "fp4"),
-    ("pro_decode", "fp8"),
-}
-QUICK_BACKWARD = {("flash", "bfloat16"), ("pro", "fp4"), ("pro", "float32")}
+FORWARD = list(itertools.product(REAL, FORMATS))
+BACKWARD = list(itertools.product(SHARDED, ALL))
+# Every form once on the first chip, on the others the largest forward and training's backward.
+QUICK = {("flash", "bfloat16"), ("pro", "fp4"), ("pro_decode", "fp8")}
+QUICK_BACKWARD = {("flash", "bfloat16"), ("pro", "fp4")}
 
 
-def matrix(cases, kinds, quick):
-    return [
-        pytest.param(case, kind, marks=() if (case, kind) in quick else pytest.mark.slow)
-        for case in cases
-        for kind in kinds
-    ]
+def on_chips(rows, quick, everywhere):
+    return first(
+        {(*row, aot.TPU_CHIPS[0]) for row in quick} | {(*everywhere, c) for c in aot.TPU_CHIPS},
+        [(*row, chip) for row in rows for chip in aot.TPU_CHIPS],
+    )
 
 
 def bind(function):
@@ -46,9 +43,8 @@ def backward_specs(case, kind):
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize("chip", aot.TPU_CHIPS)
-@pytest.mark.parametrize("case, kind", matrix(REAL, FORMATS, QUICK))
-def test_tpu_forward(chip, case, kind):
+@pytest.mark.parametrize("case, kind, chip", on_chips(FORWARD, QUICK, ("pro", "fp4")))
+def test_tpu_forward(case, kind, chip):
     if (chip, kind) == ("v6e", "bfloat16") and case.startswith("pro"):
         pytest.skip("384 bfloat16 experts of Pro are 48 GiB, and a v6e has 32")
     compiled = aot.compile_tpu(chip, bind(pallas_tpu.forward), *specs(REAL[case], kind))
@@ -56,9 +52,10 @@ def test_tpu_forward(chip, case, kind):
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize("chip", aot.TPU_CHIPS)
-@pytest.mark.parametrize("case, kind", matrix(SHARDED, ALL, QUICK_BACKWARD))
-def test_tpu_backward(chip, case, kind):
+@pytest.mark.parametrize(
+    "case, kind, chip", on_chips(BACKWARD, QUICK_BACKWARD, ("flash", "bfloat16"))
+)
+def test_tpu_backward(case, kind, chip):
     compiled = aot.compile_tpu(
         chip, bind(pallas_tpu.backward), *backward_specs(SHARDED[case], kind)
     )
@@ -66,14 +63,14 @@ def test_tpu_backward(chip, case, kind):
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("case, kind", matrix(REAL, FORMATS, QUICK))
+@pytest.mark.parametrize("case, kind", first(QUICK, FORWARD))
 def test_h100_forward(case, kind):
     compiled = aot.compile_h100(bind(pallas_gpu.forward), *specs(REAL[case], kind))
     assert compiled.as_text().count("triton") >= 2
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("case, kind", matrix(SHARDED, ALL, QUICK_BACKWARD))
+@pytest.mark.parametrize("case, kind", first(QUICK_BACKWARD, BACKWARD))
 def test_h100_backward(case, kind):
     compiled = aot.compile_h100(bind(pallas_gpu.backward), *backward_specs(SHARDED[case], kind))
     assert compiled.as_text().count("triton") >= (5 if "float" in kind else 3)

@@ -1,10 +1,13 @@
 """mHC at the released models' sizes, compiled for chips that are not there."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from tests.kernels import aot
+from tests.selection import first
 from v4jax.kernels.hyper_connections import api, cases
 
 OPS = ("pre", "post", "post_pre")
@@ -42,27 +45,25 @@ def kernels(compiled, target):
 
 
 TPU, GPU = "tpu_custom_call", "__gpu$xla.gpu.triton"
-by_name = pytest.mark.parametrize("case", cases.REAL, ids=lambda case: case.name)
+# Every chip, operation and case; quick are Flash's, beside the first chip its `post_pre` alone.
+ON_CHIPS = first(
+    [(aot.TPU_CHIPS[0], op, cases.FLASH) for op in OPS]
+    + [(chip, "post_pre", cases.FLASH) for chip in aot.TPU_CHIPS],
+    itertools.product(aot.TPU_CHIPS, OPS, cases.REAL),
+)
+# `post_pre` is the seam's code and both its halves'.
+ON_H100 = first(
+    [(cases.FLASH, op) for op in ("post", "post_pre")], itertools.product(cases.REAL, OPS)
+)
+OTHERS = {"eight_streams": (cases.WIDE, "bfloat16"), "float32": (cases.FLASH, "float32")}
 
 
-# Every chip, operation and case; beside the first chip only Flash's `post_pre` in the quick suite.
-ON_CHIPS = [
-    pytest.param(
-        chip,
-        op,
-        case,
-        marks=() if quick else pytest.mark.slow,
-        id=f"{chip}-{op}-{case.name}",
-    )
-    for chip in aot.TPU_CHIPS
-    for op in OPS
-    for case in cases.REAL
-    for quick in [chip == aot.TPU_CHIPS[0] or (op, case) == ("post_pre", cases.FLASH)]
-]
+def label(x):
+    return x.name if isinstance(x, cases.Case) else x
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize(("chip", "op", "case"), ON_CHIPS)
+@pytest.mark.parametrize(("chip", "op", "case"), ON_CHIPS, ids=label)
 def test_tpu(chip, op, case):
     """Nobody asked for a kernel by name: the platform chose it, one forward and one backward."""
     f = both(case, op, jnp.bfloat16)
@@ -72,7 +73,7 @@ def test_tpu(chip, op, case):
 
 @aot.needs_libtpu
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("case", cases.DECODE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", first(cases.DECODE[:1], cases.DECODE), ids=label)
 def test_tpu_decode(case, op):
     f = forward(case, op, jnp.bfloat16)
     compiled = aot.compile_tpu("v5p", f, *specs(case, op, jnp.bfloat16))
@@ -80,19 +81,16 @@ def test_tpu_decode(case, op):
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize(
-    "case, op, dtype",
-    [(cases.WIDE, "pre", "bfloat16"), (cases.FLASH, "post_pre", "float32")],
-    ids=["eight_streams", "float32"],
-)
-def test_tpu_other_shapes(case, op, dtype):
+@pytest.mark.parametrize("name", first(["eight_streams"], OTHERS))
+def test_tpu_other_shapes(name):
+    case, dtype = OTHERS[name]
+    op = "pre" if case is cases.WIDE else "post_pre"
     f = both(case, op, jnp.dtype(dtype))
     assert kernels(aot.compile_tpu("v5p", f, *specs(case, op, jnp.dtype(dtype))), TPU) == 2
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("op", OPS)
-@by_name
+@pytest.mark.parametrize(("case", "op"), ON_H100, ids=label)
 def test_h100(case, op):
     """Forward: logits, small numbers, collapse. Backward the same again, and one for `post`."""
     compiled = aot.compile_h100(both(case, op, jnp.bfloat16), *specs(case, op, jnp.bfloat16))
@@ -100,7 +98,7 @@ def test_h100(case, op):
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", first(["post_pre"], OPS))
 def test_h100_decode(op):
     case = cases.DECODE[0]
     compiled = aot.compile_h100(forward(case, op, jnp.bfloat16), *specs(case, op, jnp.bfloat16))
@@ -108,12 +106,9 @@ def test_h100_decode(op):
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize(
-    "case, dtype",
-    [(cases.WIDE, "bfloat16"), (cases.FLASH, "float32")],
-    ids=["eight_streams", "float32"],
-)
-def test_h100_other_shapes(case, dtype):
+@pytest.mark.parametrize("name", first(["eight_streams"], OTHERS))
+def test_h100_other_shapes(name):
+    case, dtype = OTHERS[name]
     f = both(case, "post_pre", jnp.dtype(dtype))
     # Eight streams are recombined first and multiplied in a kernel of their own.
     wanted = 8 if case is cases.WIDE else 7

@@ -1,26 +1,26 @@
 """The indexer's kernels compile for TPUs and an H100 at the released models' shapes."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from tests.kernels import aot
+from tests.selection import first
 from v4jax.kernels.indexer_topk import api, cases, stored_keys
 
-
-def on_chips(names, everywhere):
-    """Every chip and case; beside the first chip only the case `everywhere` in the quick suite."""
-    return [
-        pytest.param(chip, name, marks=() if quick else pytest.mark.slow)
-        for chip in aot.TPU_CHIPS
-        for name in names
-        for quick in [chip == aot.TPU_CHIPS[0] or name == everywhere]
-    ]
+QUICK = {"flash_prefill_64k", "flash_decode_1m"}
 
 
-QUICK = {"flash_prefill_64k", "flash_decode_1m", "pro_prefill_1m"}
+def on_chips(names, quick, everywhere=()):
+    """Every chip and case; quick are `quick` on the first chip and `everywhere` on each."""
+    return first(
+        {(aot.TPU_CHIPS[0], name) for name in quick}
+        | set(itertools.product(aot.TPU_CHIPS, everywhere)),
+        itertools.product(aot.TPU_CHIPS, names),
+    )
 
 
 def member(case, chain=False, dtype=jnp.bfloat16):
@@ -54,7 +54,7 @@ def kernels(compiled):
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize(("chip", "name"), on_chips(cases.RELEASED, "flash_prefill_64k"))
+@pytest.mark.parametrize(("chip", "name"), on_chips(cases.RELEASED, QUICK, ["flash_prefill_64k"]))
 def test_choice_compiles_for_a_tpu(chip, name):
     function, specs = member(cases.RELEASED[name])
     compiled = aot.compile_tpu(chip, function, *specs)
@@ -62,21 +62,21 @@ def test_choice_compiles_for_a_tpu(chip, name):
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize(("chip", "name"), on_chips(cases.RELEASED, "flash_decode_1m"))
+@pytest.mark.parametrize(("chip", "name"), on_chips(cases.RELEASED, QUICK, ["flash_decode_1m"]))
 def test_choice_from_stored_keys_compiles_for_a_tpu(chip, name):
     function, specs = stored(cases.RELEASED[name])
     assert kernels(aot.compile_tpu(chip, function, *specs)) >= 1
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("name", aot.first(QUICK, cases.RELEASED))
+@pytest.mark.parametrize("name", first(QUICK, cases.RELEASED))
 def test_choice_from_stored_keys_compiles_for_an_h100(name):
     function, specs = stored(cases.RELEASED[name])
     assert kernels(aot.compile_h100(function, *specs)) >= 3
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize(("chip", "name"), on_chips(["flash_prefill_64k"], None))
+@pytest.mark.parametrize(("chip", "name"), on_chips(["flash_prefill_64k"], ["flash_prefill_64k"]))
 def test_choice_through_the_chain_compiles_for_a_tpu(chip, name):
     function, specs = member(cases.RELEASED[name], chain=True)
     assert kernels(aot.compile_tpu(chip, function, *specs)) >= 1
@@ -89,21 +89,23 @@ def test_choice_in_float32_compiles_for_a_tpu():
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("name", ("flash_prefill_64k", "pro_decode_1m"))
+@pytest.mark.parametrize(
+    "name", first(["flash_prefill_64k"], ["flash_prefill_64k", "pro_decode_1m"])
+)
 def test_choice_in_float32_compiles_for_an_h100(name):
     function, specs = member(cases.RELEASED[name], dtype=jnp.float32)
     assert kernels(aot.compile_h100(function, *specs)) >= 3
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize(("chip", "name"), on_chips(cases.TRAINING, "block_64k"))
+@pytest.mark.parametrize(("chip", "name"), on_chips(cases.TRAINING, (), ["block_64k"]))
 def test_scores_and_gradients_compile_for_a_tpu(chip, name):
     function, specs = scores(cases.TRAINING[name])
     assert kernels(aot.compile_tpu(chip, function, *specs)) >= 3
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("name", aot.first(QUICK, cases.RELEASED))
+@pytest.mark.parametrize("name", first(QUICK, cases.RELEASED))
 def test_choice_compiles_for_an_h100(name):
     function, specs = member(cases.RELEASED[name])
     assert kernels(aot.compile_h100(function, *specs)) >= 3
@@ -116,7 +118,7 @@ def test_choice_through_the_chain_compiles_for_an_h100():
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("name", cases.TRAINING)
+@pytest.mark.parametrize("name", first(["block_64k"], cases.TRAINING))
 def test_scores_and_gradients_compile_for_an_h100(name):
     function, specs = scores(cases.TRAINING[name])
     assert kernels(aot.compile_h100(function, *specs)) >= 3

@@ -1,40 +1,31 @@
 """Sparse attention compiles for the chips it is meant for, at the released models' shapes."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from tests.kernels import aot
+from tests.selection import first
 from v4jax.kernels.sparse_attention import api, cases, entries, stored
 
 TRAINED = [name for name in cases.REAL if "decode" not in name]
 
 
-# Flash at the shortest and the longest of each kind of layer; the rest run with the slow tests.
-QUICK = {
-    "flash_csa_prefill_4k",
-    "flash_csa_prefill_4k_of_64k",
-    "flash_hca_prefill_4k_of_1m",
-    "flash_window_4k",
-    "flash_csa_decode_1m",
-}
+# Each kind of layer once, and a decode step.
+FORWARD = ("flash_csa_prefill_4k", "flash_window_4k", "flash_csa_decode_1m")
+BACKWARD = ("flash_csa_prefill_4k", "flash_hca_prefill_4k_of_1m", "flash_window_4k")
 
 
-def on_chips(names):
-    """Every chip and case; beside the first chip only one prefill in the quick suite."""
-    return [
-        pytest.param(chip, name, marks=() if quick(chip, name) else pytest.mark.slow)
-        for chip in aot.TPU_CHIPS
-        for name in names
-    ]
-
-
-def quick(chip, name):
-    if chip == aot.TPU_CHIPS[0]:
-        return name in QUICK or name in ("pro_csa_prefill_4k", "pro_csa_decode_1m")
-    return name == "flash_csa_prefill_4k"
+def on_chips(names, quick, everywhere=()):
+    """Every chip and case; quick are `quick` on the first chip and `everywhere` on each."""
+    return first(
+        {(aot.TPU_CHIPS[0], name) for name in quick}
+        | set(itertools.product(aot.TPU_CHIPS, everywhere)),
+        itertools.product(aot.TPU_CHIPS, names),
+    )
 
 
 # The forms in which a cache keeps entries, and where they are read.
@@ -60,7 +51,7 @@ def gradients(case, diff, arrays):
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize(("chip", "name"), on_chips(cases.REAL))
+@pytest.mark.parametrize(("chip", "name"), on_chips(cases.REAL, FORWARD, ["flash_csa_decode_1m"]))
 def test_forward_compiles_for_tpus(chip, name):
     case = cases.REAL[name]
     compiled = aot.compile_tpu(chip, functools.partial(forward, case), *cases.specs(case))
@@ -68,7 +59,7 @@ def test_forward_compiles_for_tpus(chip, name):
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize(("chip", "name"), on_chips(TRAINED))
+@pytest.mark.parametrize(("chip", "name"), on_chips(TRAINED, BACKWARD, ["flash_csa_prefill_4k"]))
 def test_backward_compiles_for_tpus(chip, name):
     case = cases.REAL[name]
     compiled = aot.compile_tpu(chip, functools.partial(gradients, case), *cases.specs(case))
@@ -78,7 +69,7 @@ def test_backward_compiles_for_tpus(chip, name):
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("name", aot.first(QUICK, cases.REAL))
+@pytest.mark.parametrize("name", first(FORWARD, cases.REAL))
 def test_forward_compiles_for_an_h100(name):
     case = cases.REAL[name]
     compiled = aot.compile_h100(functools.partial(forward, case), *cases.specs(case))
@@ -86,7 +77,7 @@ def test_forward_compiles_for_an_h100(name):
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("name", aot.first(QUICK, TRAINED))
+@pytest.mark.parametrize("name", first(BACKWARD, TRAINED))
 def test_backward_compiles_for_an_h100(name):
     case = cases.REAL[name]
     compiled = aot.compile_h100(functools.partial(gradients, case), *cases.specs(case))
@@ -95,7 +86,7 @@ def test_backward_compiles_for_an_h100(name):
 
 @aot.needs_libtpu
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("chip", "name"), on_chips(CACHED))
+@pytest.mark.parametrize(("chip", "name"), on_chips(CACHED, ["flash_csa_decode_1m"]))
 def test_cached_entries_compile_for_tpus(chip, name, form):
     case = cases.REAL[name]
     compiled = aot.compile_tpu(chip, functools.partial(forward, case), *cached(name, form))
@@ -107,7 +98,7 @@ def test_cached_entries_compile_for_tpus(chip, name, form):
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("name", aot.first(QUICK, CACHED))
+@pytest.mark.parametrize("name", first(["flash_csa_decode_1m"], CACHED))
 def test_stored_entries_compile_for_an_h100(name):
     case = cases.REAL[name]
     compiled = aot.compile_h100(functools.partial(forward, case), *cached(name, "stored"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.selection import first
 from v4jax import quant
 from v4jax.kernels.grouped_matmul import api, formats, items, pallas_gpu, pallas_tpu
 from v4jax.kernels.grouped_matmul.cases import GROUPS, REAL, inputs, specs
@@ -51,8 +53,7 @@ def compiled(implementation, rounding, limit, frozen):
         return jnp.sum(jnp.sin(3 * y.astype(jnp.float32))), y
 
     grad = jax.value_and_grad(loss, argnums=(0, 1) if frozen else (0, 1, 2), has_aux=True)
-    # Compiling takes nearly all of these tests' time; the programs themselves are tiny.
-    return jax.jit(grad, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(grad)
 
 
 def run(args, implementation, limit=0.3, rounding=FLOAT32, frozen=False):
@@ -85,7 +86,7 @@ def test_forward_and_gradients(groups, implementation):
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
-@pytest.mark.parametrize("d, f", [(32, 16), (200, 144)])
+@pytest.mark.parametrize("d, f", first([(200, 144)], [(32, 16), (200, 144)]))
 def test_sizes_that_no_tile_divides(d, f, implementation):
     args = inputs(GROUPS["skewed"], d, f)
     assert_close(run(args, implementation), run(args, "reference"))
@@ -121,9 +122,16 @@ def test_gradient_is_zero_where_the_clamp_bites(implementation):
     assert np.all(grad == 0)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("kind", STORED)
-@pytest.mark.parametrize("groups", ["empty_groups", "skewed"])
+# All for plain XLA; for the Pallas kernels one set of groups, scales in float32 on a TPU alone.
+STORED_SWEEP = list(itertools.product(["empty_groups", "skewed"], STORED, IMPLEMENTATIONS))
+STORED_QUICK = [
+    row
+    for row in STORED_SWEEP
+    if row[2] == "xla" or (row[0] == "empty_groups" and row[1:] != ("fp8_float_scales", KERNELS[1]))
+]
+
+
+@pytest.mark.parametrize("groups, kind, implementation", first(STORED_QUICK, STORED_SWEEP))
 def test_stored_weights_equal_their_expansion(groups, kind, implementation):
     x, gate, weights, sizes = inputs(GROUPS[groups], 512, 256)
     stored = store(weights, kind)
@@ -133,7 +141,7 @@ def test_stored_weights_equal_their_expansion(groups, kind, implementation):
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
-@pytest.mark.parametrize("kind", ["fp4", "fp8"])
+@pytest.mark.parametrize("kind", first(["fp4"], ["fp4", "fp8"]))
 def test_native_rounding_equals_plain_xla(kind, implementation):
     x, gate, weights, sizes = inputs(GROUPS["skewed"], 512, 256)
     args = (x.astype("bfloat16"), gate, store(weights, kind), sizes)

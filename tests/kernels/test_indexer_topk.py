@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.selection import first
 from v4jax.kernels import blocks, membership
 from v4jax.kernels.indexer_topk import api, cases, pallas_gpu, xla
 
@@ -105,7 +106,7 @@ def test_order_of_scores_as_integers():
     assert order[2] > order[0] > order[3] > order[4] == order[5] > 0
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", first(["pallas_gpu"], IMPLEMENTATIONS))
 def test_all_scores_equal_in_a_long_row(implementation):
     """More candidates than the GPU's kernel keeps apart."""
     entries, topk = pallas_gpu.CANDIDATES + 700, 70

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +10,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.selection import first
 from v4jax import quant
 from v4jax.kernels.sparse_attention import api, cases, entries, mass, stored
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 # Rows fetched one by one, chosen under a mask, seen by position; the others are much the same.
 QUICK = ("one_query", "chosen_masked", "every_entry")
-CASES = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-    for name, case in cases.SMALL.items()
-    if case.entries
-]
+CASES = first(QUICK, [name for name, case in cases.SMALL.items() if case.entries])
 
 
 def native(rows):
@@ -120,8 +118,13 @@ def test_stored_rows_are_the_rows_they_stand_for(implementation, name):
     np.testing.assert_allclose(out, wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["one_query", "chosen_masked"])
-@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    first(
+        [("pallas_tpu", "chosen_masked"), ("pallas_gpu", "one_query")],
+        itertools.product(["pallas_tpu", "pallas_gpu"], ["one_query", "chosen_masked"]),
+    ),
+)
 def test_in_bf16_they_give_what_the_rows_give(implementation, name):
     """The keys are the same bf16 numbers; a GPU adds the products of 128 channels at a time."""
     diff, other, _ = wide_case(name, jnp.bfloat16)

@@ -94,6 +94,7 @@ def test_a_gpu_node(capsys):
     assert {row["kind"] for row in found["collectives"]} == {"all-gather", "reduce-scatter"}
 
 
+@pytest.mark.slow
 @aot.needs_libtpu
 def test_a_training_step(capsys):
     """v4jax.train's own step of a tiny model: experts exchanged, parts of weights gathered."""

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.kernels import aot
+from tests.selection import first
 from tests.sharding import routing
 from v4jax.plan import hlo, topology
 
@@ -43,7 +44,7 @@ def compiled_gradient(name, strategy, waves=1, capacity=None, **sizes):
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize("waves, capacity", [(1, None), (2, 2.0)])
+@pytest.mark.parametrize("waves, capacity", first([(1, None)], [(1, None), (2, 2.0)]))
 def test_tpu(waves, capacity):
     found = compiled_gradient("v5p:2x2x1", "train", waves, capacity, expert=4)
     assert found["ragged-all-to-all"] == 6 * waves
@@ -51,7 +52,7 @@ def test_tpu(waves, capacity):
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("waves, capacity", [(1, None), (2, 2.0)])
+@pytest.mark.parametrize("waves, capacity", first([(1, None)], [(1, None), (2, 2.0)]))
 def test_h100(waves, capacity):
     found = compiled_gradient("h100:1x8", "prefill", waves, capacity, fsdp=2, expert=4)
     assert found["ragged-all-to-all"] == 6 * waves

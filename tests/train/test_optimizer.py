@@ -65,6 +65,7 @@ def random_like(params, seed):
     return jax.tree.unflatten(tree, [jax.random.normal(k, x.shape) * 1e-4 for k, x in pairs])
 
 
+@pytest.mark.slow  # quick are single matrices against optax, below, and two steps by hand
 def test_singular_values_and_rms_of_every_matrix():
     params = random_like(abstract_params("scanned"), 0)
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.0), o_groups=2)
