@@ -7,11 +7,14 @@ import os
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from tests.checkpoints import synthetic
 from tests.selection import first
 from tests.sharding import spawn
+from v4jax import checkpoint
 from v4jax import convert as convert_lib
 from v4jax.checkpoint import open_checkpoint
 from v4jax.convert import convert
@@ -80,6 +83,65 @@ def test_conversion(folder, count, to):
     assert ended[0].stdout.startswith("converted ") and ended[0].stdout.count("\n") == 1
     assert all(each.stdout == "" and each.stderr == "" for each in ended[1:])
     check_same_files(one, many)
+
+
+TRAINED = """
+import dataclasses
+from tests.train.test_mesh import config
+from v4jax.config import CSA
+from v4jax.datasets.config import DataConfig
+from v4jax.train.config import Stage, TrainConfig
+from v4jax.train.schedule import Schedule
+
+def get_config():
+    base = TrainConfig(model=config(layers=(CSA,), mtp_layers=(), hc_mult=1))
+    return dataclasses.replace(
+        base,
+        stages=(Stage(steps=3, length=32, batch=4),),
+        data=DataConfig(kind="copy"),
+        optimizer=dataclasses.replace(base.optimizer, matrices="adamw", eps=1e-6),
+        schedule=Schedule(1e-3, 1e-4, warm_up=1, decay=1),
+        checkpoint_every=2,
+    )
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2", "sequence=4", "sequence=2,expert=2"])
+def test_training(tmp_path, mesh):
+    """Two processes of two devices each, and one of four: the same metrics and the same model."""
+    (tmp_path / "config.py").write_text(TRAINED)
+
+    def arguments(name):
+        flags = [f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/{name}"]
+        return ["train", *flags, f"--config.mesh={mesh}"]
+
+    ended = spawn.run_command(arguments("two"), 2, timeout=500)
+    check_ended(ended)
+    assert ended[0].stdout.startswith("v4jax train: trained at step 3")
+    assert ended[1].stdout == ended[1].stderr == ""
+    command = [sys.executable, "-m", "v4jax.cli.main", *arguments("one")]
+    check_ended(spawn.run(lambda _: command, 1, devices=4, timeout=500))
+    lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two")]
+    one, two = ([json.loads(line) for line in text.splitlines()] for text in lines)
+    for mine, theirs in zip(two, one, strict=True):
+        assert abs(mine["loss"] - theirs["loss"]) < 1e-5 * theirs["loss"]
+    (_, wanted), (_, found) = (checkpoint.load(tmp_path / n / "model") for n in ("one", "two"))
+    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", (2, 4))
+def test_generate(folder, count):
+    """One mesh over all processes: the tokens of one process, said once."""
+    flags = [f"--checkpoint={folder}/official", "--prompt_ids=1,2,3,4,5", "--max_new_tokens=8"]
+    ended = spawn.run_command(["generate", *flags, f"--mesh=sequence={2 * count}"], count)
+    check_ended(ended)
+    command = [sys.executable, "-m", "v4jax.cli.main", "generate", *flags]
+    (alone,) = spawn.run(lambda _: command, 1, devices=1)
+    assert ended[0].stdout == alone.stdout != ""
+    assert all(each.stdout == "" for each in ended[1:])
 
 
 def test_parts_of_a_stopped_conversion_are_kept(folder):

@@ -49,13 +49,6 @@ def test_the_same_number_gives_the_same_row_and_stages_differ():
     assert firsts(1, 0) != firsts(1, 1) and firsts(1, 0) != firsts(2, 0)
 
 
-def test_processes_share_a_batch_without_overlap():
-    parts = [rows.numbers_of(5, 12, process, 4) for process in range(4)]
-    assert sorted(n for part in parts for n in part) == list(range(60, 72))
-    with pytest.raises(InputError, match="batch of 10 rows cannot be shared evenly by 4"):
-        rows.numbers_of(0, 10, 0, 4)
-
-
 def test_too_little_text():
     with pytest.raises(
         InputError, match="217 tokens and no complete row of 200: expected at least"

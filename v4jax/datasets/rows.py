@@ -83,15 +83,3 @@ def take(
     """Several rows, stacked."""
     rows = [source.row(number, stage, length, ahead) for number in numbers]
     return Row(*(np.stack(parts) for parts in zip(*rows, strict=True)))
-
-
-def numbers_of(step: int, rows: int, process: int = 0, processes: int = 1) -> range:
-    """Which rows of a stage a process takes in a step of it, of `rows` in all."""
-    if rows % processes:
-        raise InputError(
-            f"a batch of {rows} rows cannot be shared evenly by {processes} processes; choose a "
-            "multiple"
-        )
-    own = rows // processes
-    first = step * rows + process * own
-    return range(first, first + own)

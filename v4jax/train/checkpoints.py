@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from v4jax.errors import InputError
@@ -47,8 +48,9 @@ class Checkpoints:
             self._good = self._manager.latest_step()
             # A donated buffer of a CPU would change while it is written: Orbax takes a view of it.
             arrays = _named(state)
-            if jax.default_backend() == "cpu" and jax.process_count() == 1:
-                arrays = {name: np.array(leaf) for name, leaf in arrays.items()}
+            if jax.default_backend() == "cpu":
+                copy = np.array if jax.process_count() == 1 else jnp.copy
+                arrays = {name: copy(leaf) for name, leaf in arrays.items()}
             self._manager.save(
                 step,
                 args=args.Composite(state=args.StandardSave(arrays), run=args.JsonSave(run)),

@@ -45,7 +45,7 @@ def evaluator(config: TrainConfig, stage: Stage, model: Transformer, source: Sou
         return jnp.stack([cross_entropy(*args), correct(*args), jnp.sum(weight)])
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        batches = [placement.put_batch(model.sharding, batch) for batch in rows]
+        batches = [placement.put_everywhere(model.sharding, batch) for batch in rows]
         nats, right, count = sum(jax.device_get(sums(state, batch)) for batch in batches)
         line = {"held_out": float(nats / count), "held_out_accuracy": float(right / count)}
         if per_byte is not None:

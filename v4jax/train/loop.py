@@ -28,6 +28,8 @@ from v4jax.datasets.source import Source, open_source
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
 from v4jax.safetensors_io import write_atomically
+from v4jax.sharding import processes
+from v4jax.sharding.rules import Shards
 from v4jax.train import evaluate, export, lora, metrics, placement, start
 from v4jax.train.batch import Batch, make_batch
 from v4jax.train.checkpoints import Checkpoints
@@ -72,7 +74,7 @@ class _Run:
     steps: int
     source: Source
     checkpoints: Checkpoints
-    metrics: metrics.Metrics
+    metrics: metrics.Metrics | None  # of the first process
     signals: "_Signals"
     optimizer: Any
     state: TrainState
@@ -83,9 +85,10 @@ def _open(config, workdir, steps, stack):
     workdir.mkdir(parents=True, exist_ok=True)
     tokenizer = workdir / "tokenizer.json"
     source = open_source(config.data, config.model, tokenizer)
+    processes.agree("the run", {"config": plain(config), "data": source.fingerprint})
     for stage in config.stages:
         source.rows.check(stage.length, _ahead(config))
-        rows_lib.numbers_of(0, stage.batch, jax.process_index(), jax.process_count())
+        placement.own_rows(placement.shards_of(config.mesh), stage.batch // stage.parts)
     checkpoints = Checkpoints(workdir, config.keep)
     stack.callback(checkpoints.close)
     model, optimizer = _model(config, config.stages[0]), _optimizer(config)
@@ -97,11 +100,14 @@ def _open(config, workdir, steps, stack):
     else:
         _check_same(config, source, checkpoints.run_of(latest), workdir)
         state = checkpoints.restore(latest, placement.placed(shape, shardings))
-    if source.tokenizer is not None:
-        write_atomically(tokenizer, source.tokenizer.to_str().encode())
-    write_atomically(workdir / "config.json", json.dumps(plain(config), indent=1).encode() + b"\n")
-    log = metrics.Metrics(workdir, latest or 0)
-    stack.callback(log.close)
+    log = None
+    if processes.index() == 0:
+        if source.tokenizer is not None:
+            write_atomically(tokenizer, source.tokenizer.to_str().encode())
+        described = json.dumps(plain(config), indent=1).encode() + b"\n"
+        write_atomically(workdir / "config.json", described)
+        log = metrics.Metrics(workdir, latest or 0)
+        stack.callback(log.close)
     signals = stack.enter_context(_Signals())
     run = _Run(config, workdir, steps, source, checkpoints, log, signals, optimizer, state)
     run.shardings = shardings
@@ -145,13 +151,13 @@ def _run(run: _Run) -> Result:
     done, saved = int(jax.device_get(run.state.step)), run.checkpoints.latest
     last: dict[str, Any] = {}
     with tqdm(total=run.steps, initial=done, unit="step", dynamic_ncols=True) as bar:
-        while done < run.steps and not run.signals.caught:
+        while done < run.steps and not run.signals.stop:
             stage, _ = run.config.place(done)
             for line in _steps_of(run, stage, done):
                 last, done = line, line["step"]
                 _show(bar, line)
                 every = run.config.checkpoint_every
-                if done % every == 0 or done == run.steps or run.signals.caught:
+                if done % every == 0 or done == run.steps or run.signals.stop:
                     _save(run, done)
                     saved = done
     if done != saved:
@@ -160,7 +166,7 @@ def _run(run: _Run) -> Result:
     if done >= run.config.steps:
         with jax.transfer_guard("allow"):
             export.export(run.workdir, run.config, run.state, run.source.tokenizer)
-    return Result(done, run.signals.caught, last)
+    return Result(done, run.signals.stop, last)
 
 
 def _steps_of(run: _Run, number: int, done: int):
@@ -170,7 +176,7 @@ def _steps_of(run: _Run, number: int, done: int):
     step = jax.jit(
         functools.partial(train_step, model, run.optimizer, step_config(config, stage)),
         donate_argnums=0,
-        out_shardings=(run.shardings, None),
+        out_shardings=(run.shardings, run.shardings.step),
     )
     evaluator = evaluate.evaluator(config, stage, model, run.source)
     tokens = stage.batch * stage.length
@@ -178,23 +184,24 @@ def _steps_of(run: _Run, number: int, done: int):
     with jax.transfer_guard("allow"):
         peak, _ = metrics.peak_flops()
     program, tick = None, time.perf_counter()
-    while done < run.steps and config.place(done)[0] == number and not run.signals.caught:
-        batch = load(config, stage, run.source, number, config.place(done)[1])
+    while done < run.steps and config.place(done)[0] == number and not run.signals.stop:
+        batch = _load(run, stage, number, config.place(done)[1], model.sharding)
         rates = placement.put_everywhere(model.sharding, _rates(config, stage, done))
-        inputs = placement.put_batch(model.sharding, batch), rates
+        inputs = placement.put_batch(model.sharding, batch, stage.batch), rates
         if program is None:  # before the clock of the first step begins
             program, tick = step.lower(run.state, *inputs).compile(), time.perf_counter()
         run.state, noted = program(run.state, *inputs)
         noted = {k: float(v) for k, v in jax.device_get(noted).items()}
         tick, seconds = time.perf_counter(), time.perf_counter() - tick
         done += 1
+        run.signals.share()
         line = {"step": done, **noted, "tokens_per_second": tokens / seconds}
         line |= {"mfu": flops / seconds / peak, "seconds": seconds, "length": stage.length}
         _check_finite(run, line, batch)
         if config.evaluate_every and done % config.evaluate_every == 0:
             line |= evaluator(run.state)
             tick = time.perf_counter()
-        if done % config.log_every == 0 or done == run.steps:
+        if run.metrics and (done % config.log_every == 0 or done == run.steps):
             run.metrics.write(line)
         yield line
 
@@ -219,13 +226,13 @@ def step_config(config: TrainConfig, stage: Stage) -> StepConfig:
     )
 
 
-def load(config: TrainConfig, stage: Stage, source: Source, number: int, step: int) -> Batch:
+def _load(run: _Run, stage: Stage, number: int, step: int, shards: Shards) -> Batch:
     """This process's rows of a step of a stage, on the host."""
-    processes = jax.process_index(), jax.process_count()
-    numbers = rows_lib.numbers_of(step, stage.batch, *processes)
-    ahead = _ahead(config)
-    row = rows_lib.take(source.rows, numbers, number, stage.length, ahead)
-    return make_batch(row.ids, row.documents, row.counts, ahead, config.data.packed)
+    own = placement.own_rows(shards, stage.batch)
+    numbers = range(step * stage.batch + own.start, step * stage.batch + own.stop)
+    ahead = _ahead(run.config)
+    row = rows_lib.take(run.source.rows, numbers, number, stage.length, ahead)
+    return make_batch(row.ids, row.documents, row.counts, ahead, run.config.data.packed)
 
 
 def _ahead(config):
@@ -266,7 +273,8 @@ def _check_finite(run, line, batch):
     if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
         return
     step = line["step"]
-    path = run.workdir / f"nonfinite_step_{step}.npz"
+    of = f"_process_{processes.index()}" if processes.count() > 1 else ""
+    path = run.workdir / f"nonfinite_step_{step}{of}.npz"
     np.savez(path, **{k: v for k, v in dataclasses.asdict(batch).items() if v is not None})
     run.checkpoints.wait()
     good = run.checkpoints.latest
@@ -299,9 +307,13 @@ def _show(bar, line):
 
 
 class _Signals:
-    """SIGTERM and SIGINT end the loop after the step at hand; a second one ends the process."""
+    """SIGTERM and SIGINT end the loop after the step at hand; a second one ends the process.
 
-    caught = False
+    Of several processes one may have its signal a step before another: all stop after the step in
+    which the first of them has it.
+    """
+
+    caught = stop = False
 
     def __enter__(self):
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -310,6 +322,11 @@ class _Signals:
     def __exit__(self, *_):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def share(self):
+        """Between two steps, in all processes."""
+        with jax.transfer_guard("allow"):
+            self.stop = any(processes.gathered(self.caught))
 
     def _note(self, number, _):
         self.caught = True

@@ -1,13 +1,16 @@
 """What of a run lies where on its mesh: state in parts beside its weights, rows by batch."""
 
+import functools
 from typing import Any
 
 import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from v4jax.errors import InputError
 from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
+from v4jax.sharding import processes
 from v4jax.sharding.mesh import make_mesh, parse_sizes
 from v4jax.sharding.rules import TRAIN, Shards
 from v4jax.train.batch import Batch
@@ -16,7 +19,16 @@ from v4jax.train.step import TrainState
 
 
 def shards_of(mesh: str | None) -> Shards:
-    """ "data=2,fsdp=4" on all devices with the training strategy; None for one device."""
+    """ "data=2,fsdp=4" on all devices with the training strategy; None for one device.
+
+    Raises:
+      InputError: several processes without a mesh.
+    """
+    if mesh is None and processes.count() > 1:
+        raise InputError(
+            f"mesh is missing; {processes.count()} processes with {jax.device_count()} devices "
+            f"expect one, such as --config.mesh=fsdp={jax.device_count()}"
+        )
     return Shards() if mesh is None else Shards(make_mesh(**parse_sizes(mesh)), TRAIN)
 
 
@@ -48,14 +60,43 @@ def placed(shape: TrainState, shardings: Any) -> TrainState:
     )
 
 
-def put_batch(shards: Shards, batch: Batch) -> Batch:
-    """This process's rows as its part of global arrays."""
+def own_rows(shards: Shards, rows: int) -> range:
+    """Which rows of a batch this process's devices hold, all of them or a part.
+
+    Raises:
+      InputError: rows that the mesh does not divide, or a process whose rows are no neighbours.
+    """
+    if shards.mesh is None:
+        return range(rows)
+    shards.check_divides({"batch": rows})
+    places = shards.sharding("batch").addressable_devices_indices_map((rows,))
+    parts = {index[0].indices(rows)[:2] for index in places.values()}
+    first, last = min(begin for begin, _ in parts), max(end for _, end in parts)
+    if sum(end - begin for begin, end in parts) < last - first:
+        raise InputError(
+            f"the mesh gives process {jax.process_index()} rows {sorted(parts)} of a batch of "
+            f"{rows}, which are no neighbours; put the axes data and fsdp before the others"
+        )
+    return range(first, last)
+
+
+def put_batch(shards: Shards, batch: Batch, rows: int) -> Batch:
+    """This process's `own_rows` of a batch of `rows` as its part of global arrays."""
     if shards.mesh is None:
         return jax.device_put(batch)
-    rows = shards.sharding("batch")
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+    where = shards.sharding("batch")
+
+    def put(x):
+        return jax.make_array_from_process_local_data(where, x, (rows, *x.shape[1:]))
+
+    with jax.transfer_guard("allow"):  # what several processes do here does not count as explicit
+        return jax.tree.map(put, batch)
 
 
 def put_everywhere(shards: Shards, values: Any) -> Any:
     """Host values, the same in every process, on all devices."""
-    return jax.device_put(values, None if shards.mesh is None else shards.sharding())
+    if shards.mesh is None:
+        return jax.device_put(values)
+    put = functools.partial(jax.make_array_from_process_local_data, shards.sharding())
+    with jax.transfer_guard("allow"):
+        return jax.tree.map(put, values)
