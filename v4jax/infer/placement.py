@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from v4jax.model import sharded
@@ -49,9 +50,14 @@ class Placement:
         return jax.device_put(variables, {name: wanted[name] for name in variables})
 
     def everywhere(self, x):
-        """A small array on every device."""
+        """A small array, the same in every process, on every device."""
         mesh = self.prefill.sharding.mesh
-        return x if mesh is None else jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+        if mesh is None:
+            return x
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(self.everywhere(jax.random.key_data(x)))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        return jax.make_array_from_process_local_data(everywhere, np.asarray(x))
 
     def handed_over(self, cache):
         """The cache as the decoding model wants it."""
