@@ -3,7 +3,7 @@
 Reproduces: nothing published; Flash's pattern, Muon, MTP and the indexer's loss at laptop size.
 Expected: about 3.3 nats a token held out after 400 steps (0.8 M tokens of a BPE of 1,024).
 Hardware: two CPU cores, about seven minutes.
-Command: v4jax train --config configs/train_small.py --workdir /tmp/small
+Command: v4jax train --config configs/train_small.py --workdir small
 """
 
 from v4jax.config import CSA, HCA, WINDOW, ModelConfig, Yarn, with_hash_routing

@@ -3,7 +3,7 @@
 Reproduces: the code path of a full run: dense stage, indexer warm-up, sparse stage.
 Expected: 60 steps from about 5.6 to about 4 nats a byte of the standard library.
 Hardware: two CPU cores, about two minutes, half of them compiling.
-Command: v4jax train --config configs/train_tiny.py --workdir /tmp/tiny
+Command: v4jax train --config configs/train_tiny.py --workdir tiny
 """
 
 from v4jax.config import CSA, HCA, WINDOW, ModelConfig, Yarn, with_hash_routing

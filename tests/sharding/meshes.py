@@ -107,37 +107,3 @@ def relative(found, wanted):
         )
 
     return max(jax.tree.leaves(jax.tree.map(one, found, wanted)))
-
-
-def check_training(sizes, strategy, packed):
-    model, variables = meshes.on_mesh(sizes, strategy)
-    found, grads = gradients(model, variables, packed)
-    wanted, wanted_grads = trained_alone(packed)
-    check_outputs(found, wanted)
-    assert relative(grads, wanted_grads) <= GRADIENTS
-
-
-def check_outputs(found, wanted):
-    """The loss and all that training reads beside it."""
-    (value, out), (wanted_value, wanted) = found, wanted
-    spread = float(jnp.std(wanted.logits))
-    assert meshes.largest_difference(out.logits, wanted.logits) <= LOGITS * spread
-    assert meshes.largest_difference(out.mtp_logits, wanted.mtp_logits) <= LOGITS * spread
-    assert meshes.equal(out.aux["chosen"], wanted.aux["chosen"])
-    assert meshes.equal(out.aux["router_experts"], wanted.aux["router_experts"])
-    for name in ("router_load", "indexer_loss"):
-        for layer, found in out.aux[name].items():
-            np.testing.assert_allclose(found, wanted.aux[name][layer], rtol=2e-5, atol=1e-4)
-    np.testing.assert_allclose(value, wanted_value, rtol=2e-5)
-
-
-def test_outputs_of_packed_rows_are_the_same():
-    """Forward alone, slices shorter than the window; gradients are with the slow tests."""
-    documents = meshes.documents()
-
-    def forward(model, variables):
-        run = jax.jit(functools.partial(loss, model))
-        return run(variables["params"], variables["buffers"], meshes.tokens(), documents)
-
-    found = forward(*meshes.on_mesh("sequence=8", TRAIN))
-    check_outputs(found, forward(*meshes.alone()))

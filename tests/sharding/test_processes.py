@@ -20,6 +20,9 @@ from v4jax.checkpoint import open_checkpoint
 from v4jax.convert import convert
 from v4jax.errors import InputError
 from v4jax.sharding import processes
+from v4jax.sharding.mesh import make_mesh
+from v4jax.sharding.rules import TRAIN
+from v4jax.train import placement
 
 WORKERS = "tests.sharding.workers:"
 
@@ -104,6 +107,25 @@ def get_config():
         checkpoint_every=2,
     )
 """
+
+
+@pytest.mark.parametrize(
+    "mesh, wanted",
+    [
+        ("data=2,fsdp=2", [[0, 4], [4, 8]]),  # without overlap
+        ("sequence=4", [[0, 8], [0, 8]]),  # every process has a slice of every row
+    ],
+)
+def test_rows_of_a_batch(mesh, wanted):
+    ended = spawn.run_function(WORKERS + "rows", 2, mesh)
+    check_ended(ended)
+    assert json.loads(ended[0].stdout) == wanted
+
+
+def test_rows_that_a_mesh_does_not_divide():
+    shards = placement.Shards(make_mesh(jax.devices()[:4], data=2, fsdp=2), TRAIN)
+    with pytest.raises(InputError, match="6"):
+        placement.own_rows(shards, 6)
 
 
 @pytest.mark.slow

@@ -103,6 +103,14 @@ def speak():
     print("sum", float(jax.jit(lambda x: x.sum())(x)))
 
 
+def rows(mesh: str):
+    """Which rows of a batch of 8 each process takes."""
+    from v4jax.train import placement
+
+    own = placement.own_rows(placement.shards_of(mesh), 8)
+    print(json.dumps(processes.gathered([own.start, own.stop])))
+
+
 def fail(process: str):
     """One process meets bad input while the others go on to a collective."""
     from v4jax.errors import InputError

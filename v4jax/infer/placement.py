@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from v4jax.model import sharded
+from v4jax.sharding.mesh import everywhere
 from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL
 
 
@@ -56,8 +57,7 @@ class Placement:
             return x
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(self.everywhere(jax.random.key_data(x)))
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        return jax.make_array_from_process_local_data(everywhere, np.asarray(x))
+        return everywhere(mesh, np.asarray(x))
 
     def handed_over(self, cache):
         """The cache as the decoding model wants it."""

@@ -8,6 +8,7 @@ are stacked on a leading axis R; an unrolled layer has R = 1.
 Fields of these pytrees are annotated Any: jax also builds them with shapes, specs and None inside.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -93,6 +94,11 @@ def _roll_back(cache, count):
     return cache.replace(lengths=cache.lengths - count, spare=cache.spare - count, layers=layers)
 
 
+# One program: array by array it takes as long as the attention of a short prompt.
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "batch", "max_length", "rollback", "dtype", "min_repeats", "parts"),
+)
 def init_cache(
     config: ModelConfig,
     batch: int,

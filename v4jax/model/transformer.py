@@ -223,16 +223,19 @@ class Transformer(nn.Module):
     @nn.nowrap
     def init_cache(self, batch: int, max_length: int, rollback: int = 0) -> Cache:
         """An empty decode state; see `cache.init_cache`."""
-        options = {
-            "rollback": rollback,
-            "dtype": self.rounding().dtype,
-            "min_repeats": self.min_repeats,
-            "parts": self.sharding.size("entries"),
-        }
+        make = functools.partial(
+            cache_lib.init_cache,
+            self.config,
+            batch,
+            max_length,
+            rollback=rollback,
+            dtype=self.rounding().dtype,
+            min_repeats=self.min_repeats,
+            parts=self.sharding.size("entries"),
+        )
         if self.sharding.mesh is None:
-            return _init_cache(self.config, batch, max_length, **options)
+            return make()
         self.sharding.check_divides({"batch": batch})
-        make = functools.partial(cache_lib.init_cache, self.config, batch, max_length, **options)
         shape = jax.eval_shape(make)
         return jax.jit(make, out_shardings=sharded.cache_shardings(self.sharding, shape))()
 
@@ -328,14 +331,6 @@ def _check_cache(tokens, cache, lengths, mtp):
             f"the call brings a row to {longest} tokens and the cache has room for "
             f"{cache.max_length}; make a longer one with init_cache"
         )
-
-
-# One program: array by array it takes as long as the attention of a short prompt.
-_init_cache = jax.jit(
-    cache_lib.init_cache,
-    static_argnums=(0, 1, 2),
-    static_argnames=("rollback", "dtype", "min_repeats", "parts"),
-)
 
 
 class _Table(nn.Module):

@@ -1,12 +1,13 @@
 """The device mesh: five axes, always all present, those that a run does not use of length 1."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from v4jax.errors import InputError
 
@@ -77,3 +78,11 @@ def parse_sizes(text: str) -> dict[str, int]:
             raise InputError(f"mesh has {part!r}; expected AXIS=N with AXIS of {', '.join(AXES)}")
         sizes[axis.strip()] = int(size)
     return sizes
+
+
+def everywhere(mesh: Mesh, values: Any) -> Any:
+    """Host arrays, the same in every process, on all of a mesh's devices."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    put = functools.partial(jax.make_array_from_process_local_data, sharding)
+    with jax.transfer_guard("allow"):  # what several processes do here does not count as explicit
+        return jax.tree.map(put, values)

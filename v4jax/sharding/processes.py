@@ -131,6 +131,16 @@ def gathered(value: Any) -> list[Any]:
     return [value] if count() == 1 else _gathered(value)
 
 
+def anywhere(flag: bool) -> bool:
+    """Whether it is so in any process; all of them ask."""
+    if count() == 1:
+        return flag
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+
+
 def run_outside(function: Callable[..., Any], *args: Any) -> Any:
     """Runs a module's function in a process of its own, on a CPU, that has not joined the others.
 

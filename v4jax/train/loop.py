@@ -326,7 +326,7 @@ class _Signals:
     def share(self):
         """Between two steps, in all processes."""
         with jax.transfer_guard("allow"):
-            self.stop = any(processes.gathered(self.caught))
+            self.stop = processes.anywhere(self.caught)
 
     def _note(self, number, _):
         self.caught = True

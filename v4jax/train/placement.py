@@ -1,6 +1,5 @@
 """What of a run lies where on its mesh: state in parts beside its weights, rows by batch."""
 
-import functools
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from v4jax.errors import InputError
 from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import processes
-from v4jax.sharding.mesh import make_mesh, parse_sizes
+from v4jax.sharding.mesh import everywhere, make_mesh, parse_sizes
 from v4jax.sharding.rules import TRAIN, Shards
 from v4jax.train.batch import Batch
 from v4jax.train.optimizer import state_like
@@ -97,6 +96,4 @@ def put_everywhere(shards: Shards, values: Any) -> Any:
     """Host values, the same in every process, on all devices."""
     if shards.mesh is None:
         return jax.device_put(values)
-    put = functools.partial(jax.make_array_from_process_local_data, shards.sharding())
-    with jax.transfer_guard("allow"):
-        return jax.tree.map(put, values)
+    return everywhere(shards.mesh, values)

@@ -23,9 +23,14 @@ def _round(a_MMT, eps):
     return a_MMT * _inverse_sum(a_MMT, COLUMNS, eps)
 
 
-def forward(logits_MMT, iterations, eps):
+def _begin(logits_MMT, eps):
+    """The matrix that the rounds begin with."""
     a = softmax(logits_MMT) + eps
-    a = a * _inverse_sum(a, COLUMNS, eps)
+    return a * _inverse_sum(a, COLUMNS, eps)
+
+
+def forward(logits_MMT, iterations, eps):
+    a = _begin(logits_MMT, eps)
     return jax.lax.fori_loop(0, iterations - 1, lambda _, a: _round(a, eps), a)
 
 
@@ -39,8 +44,7 @@ def backward(logits_MMT, da_MMT, iterate_ref, iterations, eps):
     def step(back, da):
         return _round_backward(iterate_ref[iterations - 1 - back, :, :, :], da, eps)
 
-    a = softmax(logits_MMT) + eps
-    jax.lax.fori_loop(1, iterations, again, a * _inverse_sum(a, COLUMNS, eps))
+    jax.lax.fori_loop(1, iterations, again, _begin(logits_MMT, eps))
     da_MMT = jax.lax.fori_loop(0, iterations - 1, step, da_MMT)
     return _begin_backward(logits_MMT, da_MMT, eps)
 
@@ -59,9 +63,9 @@ def _outside_forward(logits_MMT, iterations, eps):
 
 
 def _outside_backward(iterations, eps, logits_MMT, da_MMT):
-    a = softmax(logits_MMT) + eps
-    first = a * _inverse_sum(a, COLUMNS, eps)
-    _, iterates = jax.lax.scan(lambda a, _: (_round(a, eps), a), first, length=iterations - 1)
+    _, iterates = jax.lax.scan(
+        lambda a, _: (_round(a, eps), a), _begin(logits_MMT, eps), length=iterations - 1
+    )
     da_MMT, _ = jax.lax.scan(
         lambda da, a: (_round_backward(a, da, eps), None), da_MMT, iterates, reverse=True
     )
@@ -81,7 +85,7 @@ def _round_backward(a_MMT, da_MMT, eps):
 
 
 def _begin_backward(logits_MMT, da_MMT, eps):
-    """d(logits) of what comes before the rounds."""
+    """d(logits) of `_begin`."""
     p = softmax(logits_MMT)
     columns = _inverse_sum(p + eps, COLUMNS, eps)
     da_MMT = _normalised_backward(da_MMT, (p + eps) * columns, columns, COLUMNS)
