@@ -194,7 +194,6 @@ def _steps_of(run: _Run, number: int, done: int):
         noted = {k: float(v) for k, v in jax.device_get(noted).items()}
         tick, seconds = time.perf_counter(), time.perf_counter() - tick
         done += 1
-        run.signals.share()
         line = {"step": done, **noted, "tokens_per_second": tokens / seconds}
         line |= {"mfu": flops / seconds / peak, "seconds": seconds, "length": stage.length}
         _check_finite(run, line, batch)
@@ -203,6 +202,7 @@ def _steps_of(run: _Run, number: int, done: int):
             tick = time.perf_counter()
         if run.metrics and (done % config.log_every == 0 or done == run.steps):
             run.metrics.write(line)
+        run.signals.share()
         yield line
 
 
