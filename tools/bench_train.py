@@ -14,6 +14,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ REPEATS = flags.DEFINE_integer("repeats", 5, "Timed steps of each figure.")
 MATRICES = flags.DEFINE_enum("matrices", "adamw", ["adamw", "muon"], "Our optimiser.")
 OUT = flags.DEFINE_string("out", None, "JSON lines file to add the result to.")
 CHILD = flags.DEFINE_string("child", None, "Measure one side, ours or theirs, and print it.")
+CONFIG = flags.DEFINE_string("config", None, "The config.json that the two sides share.")
 
 WINDOW, CSA, HCA = (
     "sliding_attention",
@@ -61,6 +63,7 @@ def ours(length, vocab):
     import jax
     import numpy as np
 
+    from v4jax import host_memory
     from v4jax.config import ModelConfig
     from v4jax.model.transformer import Transformer
     from v4jax.train.batch import make_batch
@@ -68,7 +71,7 @@ def ours(length, vocab):
     from v4jax.train.optimizer import OptimizerConfig, make_optimizer
     from v4jax.train.step import Rates, StepConfig, new_state, train_step
 
-    config = ModelConfig.from_hf(_written(vocab))
+    config = ModelConfig.from_hf(CONFIG.value)
     model = Transformer(config, dtype="float32")
     optimizer = make_optimizer(OptimizerConfig(matrices=MATRICES.value), config.o_groups)
     # What the rival trains: no MTP block, no loss of the indexer's own.
@@ -80,29 +83,34 @@ def ours(length, vocab):
     rows = np.random.default_rng(0).integers(0, vocab, (1, length + 1))
     batch = make_batch(rows, np.zeros_like(rows), np.ones(rows.shape, bool), 1, packed=False)
     batch, rates = jax.device_put(batch), jax.device_put(Rates(np.float32(1e-4), np.float32(0)))
+    program = step.lower(state[0], batch, rates).compile()
+    host_memory.forget_traces()  # as `v4jax train` does
 
     def run():
-        state[0], noted = step(state[0], batch, rates)
+        state[0], noted = program(state[0], batch, rates)
         jax.block_until_ready((state[0], noted))
 
     return run
 
 
-def _written(vocab):
-    """The config as transformers writes it."""
+def write_config(directory):
+    """The config as transformers writes it: our side then need not import that library."""
     from transformers import DeepseekV4Config
 
-    return DeepseekV4Config(**SIZES, vocab_size=vocab, num_nextn_predict_layers=0).to_dict()
+    config = DeepseekV4Config(**SIZES, vocab_size=VOCAB.value, num_nextn_predict_layers=0)
+    config.save_pretrained(directory)
+    return str(Path(directory) / "config.json")
 
 
 def theirs(length, vocab):
     import numpy as np
     import torch
-    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+    from transformers import AutoConfig, DeepseekV4ForCausalLM
 
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    model = DeepseekV4ForCausalLM(DeepseekV4Config(**SIZES, vocab_size=vocab)).float().train()
+    config = AutoConfig.from_pretrained(Path(CONFIG.value).parent)
+    model = DeepseekV4ForCausalLM(config).float().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
     rows = torch.tensor(np.random.default_rng(0).integers(0, vocab, (1, length + 1)))
 
@@ -143,8 +151,9 @@ def _peak():
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-def child(side, length):
+def child(side, length, config):
     command = [sys.executable, __file__, f"--child={side}", f"--lengths={length}"]
+    command += [f"--config={config}"]
     command += [f"--vocab={VOCAB.value}", f"--repeats={REPEATS.value}"]
     command += [f"--matrices={MATRICES.value}"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -153,20 +162,25 @@ def child(side, length):
     return json.loads(run.stdout.strip().splitlines()[-1])
 
 
+def _rows(config):
+    """A row for each length, printed as it comes."""
+    for length in map(int, LENGTHS.value):
+        row = {"length": length, "vocab": VOCAB.value, "ours": child("ours", length, config)}
+        if length <= RIVAL_LIMIT.value:
+            row["transformers"] = child("theirs", length, config)
+            if all("seconds" in row[side] for side in ("ours", "transformers")):
+                row["times_faster"] = row["transformers"]["seconds"] / row["ours"]["seconds"]
+                row["memory"] = row["ours"]["peak_mib"] / row["transformers"]["peak_mib"]
+        print(json.dumps(row), flush=True)
+        yield row
+
+
 def main(_):
     if CHILD.value:
         measure(CHILD.value, int(LENGTHS.value[0]))
         return
-    rows = []
-    for length in map(int, LENGTHS.value):
-        row = {"length": length, "vocab": VOCAB.value, "ours": child("ours", length)}
-        if length <= RIVAL_LIMIT.value:
-            row["transformers"] = child("theirs", length)
-            if all("seconds" in row[side] for side in ("ours", "transformers")):
-                row["times_faster"] = row["transformers"]["seconds"] / row["ours"]["seconds"]
-                row["memory"] = row["ours"]["peak_mib"] / row["transformers"]["peak_mib"]
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        rows = list(_rows(write_config(directory)))
     if OUT.value:
         record = {
             "command": "python tools/bench_train.py",

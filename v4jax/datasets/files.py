@@ -133,7 +133,7 @@ def is_held_out(name: str, share: float) -> bool:
 
 def _lines(file):
     """The numbered lines of a .jsonl file as dicts."""
-    for number, line in enumerate(read_text(file).splitlines(), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from v4jax import host_memory
 from v4jax.datasets import rows as rows_lib
 from v4jax.datasets.source import Source, open_source
 from v4jax.errors import InputError
@@ -189,7 +190,9 @@ def _steps_of(run: _Run, number: int, done: int):
         rates = placement.put_everywhere(model.sharding, _rates(config, stage, done))
         inputs = placement.put_batch(model.sharding, batch, stage.batch), rates
         if program is None:  # before the clock of the first step begins
-            program, tick = step.lower(run.state, *inputs).compile(), time.perf_counter()
+            program = step.lower(run.state, *inputs).compile()
+            host_memory.forget_traces()
+            tick = time.perf_counter()
         run.state, noted = program(run.state, *inputs)
         noted = {k: float(v) for k, v in jax.device_get(noted).items()}
         tick, seconds = time.perf_counter(), time.perf_counter() - tick

@@ -51,24 +51,75 @@ def backward(logits_MMT, da_MMT, iterate_ref, iterations, eps):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def outside(logits_MMT, iterations, eps):
-    """`forward` for plain XLA, whose gradient keeps no more than a matrix a round.
+    """`forward` for plain XLA: the rounds scale rows and columns, [M, T] instead of [M, M, T].
 
-    JAX's own would keep several arrays a round, and XLA:CPU copies each of them.
+    A round multiplies rows by 1 / (their sum + eps), then columns. So after any number of them the
+    matrix is diag(r) A diag(c), A the one they began with, and a round changes r and c alone:
+    r <- r / (r (A c) + eps), c <- c / (c (A^T r) + eps).
     """
-    return forward(logits_MMT, iterations, eps)
+    a_MMT = _begin(logits_MMT, eps)
+    r_MT, c_MT = jax.lax.fori_loop(
+        0, iterations - 1, lambda _, rc: _scale(a_MMT, *rc, eps), _ones(a_MMT)
+    )
+    return r_MT[:, None] * a_MMT * c_MT[None]
+
+
+def _ones(a_MMT):
+    return jnp.ones_like(a_MMT[0]), jnp.ones_like(a_MMT[0])
+
+
+def _scale(a_MMT, r_MT, c_MT, eps):
+    """r and c after a round."""
+    r_MT = r_MT / (r_MT * _times(a_MMT, c_MT) + eps)
+    return r_MT, c_MT / (c_MT * _times_transposed(a_MMT, r_MT) + eps)
+
+
+def _times(a_MMT, c_MT):
+    """A c for each token, term by term: a sum over an axis would be a pass of its own."""
+    return sum(a_MMT[:, j] * c_MT[None, j] for j in range(a_MMT.shape[1]))
+
+
+def _times_transposed(a_MMT, r_MT):
+    return sum(a_MMT[i] * r_MT[None, i] for i in range(a_MMT.shape[0]))
 
 
 def _outside_forward(logits_MMT, iterations, eps):
-    return forward(logits_MMT, iterations, eps), logits_MMT
+    return outside(logits_MMT, iterations, eps), logits_MMT
 
 
-def _outside_backward(iterations, eps, logits_MMT, da_MMT):
-    _, iterates = jax.lax.scan(
-        lambda a, _: (_round(a, eps), a), _begin(logits_MMT, eps), length=iterations - 1
+def _outside_backward(iterations, eps, logits_MMT, dout_MMT):
+    a_MMT = _begin(logits_MMT, eps)
+
+    def again(rc, _):
+        return _scale(a_MMT, *rc, eps), rc
+
+    (r, c), saved = jax.lax.scan(again, _ones(a_MMT), length=iterations - 1)
+
+    def step(carry, before):
+        """From the gradients after a round to those before it; `before` are its r and c."""
+        dr, dc, da, r, c = carry
+        r_before, c_before = before
+        # c = c_before / s with s = c_before (A^T r) + eps: dc/dc_before = eps / s^2, and
+        # d(A^T r) = -c^2 dc. The same for r.
+        dsum = -dc * c * c
+        dc = dc * eps * (c / c_before) ** 2
+        da = da + r[:, None] * dsum[None]
+        dr = dr + _times(a_MMT, dsum)
+        dsum = -dr * r * r
+        dr = dr * eps * (r / r_before) ** 2
+        da = da + dsum[:, None] * c_before[None]
+        dc = dc + _times_transposed(a_MMT, dsum)
+        return (dr, dc, da, r_before, c_before), None
+
+    weighed = dout_MMT * a_MMT
+    carry = (
+        _times(weighed, c),
+        _times_transposed(weighed, r),
+        dout_MMT * r[:, None] * c[None],
+        r,
+        c,
     )
-    da_MMT, _ = jax.lax.scan(
-        lambda da, a: (_round_backward(a, da, eps), None), da_MMT, iterates, reverse=True
-    )
+    (_, _, da_MMT, _, _), _ = jax.lax.scan(step, carry, saved, reverse=True)
     return (_begin_backward(logits_MMT, da_MMT, eps),)
 
 
