@@ -1,10 +1,12 @@
 """Rows of text and tasks: what they hold, their order, processes, held-out documents, bad files."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from configs import train_tiny
 from tests.tiny import tiny_config
 from v4jax.datasets import files, rows, synthetic, tokenize
 from v4jax.datasets.config import DataConfig
@@ -97,6 +99,23 @@ def test_a_hash_table_is_even_on_a_text_of_zipfs_law():
     naive = np.zeros(8)
     np.add.at(naive, even_on_ids % 8, np.repeat(count[:, None], 2, 1))
     assert np.abs(naive / naive.mean() - 1).max() > 0.1  # what the frequencies are for
+
+
+def test_a_hash_table_is_even_on_the_training_text():
+    run = train_tiny.get_config()
+    data, model = dataclasses.replace(run.data, documents=30), run.model
+    count_V = open_source(data, model).counts_V
+    k = model.num_experts_per_tok
+    table = hash_table(count_V, model.n_routed_experts, k, seed=0)
+    load = np.bincount(table.reshape(-1), np.repeat(count_V, k))
+    print("load over its mean", load / load.mean())
+    assert np.abs(load / load.mean() - 1).max() < 0.1
+
+
+def test_a_line_of_json_may_hold_any_separator_but_a_newline(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two\x85"}\n{"text": "three"}\n')
+    texts = [d.pieces[0][0] for d in files.text_documents(str(tmp_path))]
+    assert texts == ["one\u2028two\x85", "three"]
 
 
 def test_text_files_become_documents_of_bytes(tmp_path):

@@ -1,0 +1,39 @@
+"""All five axes longer than 1 at once: 32 fake devices, hence a run of pytest of its own.
+
+    XLA_FLAGS="--xla_force_host_platform_device_count=32 --xla_backend_optimization_level=0" \
+        python -m pytest -m slow tests/sharding/test_five_axes.py
+"""
+
+import jax
+import pytest
+
+from tests.sharding import meshes, test_model
+from v4jax.infer.generate import generate
+from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL, TRAIN
+
+SIZES = "data=2,fsdp=2,expert=2,sequence=2,tensor=2"
+DEVICES = 32
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        jax.device_count() < DEVICES,
+        reason=f"needs {DEVICES} devices: see the command at the top of this file",
+    ),
+]
+
+
+def test_outputs_and_gradients():
+    test_model.check_training(SIZES, TRAIN, packed=True)
+
+
+@pytest.mark.parametrize("strategy", [DECODE, DECODE_LONG], ids=lambda s: s.name)
+def test_prefill_chunks_and_decode(strategy):
+    test_model.check_serving(SIZES, strategy)
+
+
+def test_generated_tokens():
+    model, variables = meshes.on_mesh(SIZES, PREFILL)
+    prompts = test_model.prompts(8)
+    found = generate(model, variables, prompts, max_new_tokens=24, prefill_chunk=32)
+    assert found.tokens == test_model.generated_alone(8)
