@@ -217,6 +217,15 @@ def round_to(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return x.astype(dtype)
 
 
+def materialized(x: jax.Array) -> jax.Array:
+    """x; a TPU's compiler stores it in its own type.
+
+    Left alone, it stores the float32 that a bf16 array was rounded from, once it has been read
+    from two places: twice the bytes.
+    """
+    return lax.platform_dependent(x, tpu=lax.optimization_barrier, default=lambda x: x)
+
+
 def hadamard(x: ArrayLike) -> jax.Array:
     """The orthonormal Walsh-Hadamard transform of the last axis, in natural (Sylvester) order.
 

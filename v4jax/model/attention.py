@@ -1,5 +1,7 @@
 """Attention of every layer kind: window, CSA, HCA and the dense baseline (architecture 4-6)."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
 from v4jax.model.indexer import Indexer
 from v4jax.model.indexer_loss import Index, Paid, indexer_loss
-from v4jax.model.layers import Numerics, Projection, RMSNorm, normalize, weight
+from v4jax.model.layers import Numerics, Projection, RMSNorm, inverse_rms, weight
 from v4jax.sharding import collectives, sequence
 
 
@@ -115,19 +117,17 @@ class Attention(nn.Module):
 
     def _queries(self, q_lat, turn):
         """Queries [B,T,N,H], normed a head at a time without a weight, rotated."""
-        config, round_ = self.config, self.numerics.round
+        config, dtype = self.config, self.numerics.dtype
         q = self.wq_b("btl,xl->btx", q_lat)
         q = q.reshape(*q.shape[:2], -1, config.head_dim)
-        if self.numerics.native:
-            q = _norm_chain(q, config.rms_norm_eps)
-        else:
-            q = round_(normalize(q, config.rms_norm_eps))
         cos, sin = (angle[:, :, None] for angle in turn)
-        return round_(rope.rotate(q, cos, sin))
+        if self.numerics.native:
+            return rope.rotate(_norm_chain(q, config.rms_norm_eps), cos, sin, dtype)
+        return norm_and_turn(config.rms_norm_eps, dtype, q, cos, sin)
 
     def _kv_rows(self, x_BTD, turn):
         kv = self.kv_norm(self.wkv("btd,hd->bth", x_BTD))
-        return self._quantize_kv(self.numerics.round(rope.rotate(kv, *turn)))
+        return self._quantize_kv(rope.rotate(kv, *turn, self.numerics.dtype))
 
     def _quantize_kv(self, kv):
         """Rounds all but the rotated channels to E4M3 in groups of 64 (native numerics)."""
@@ -244,10 +244,10 @@ class Attention(nn.Module):
 
     def _output(self, o, turn):
         """Turns the values back, projects each group of heads down, then all of them up."""
-        config, round_ = self.config, self.numerics.round
+        config, numerics = self.config, self.numerics
         cos, sin = (angle[:, :, None] for angle in turn)
-        o = round_(rope.rotate(round_(o), cos, sin, inverse=True))
-        groups = config.o_groups // self.numerics.shards.size("heads")
+        o = rope.rotate(numerics.round(o), cos, sin, numerics.dtype, inverse=True)
+        groups = config.o_groups // numerics.shards.size("heads")
         o = o.reshape(*o.shape[:2], groups, -1)
         z = self.wo_a.grouped(o, groups)
         return self.wo_b("btx,dx->btd", z.reshape(*z.shape[:2], -1))
@@ -272,6 +272,37 @@ def _read(shards, buffer_RBCX, layer):
     if sequence.spread_entries(shards):
         return entries
     return collectives.gather(entries, shards.axes("entries"), 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def norm_and_turn(eps, dtype, q_BTNH, cos, sin):
+    """Each head's q / rms(q), rounded, turned by the angles and rounded again."""
+    return _norm_and_turn_forward(eps, dtype, q_BTNH, cos, sin)[0]
+
+
+def _norm_and_turn_forward(eps, dtype, q_BTNH, cos, sin):
+    q_BTNH = quant.materialized(q_BTNH)
+    scale_BTN = inverse_rms(q_BTNH, eps)
+    normed = quant.round_to(q_BTNH.astype(jnp.float32) * scale_BTN[..., None], dtype)
+    out = rope.rotate(normed, cos, sin, dtype)
+    return out, (out, scale_BTN, cos, sin)
+
+
+def _norm_and_turn_backward(eps, dtype, saved, g_BTNH):
+    """From the result, which the core attention keeps anyway, so that q itself is not kept.
+
+    A turn changes no product of two rows, so what the norm removes, the gradient's part along the
+    normed row, is found before the turn back; it is taken out after it, since the arrays at hand
+    can be shifted as they are stored.
+    """
+    out, scale_BTN, cos, sin = saved
+    g, out = quant.materialized(g_BTNH), quant.materialized(out)
+    along = jnp.mean(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    across = rope.turned(g, cos, -sin) - along * rope.turned(out, cos, -sin)
+    return quant.round_to(across * scale_BTN[..., None], dtype), None, None
+
+
+norm_and_turn.defvjp(_norm_and_turn_forward, _norm_and_turn_backward)
 
 
 def _norm_chain(q, eps):

@@ -78,7 +78,7 @@ class Compressor(nn.Module):
         entries = self.norm(self.numerics.round(entries_BEH))
         frequency = rope.inverse_frequencies(self.config, compressing=True)
         cos, sin = rope.rotations(frequency, position_BE)
-        return self.numerics.round(rope.rotate(entries, cos, sin))
+        return rope.rotate(entries, cos, sin, self.numerics.dtype)
 
 
 def _span(spec):

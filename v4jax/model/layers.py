@@ -172,8 +172,13 @@ class Projection(nn.Module):
 
 def normalize(x: Inexact[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
     """x / rms(x) over the last axis, in float32."""
+    return x.astype(jnp.float32) * inverse_rms(x, eps)[..., None]
+
+
+def inverse_rms(x: Inexact[Array, "*b d"], eps: float) -> Float[Array, "*b"]:
+    """1 / rms(x) over the last axis, in float32."""
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return jax.lax.rsqrt(jnp.mean(x * x, axis=-1) + eps)
 
 
 class RMSNorm(nn.Module):

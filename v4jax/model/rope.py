@@ -6,9 +6,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Inexact, Int
 
 from v4jax.config import ModelConfig, Yarn
+from v4jax.quant import materialized, round_to
 
 
 def inverse_frequencies(config: ModelConfig, compressing: bool) -> Float[np.ndarray, "half"]:
@@ -56,20 +57,43 @@ def rotations(frequency: np.ndarray, position: Int[Array, "*b"]):
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Array, cos: Array, sin: Array, inverse: bool = False) -> Float[Array, "..."]:
-    """Turns the last R channels of x by the angles; float32 out.
+def rotate(x: Array, cos: Array, sin: Array, dtype, inverse: bool = False) -> Inexact[Array, "..."]:
+    """Turns the last R channels of x by the angles, in float32, and rounds to `dtype`.
 
     Args:
-      x: [*b, H]; cos, sin: [*b, R/2], or with 1s where they broadcast (heads).
+      x: [*b, H]; cos, sin: [*b, R/2], or with 1s where they broadcast (heads). No gradient of them.
       inverse: turn back, which attention's output needs since values carry the key's rotation.
     """
-    x = x.astype(jnp.float32)
-    width = 2 * cos.shape[-1]
-    kept = x.shape[-1] - width
-    cos, sin = _over_channels(cos, kept), _over_channels(-sin if inverse else sin, kept)
+    return _rotate(dtype, x, cos, -sin if inverse else sin)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rotate(dtype, x, cos, sin):
+    # What is shifted is not computed three times but stored, so it had better be short.
+    return round_to(turned(materialized(x), cos, sin), dtype)
+
+
+def _rotate_forward(dtype, x, cos, sin):
+    return _rotate(dtype, x, cos, sin), (jnp.zeros((0,), x.dtype), cos, sin)
+
+
+def _rotate_backward(dtype, saved, g):
+    """The turn back. The shifts' own derivatives would be three float32 arrays of x's shape."""
+    like, cos, sin = saved
+    return _rotate(like.dtype, g, cos, -sin), None, None
+
+
+_rotate.defvjp(_rotate_forward, _rotate_backward)
+
+
+def turned(x: Array, cos: Array, sin: Array) -> Float[Array, "..."]:
+    """x turned, in float32, not rounded; derivatives are in `rotate`."""
+    kept = x.shape[-1] - 2 * cos.shape[-1]
+    cos, sin = _over_channels(cos, kept), _over_channels(sin, kept)
     channel = jnp.expand_dims(jnp.arange(x.shape[-1]), tuple(range(x.ndim - 1)))
     # Shifting the row by one either way is one pass; taking the pairs apart is several slow ones.
     partner = jnp.where((channel - kept) % 2 == 0, -_shifted(x, -1), _shifted(x, 1))
+    x, partner = x.astype(jnp.float32), partner.astype(jnp.float32)
     return jnp.where(channel < kept, x, x * cos + partner * sin)
 
 
