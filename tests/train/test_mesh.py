@@ -58,7 +58,7 @@ def gradients(shards, batch):
         state = TrainState(variables["params"], variables["buffers"], None, 0)
         return accumulate(model, step, state, batch, Rates(jnp.float32(0), jnp.float32(0.3)))
 
-    return jax.device_get(run(variables, placement.put_batch(shards, batch)))
+    return jax.device_get(run(variables, placement.put_batch(shards, batch, 8)))
 
 
 @functools.cache
