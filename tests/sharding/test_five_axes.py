@@ -9,7 +9,7 @@ import pytest
 
 from tests.sharding import meshes, test_model
 from v4jax.infer.generate import generate
-from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL, TRAIN
+from v4jax.sharding.rules import DECODE_LONG, PREFILL, TRAIN
 
 SIZES = "data=2,fsdp=2,expert=2,sequence=2,tensor=2"
 DEVICES = 32
@@ -27,13 +27,14 @@ def test_outputs_and_gradients():
     test_model.check_training(SIZES, TRAIN, packed=True)
 
 
-@pytest.mark.parametrize("strategy", [DECODE, DECODE_LONG], ids=lambda s: s.name)
-def test_prefill_chunks_and_decode(strategy):
-    test_model.check_serving(SIZES, strategy)
+def test_prefill_chunks_and_decode_of_caches_in_parts():
+    test_model.check_serving(SIZES, DECODE_LONG)
 
 
-def test_generated_tokens():
+@pytest.mark.parametrize("copies", [1, 2], ids=["caches_in_parts", "many_rows"])
+def test_generated_tokens(copies):
+    """Eight prompts are fewer rows than 16 shards; 16 are one on each."""
     model, variables = meshes.on_mesh(SIZES, PREFILL)
-    prompts = test_model.prompts(8)
+    prompts = test_model.prompts(8) * copies
     found = generate(model, variables, prompts, max_new_tokens=24, prefill_chunk=32)
-    assert found.tokens == test_model.generated_alone(8)
+    assert found.tokens == test_model.generated_alone(8) * copies

@@ -110,21 +110,50 @@ def test_the_export_is_a_checkpoint_of_ours(whole):
     np.testing.assert_array_equal(table, arrays(whole)["buffers.layers_0.block_0.ffn.gate.tid2eid"])
 
 
-def test_killed_at_a_random_step_it_ends_the_same(whole, text, tmp_path, compiled_once):
-    kill_at = int.from_bytes(os.urandom(1)) % (STEPS - 1) + 1
-    print("killed after step", kill_at)
-    environment = os.environ | {"TEXT": text, "JAX_COMPILATION_CACHE_DIR": compiled_once}
+def command_line(text, programs, workdir, *words, devices=None):
+    """The run as a process of its own."""
+    environment = os.environ | {"TEXT": text, "JAX_COMPILATION_CACHE_DIR": programs}
     environment["PYTHONPATH"] = str(ROOT)
+    if devices is not None:
+        flags = [f for f in environment["XLA_FLAGS"].split() if "device_count" not in f]
+        count = f"--xla_force_host_platform_device_count={devices}"
+        environment["XLA_FLAGS"] = " ".join([*flags, count])
     command = [sys.executable, "-m", "v4jax.cli.main", "train", f"--config={__file__}"]
-    command += [f"--workdir={tmp_path}"]
-    child = subprocess.Popen(command, env=environment, cwd=ROOT)
-    while child.poll() is None and len(metrics.read(tmp_path)) < kill_at:
+    return subprocess.Popen([*command, f"--workdir={workdir}", *words], env=environment, cwd=ROOT)
+
+
+def kill_at_random(child, workdir):
+    """Kills a run after one of its steps but the last."""
+    at = int.from_bytes(os.urandom(1)) % (STEPS - 1) + 1
+    print("killed after step", at)
+    while child.poll() is None and len(metrics.read(workdir)) < at:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
+
+
+def test_killed_at_a_random_step_it_ends_the_same(whole, text, tmp_path, compiled_once):
+    kill_at_random(command_line(text, compiled_once, tmp_path), tmp_path)
     assert loop.train(get_config(text), tmp_path).step == STEPS
     assert_same(whole, tmp_path)
     assert [line["step"] for line in metrics.read(tmp_path)] == list(range(1, STEPS + 1))
+
+
+def test_killed_on_four_devices_it_ends_the_same(text, tmp_path, compiled_once):
+    words = [
+        "--config.mesh=data=2,fsdp=2",
+        "--config.stages.0.batch=4",
+        "--config.stages.1.batch=4",
+    ]
+
+    def start(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return command_line(text, compiled_once, tmp_path / name, *words, devices=4)
+
+    assert start("whole").wait() == 0
+    kill_at_random(start("killed"), tmp_path / "killed")
+    assert start("killed").wait() == 0
+    assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_sigterm_saves_and_the_run_goes_on(whole, text, tmp_path, monkeypatch):

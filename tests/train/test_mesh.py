@@ -100,6 +100,8 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, monkeypatch):
     from tests.train.test_loop import arrays
 
     moved, still = (arrays(tmp_path / name, 4) for name in ("moved", "alone"))
-    for name, leaf in still.items():
-        if name.startswith("params"):
-            np.testing.assert_allclose(moved[name], leaf, atol=1e-5, err_msg=name)
+    names = [name for name in still if name.startswith("params")]
+    off = np.concatenate([np.abs(moved[n] - still[n]).reshape(-1) for n in names])
+    print(f"largest difference {off.max():.2g}; over 1e-6: {(off > 1e-6).sum()} of {off.size}")
+    # 1e-6, but for weights whose gradients are about AdamW's eps: rounding moves those further.
+    assert off.max() <= 1e-5 and (off > 1e-6).mean() <= 1e-4
