@@ -93,17 +93,26 @@ def equal(a, b) -> bool:
     )
 
 
-def relative(found, wanted):
-    """The largest difference of a leaf, in parts of its largest value.
+def relative(found, wanted) -> dict[str, float]:
+    """Each leaf's largest difference, in parts of its largest value, the worst leaf first.
 
     Of the largest of all leaves' in hundredths where that is more: a scale's gradient is what
     remains of sums that cancel, and the weights' own last bits already move it by more.
     """
     top = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(wanted))
-
-    def one(a, b):
-        return float(np.abs(np.asarray(a) - np.asarray(b)).max()) / max(
-            float(jnp.abs(b).max()), 1e-2 * top
+    off = {}
+    for (path, b), a in zip(
+        jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(found), strict=True
+    ):
+        largest = max(float(jnp.abs(b).max()), 1e-2 * top)
+        off[jax.tree_util.keystr(path)] = (
+            float(np.abs(np.asarray(a) - np.asarray(b)).max()) / largest
         )
+    return dict(sorted(off.items(), key=lambda item: -item[1]))
 
-    return max(jax.tree.leaves(jax.tree.map(one, found, wanted)))
+
+def assert_close(found, wanted, bound: float) -> None:
+    """No leaf is off by more than `bound`, see `relative`."""
+    off = relative(found, wanted)
+    beyond = {name: value for name, value in off.items() if not value <= bound}
+    assert not beyond, f"beyond {bound}: {beyond}"

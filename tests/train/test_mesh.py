@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.sharding.meshes import relative
+from tests.sharding.meshes import assert_close
 from tests.tiny import unsettle
 from tests.train.models import small_batch
 from v4jax.config import CSA, HCA, ModelConfig, with_hash_routing
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_one_device(mesh):
     for name, value in wanted_noted.items():
         close = functools.partial(np.testing.assert_allclose, rtol=1e-5, err_msg=name)
         jax.tree.map(close, noted[name], value)
-    assert relative(found, wanted) < 2e-5
+    assert_close(found, wanted, 2e-5)
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path, monkeypatch):
