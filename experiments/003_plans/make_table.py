@@ -78,6 +78,8 @@ def _row(name, plan):
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
     if plan["microbatches"] > 1:
         mesh += f"; {plan['microbatches']} microbatches"
+    if plan.get("waves", 1) > 1:
+        mesh += f"; {plan['waves']} waves"
     parts = [device[kind] / 1e9 for kind in ("weights", "optimizer", "cache")]
     sent = sum(row["bytes"] for row in plan["collectives"])
     terms = " / ".join(_time(seconds[term]) for term in ("compute", "memory", "interconnect"))

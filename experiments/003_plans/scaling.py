@@ -14,7 +14,7 @@ environment.prepare()
 
 import v4jax  # noqa: E402 (the environment comes first)
 from v4jax.config import CSA, HCA, WINDOW  # noqa: E402
-from v4jax.plan import plan, program, roofline, topology  # noqa: E402
+from v4jax.plan import compiler, plan, roofline, topology  # noqa: E402
 from v4jax.plan.job import Job, shards_of  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
@@ -31,10 +31,9 @@ def measure(axis: str, count: int) -> dict:
         v4jax.get_config("flash"), layers=(WINDOW, CSA, HCA), mtp_layers=()
     )
     job = Job(config, "prefill", TOKENS, 1)
-    devices = (SMALL if count <= SMALL.count else LARGEST).devices[:count]
-    shards = shards_of(job, {axis: count}, devices)
-    counted = plan.count(job, LARGEST, shards)
-    compiled = plan.compile_program(program.build(job, shards), dict(shards.mesh.shape))
+    where = dataclasses.replace(SMALL if count <= SMALL.count else LARGEST, count=count)
+    counted = plan.count(job, where, shards_of(job, {axis: count}, where.devices))
+    compiled = compiler.compile_job(job, where, {axis: count})
     sent = sum(c.count * c.bytes for c in compiled.collectives)
     seconds = sum(
         c.count * roofline.interconnect_seconds(LARGEST.chip, c) for c in compiled.collectives
@@ -51,6 +50,8 @@ def measure(axis: str, count: int) -> dict:
         "memory": counted.time.memory,
         "interconnect": seconds,
         "compile_seconds": compiled.seconds,
+        "compile_processor_seconds": compiled.processor,
+        "host_bytes": compiled.host,
     }
 
 

@@ -97,7 +97,9 @@ def test_candidates_fit_and_are_ranked():
     assert floors[0] <= 1.06 * min(floors)
 
 
-@pytest.mark.parametrize("rows, length, parts", [(64, 8192, 8), (8, 8192, 1), (64, 1024, 1)])
+@pytest.mark.parametrize(
+    "rows, length, parts", [(64, 8192, 8), (8, 8192, 1), (64, 1024, 2), (64, 512, 1)]
+)
 def test_microbatches_leave_a_device_as_many_tokens_as_it_can_take(rows, length, parts):
     config = dataclasses.replace(
         v4jax.get_config("flash_tiny"), max_position_embeddings=1 << 20, mtp_layers=()

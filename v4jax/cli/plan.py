@@ -35,6 +35,7 @@ def define_flags():
         "weights", None, WEIGHTS, "Their form (default: float32 to train, else stored)"
     )
     flags.DEFINE_integer("parts", None, "Microbatches of a training step", lower_bound=1)
+    flags.DEFINE_integer("waves", 1, "Parts in which tokens go to their experts", lower_bound=1)
     flags.DEFINE_enum("format", "text", ["text", "json"], "json: one object on stdout")
     flags.DEFINE_string("picture", None, "PNG file to draw the plan into")
 
@@ -62,7 +63,8 @@ def _job():
     from v4jax.plan.job import Job
 
     weights = FLAGS.weights or ("float32" if FLAGS.mode == "train" else "stored")
-    return Job(_config(), FLAGS.mode, FLAGS.context, FLAGS.batch, weights, FLAGS.parts or 1)
+    parts = FLAGS.parts or 1
+    return Job(_config(), FLAGS.mode, FLAGS.context, FLAGS.batch, weights, parts, FLAGS.waves)
 
 
 def _config():

@@ -25,6 +25,7 @@ class Job:
       batch: rows.
       weights: how they are stored: "stored", "bf16" or "float32" (training keeps masters).
       parts: microbatches of a training step, one after the other.
+      waves: parts in which a layer's tokens go to their experts; see `Shards`.
     """
 
     config: ModelConfig
@@ -33,6 +34,7 @@ class Job:
     batch: int
     weights: str = "stored"
     parts: int = 1
+    waves: int = 1
 
     def __post_init__(self):
         if self.context > self.config.max_position_embeddings:
@@ -92,7 +94,7 @@ def abstract_shards(job: Job, sizes: Mapping[str, int]) -> Shards:
 
 
 def _checked(job, mesh):
-    shards = Shards(mesh, strategy(job, mesh.shape))
+    shards = Shards(mesh, strategy(job, mesh.shape), waves=job.waves)
     shards.check_divides({"batch": job.rows} | _model_sizes(job.config))
     if job.mode != "decode":
         shards.check_divides({"sequence": job.context})

@@ -2,15 +2,12 @@
 
 import dataclasses
 import functools
-import resource
-import time
 from collections.abc import Mapping
-
-import jax
 
 from v4jax.config import ModelConfig
 from v4jax.model.transformer import Transformer
-from v4jax.plan import exchange, hlo, memory, program, roofline, variables
+from v4jax.plan import exchange, memory, roofline, variables
+from v4jax.plan.compiler import Compiled, compile_job
 from v4jax.plan.hlo import Collective
 from v4jax.plan.job import Job, shards_of
 from v4jax.plan.memory import Held
@@ -18,8 +15,6 @@ from v4jax.plan.roofline import Time
 from v4jax.plan.topology import Topology
 from v4jax.plan.variables import Leaf
 from v4jax.sharding.rules import Shards
-
-ROOM = "RESOURCE_EXHAUSTED"  # how XLA says that a program does not fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,30 +33,6 @@ class Counted:
     imbalance: float
     exchange: list[Collective]
     time: Time
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What the compiler says, bytes of one device.
-
-    Attributes:
-      arguments: by kind, as the program's shardings divide them.
-      argument: all of them, by the compiler. peak: at the worst moment, arguments included; None
-        where the program does not fit. failure: the compiler's words then.
-      collectives, unknown_loops: see `hlo.collectives`.
-      seconds: to trace, lower and compile; processor: seconds of processors, which a busy machine
-        stretches over more time. host: peak memory of this process.
-    """
-
-    arguments: dict[str, int]
-    argument: int | None
-    peak: int | None
-    failure: str | None
-    collectives: list[Collective]
-    unknown_loops: int
-    seconds: float
-    processor: float
-    host: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +70,7 @@ def make_plan(job: Job, topology: Topology, sizes: Mapping[str, int]) -> Plan:
     """
     shards = shards_of(job, sizes, topology.devices)
     counted = count(job, topology, shards)
-    compiled = compile_program(program.build(job, shards), dict(shards.mesh.shape))
+    compiled = compile_job(job, topology, sizes)
     mesh = dict(shards.mesh.shape)
     return Plan(job, topology, mesh, shards.strategy.name, counted, compiled)
 
@@ -123,43 +94,3 @@ def leaves_of(config: ModelConfig, weights: str) -> list[Leaf]:
     model = Transformer(config)
     tree = variables.stored_variables(config, weights, model.min_repeats)
     return variables.leaves(tree, model.logical_axes())
-
-
-def compile_program(planned: program.Program, mesh: Mapping[str, int]) -> Compiled:
-    """Compiles; a program that does not fit is a result, not an error."""
-    started, worked = time.perf_counter(), time.process_time()
-    analysis, found, unknown, failure = None, [], 0, None
-    try:
-        compiled = planned.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if ROOM not in str(error):
-            raise
-        failure = _first_sentences(str(error))
-    seconds, processor = time.perf_counter() - started, time.process_time() - worked
-    if failure is None:
-        analysis = compiled.memory_analysis()
-        found, unknown = hlo.collectives(compiled.as_text(), mesh)
-    return Compiled(
-        arguments={kind: planned.bytes(kind) for kind in planned.arguments},
-        argument=analysis and analysis.argument_size_in_bytes,
-        peak=analysis and _peak(analysis),
-        failure=failure,
-        collectives=found,
-        unknown_loops=unknown,
-        seconds=seconds,
-        processor=processor,
-        host=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-    )
-
-
-def _peak(analysis):
-    """Bytes at the worst moment. XLA:GPU leaves its own figure out of ahead-of-time results."""
-    found = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
-    found += analysis.temp_size_in_bytes - analysis.alias_size_in_bytes
-    return analysis.peak_memory_in_bytes or found
-
-
-def _first_sentences(message):
-    """What the compiler says before it lists its buffers."""
-    text = message.partition("\n\n")[0].replace("\n", " ")
-    return " ".join(text.removeprefix(f"{ROOM}: ").split())[:400]

@@ -18,6 +18,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "context": plan.job.context,
         "batch": plan.job.batch,
         "microbatches": plan.job.parts,
+        "waves": plan.job.waves,
         "weights": plan.job.weights,
         "topology": plan.topology.name,
         "devices": plan.topology.count,
@@ -92,6 +93,7 @@ def as_text(plan: Plan, name: str) -> str:
 def _title(plan, name):
     job, shape = plan.job, shown(plan.mesh)
     parts = f" in {job.parts} microbatches" if job.parts > 1 else ""
+    parts += f", experts in {job.waves} waves" if job.waves > 1 else ""
     return "\n".join(
         [
             f"{name}, {job.mode}: {job.batch:,} x {job.context:,} tokens{parts}, "

@@ -19,7 +19,7 @@ from v4jax.sharding.rules import Shards
 # Of a device's memory, what hand-counted bytes may take: temporaries need the rest.
 FULL = 0.9
 BF16 = 2
-PART_TOKENS = 8192  # of a device in one microbatch: enough rows for the experts' products
+PART_TOKENS = 4096  # of a device in one microbatch: enough rows for the experts' products
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,7 +103,10 @@ _COMPILERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: its name as on the command line, kind of chip and number of devices."""
+    """A slice: its name as on the command line, kind of chip and number of devices.
+
+    A smaller count stands for its first devices.
+    """
 
     name: str
     chip: Chip
@@ -121,7 +124,8 @@ class Topology:
 
         shape = self.name.partition(":")[2]
         if self.chip.platform == "tpu":
-            return topologies.get_topology_desc(platform="tpu", topology_name=self.name).devices
+            found = topologies.get_topology_desc(platform="tpu", topology_name=self.name)
+            return found.devices[: self.count]
         return topologies.get_topology_desc(
             platform="cuda", topology=f"1x{shape}", target_config=_H100.strip()
         ).devices

@@ -103,10 +103,25 @@ def accumulate(model, config: StepConfig, state: TrainState, batch: Batch, rates
     parts = jax.tree.map(lambda x: _split(x, config.parts), batch)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, _first(parts)))
 
+    plus = _plus_in_parts if _gathers(model.sharding) else jnp.add
+
     def add(total, part):
-        return jax.tree.map(jnp.add, total, one(part)), None
+        return jax.tree.map(plus, total, one(part)), None
 
     return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _gathers(shards):
+    """Whether shards keep parts of weights, and so of their gradients."""
+    mesh = shards.mesh
+    return mesh is not None and any(mesh.shape[axis] > 1 for axis in shards.strategy.gathered)
+
+
+def _plus_in_parts(total, x):
+    # XLA would take the sums over shards out of the loop, through this addition but not through a
+    # barrier. Then each shard adds up whole gradients, of which it is to keep a part: 17 GB of them
+    # for Flash on 128 devices, and as much in the compiler, which makes them of zeros.
+    return total + jax.lax.optimization_barrier(x)
 
 
 def _gradient_of(model, config, state, counts, mtp_weight):
