@@ -62,7 +62,7 @@ def test_a_pair_of_full_size_layers_trains_on_a_pod():
     "config, batch, name, sizes, parts",
     [
         ("flash", 18432, "v5p:4x4x8", {"fsdp": 16, "expert": 8}, 144),
-        ("pro", 23040, "v5p:8x8x16", {"fsdp": 32, "expert": 16, "sequence": 2}, 45),
+        ("pro", 23040, "v5p:8x8x16", {"fsdp": 16, "expert": 16, "sequence": 4}, 90),
     ],
 )
 def test_released_models_train_on_a_pod(config, batch, name, sizes, parts):

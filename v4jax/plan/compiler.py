@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 
@@ -204,6 +205,7 @@ def _no_room(message):
 
 def _compile(path):
     """The other process; prints why it stopped, if it gets so far."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     job, topology, sizes, folder = pickle.loads(pathlib.Path(path).read_bytes())
     lowered = program.build(job, shards_of(job, sizes, topology.devices)).lower()
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -211,6 +213,13 @@ def _compile(path):
         lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         print(error)
+
+
+def _end_with(parent):
+    """Ends this process once its parent has, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 if __name__ == "__main__":
