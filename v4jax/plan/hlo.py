@@ -46,7 +46,8 @@ class Collective:
       count: how often a step runs it.
       bytes: what leaves a device in one run, at least: of n devices' all-gather (n - 1)/n of the
         result, of a reduce-scatter or all-to-all of the operand, of an all-reduce twice that.
-        A ragged all-to-all counts as if its whole operand were rows to send, spread evenly.
+        A ragged all-to-all counts as if the smaller of its two buffers were full and came from all
+        alike; the larger one has room for the most uneven spread.
     """
 
     kind: str
@@ -290,7 +291,7 @@ def _moved(kind, instruction, operands, n):
     if kind == "collective-permute":
         return sum(map(_bytes, operands))
     if kind == "ragged-all-to-all":
-        return share * _bytes(operands[0])
+        return share * min(map(_bytes, operands[:2]))  # rows, and the buffer they go to
     given = sum(map(_bytes, operands))
     if kind == "all-gather":
         return (n - 1) * given
