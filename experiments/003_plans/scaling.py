@@ -95,11 +95,17 @@ def _bytes(axes, rows, axis):
         [temporaries[0] / n for n in counts],
         ":",
         color="grey",
-        label="temporaries of 1 / n",
+        label="temporaries if they fell by n",
     )
     sent = [(n, row["sent_per_token"] / 1e3) for n, row in rows if n > 1]
     axes.plot(*zip(*sent, strict=True), "^-", label="exchanged for a token, kB")
-    axes.set(xscale="log", yscale="log", ylabel=f"{axis} axis", xticks=counts, xlabel="devices n")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        ylabel=f"along {axis}: GB, kB",
+        xticks=counts,
+        xlabel="devices n",
+    )
     axes.set_xticks(counts, [str(n) for n in counts])
     axes.minorticks_off()
     axes.legend(fontsize=8)
@@ -117,10 +123,13 @@ def _seconds(axes, rows, axis):
     axes.plot(*zip(*sent, strict=True), "^-", label="collectives")
     overtaken = [n for n, row in rows if n > 1 and row["interconnect"] > row["compute_last"]]
     if overtaken:
-        axes.axvline(overtaken[0], color="grey", linestyle="--", label="collectives overtake")
+        axes.axvline(overtaken[0], color="grey", linestyle="--")
+        axes.set_title(f"collectives overtake compute at {overtaken[0]}", fontsize=9)
     else:
         ratio = rows[-1][1]["compute_last"] / rows[-1][1]["interconnect"]
-        axes.set_title(f"at {counts[-1]} collectives take 1/{ratio:.1f} of compute", fontsize=9)
+        axes.set_title(
+            f"collectives do not overtake compute: 1/{ratio:.1f} of it at {counts[-1]}", fontsize=9
+        )
     axes.set(xscale="log", yscale="log", ylabel="ms at least", xlabel="devices n")
     axes.set_xticks(counts, [str(n) for n in counts])
     axes.minorticks_off()

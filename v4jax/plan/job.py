@@ -68,14 +68,14 @@ class Job:
 def strategy(job: Job, sizes: Mapping[str, int]) -> Strategy:
     """The table of shardings that a job runs with on a mesh of these sizes.
 
-    Training and decoding, every device has rows of its own where their number allows; else each
-    row, or its cache, is spread.
+    Training and decoding, every device has rows of its own where their number (in a microbatch)
+    allows; else each row, or its cache, is spread.
     """
     if job.mode == "prefill":
         return PREFILL
     many, few = {"train": (TRAIN, TRAIN_LONG), "decode": (DECODE, DECODE_LONG)}[job.mode]
     rows = math.prod(sizes[axis] for axis in many.axes["batch"])
-    return few if job.batch % rows else many
+    return few if job.rows % rows else many
 
 
 def shards_of(job: Job, sizes: Mapping[str, int], devices: Sequence[Any]) -> Shards:
