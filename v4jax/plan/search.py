@@ -12,6 +12,7 @@ from v4jax.errors import InputError
 from v4jax.plan.job import Job, abstract_shards
 from v4jax.plan.memory import Held
 from v4jax.plan.plan import Counted, Plan, count, make_plan
+from v4jax.plan.roofline import parallel
 from v4jax.plan.topology import Topology
 from v4jax.sharding.mesh import AXES
 from v4jax.sharding.rules import Shards
@@ -19,6 +20,9 @@ from v4jax.sharding.rules import Shards
 # Of a device's memory, what hand-counted bytes may take: temporaries need the rest.
 FULL = 0.9
 BF16 = 2
+# Arrays as large as the buffer of rows on their way to experts that live at once: what compiled
+# steps of Flash and Pro come to (experiments/003_plans), all else of their layers included.
+TRAIN_ROWS, PREFILL_ROWS = 24, 4
 PART_TOKENS = 4096  # of a device in one microbatch: enough rows for the experts' products
 
 
@@ -68,16 +72,29 @@ def candidates(job: Job, topology: Topology) -> list[Candidate]:
     # Without gathered weights fsdp and expert are the same to a model: one of them is enough.
     axes = AXES if job.mode == "train" else [axis for axis in AXES if axis != "fsdp"]
     for sizes in shapes(topology.count, axes):
-        try:
-            parted = dataclasses.replace(job, parts=microbatches(job, sizes))
-            shards = abstract_shards(parted, sizes)
-        except InputError:
-            continue  # sizes that do not divide this model or job
-        counted = count(parted, topology, shards)
-        needed = counted.held.arguments + working(parted, shards, counted.held)
-        if needed <= FULL * topology.chip.memory:
-            found.append(Candidate(parted, sizes, counted, needed))
+        candidate = _fitting(job, topology, sizes)
+        if candidate is not None:
+            found.append(candidate)
     return sorted(found, key=lambda c: (float(f"{c.counted.time.floor:.1e}"), c.needed))
+
+
+def _fitting(job, topology, sizes):
+    """A mesh with as few microbatches as fit; None if none do, or they do not divide the job."""
+    try:
+        for parts in part_counts(job, sizes):
+            candidate = _candidate(dataclasses.replace(job, parts=parts), topology, sizes)
+            if candidate.needed <= FULL * topology.chip.memory:
+                return candidate
+    except InputError:  # sizes that do not divide this model or job
+        pass
+    return None
+
+
+def _candidate(job, topology, sizes):
+    shards = abstract_shards(job, sizes)
+    counted = count(job, topology, shards)
+    needed = counted.held.arguments + working(job, shards, counted.held)
+    return Candidate(job, sizes, counted, needed)
 
 
 @functools.cache
@@ -97,24 +114,40 @@ def shapes(devices: int, axes: Sequence[str] = AXES) -> Iterator[dict[str, int]]
 
 def microbatches(job: Job, sizes: dict[str, int]) -> int:
     """As few parts of a training batch as leave a device `PART_TOKENS` at most, or one row."""
-    if job.mode != "train" or job.parts > 1:
-        return job.parts
+    return part_counts(job, sizes)[0]
+
+
+def part_counts(job: Job, sizes: dict[str, int]) -> list[int]:
+    """`microbatches` and every larger number, down to a row a device.
+
+    More parts need less memory and gather weights more often.
+
+    Raises:
+      InputError: sizes that do not divide the model or the job.
+    """
     shards = abstract_shards(job, sizes)
+    if job.mode != "train" or job.parts > 1:
+        return [job.parts]
     rows = job.batch // shards.size("batch")
     length = job.context // shards.size("sequence")
-    return next(n for n in _divisors(rows) if rows // n * length <= PART_TOKENS or n == rows)
+    return [n for n in _divisors(rows) if rows // n * length <= PART_TOKENS or n == rows]
 
 
 def working(job: Job, shards: Shards, held: Held) -> int | float:
     """Bytes that come and go in a step and that no compiler could do without.
 
-    Of training the gradients, the streams before every unit of layers and one layer's weights.
+    Rows on their way to experts, whose buffers have room for the most uneven routing; of training
+    the gradients, the streams before every unit of layers and one layer's weights.
     """
-    if job.mode != "train":
-        return 0.0
     c = job.config
-    tokens = job.rows * job.context / shards.size("batch") / shards.size("sequence")
+    tokens = job.tokens / job.parts / parallel(shards, ("batch", "sequence"))
+    rows = BF16 * tokens * c.num_experts_per_tok * shards.size("expert") * c.hidden_size / job.waves
+    if job.mode == "decode":
+        return 0.0
+    if job.mode == "prefill":
+        return PREFILL_ROWS * rows
     # Units of two layers are the most common; a unit recomputes what is inside it.
     streams = BF16 * tokens * c.hc_mult * c.hidden_size * len(c.layers) / 2
     copies = 1 if job.parts == 1 else 2  # a part's gradients beside their sum
-    return copies * held.gradients + streams + BF16 * held.gathered / len(c.layers)
+    weights = BF16 * held.gathered / len(c.layers)
+    return copies * held.gradients + streams + weights + TRAIN_ROWS * rows
