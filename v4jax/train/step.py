@@ -119,8 +119,8 @@ def _gathers(shards):
 
 def _plus_in_parts(total, x):
     # XLA would take the sums over shards out of the loop, through this addition but not through a
-    # barrier. Then each shard adds up whole gradients, of which it is to keep a part: 17 GB of them
-    # for Flash on 128 devices, and as much in the compiler, which makes them of zeros.
+    # barrier. Then each shard adds up whole gradients, of which it is to keep a part: 12 GB more
+    # for Flash on 128 devices, and as much in the compiler, which begins with zeros.
     return total + jax.lax.optimization_barrier(x)
 
 
