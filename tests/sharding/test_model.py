@@ -14,7 +14,7 @@ from v4jax.infer.generate import generate
 from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL, TRAIN, TRAIN_LONG
 
 LOGITS = 2e-5  # float32; of whole rows in parts of the logits' standard deviation
-GRADIENTS = 2e-5  # of each leaf's largest, see `meshes.relative`
+GRADIENTS = 2e-5  # see `meshes.assert_close`
 DECODED = 64
 
 
