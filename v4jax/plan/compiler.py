@@ -126,7 +126,7 @@ def _until_placed(job, topology, sizes):
     """libtpu, in another process and until every buffer has its place."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder)
-        usage, error = _compile_apart(job, topology, sizes, path)
+        usage, host, error = _compile_apart(job, topology, sizes, path)
         argument = peak = failure = None
         text = ""
         if error is None:
@@ -135,29 +135,35 @@ def _until_placed(job, topology, sizes):
         else:
             failure = _no_room(error)
     processor = usage.ru_utime + usage.ru_stime
-    return _Settled(argument, peak, failure, text, processor, 1024 * usage.ru_maxrss)
+    return _Settled(argument, peak, failure, text, processor, host)
 
 
 def _compile_apart(job, topology, sizes, folder):
-    """What the process used, and its error unless it got as far as it should."""
+    """What the process used, its peak memory, and its error unless it got as far as it should."""
     # A topology that has been used holds devices, which only their process knows.
     work = pickle.dumps((job, dataclasses.replace(topology), dict(sizes), str(folder)))
     (folder / "work").write_bytes(work)
     command = [sys.executable, "-m", "v4jax.plan.compiler", str(folder / "work")]
     with (folder / "errors").open("wb") as errors:
         process = subprocess.Popen(command, stdout=errors, stderr=errors)
-    ended = _wait(process, folder)
+    ended, host = _wait(process, folder)
     process.returncode = os.waitstatus_to_exitcode(ended[1])
     if _complete(folder):
-        return ended[2], None
-    return ended[2], (folder / "errors").read_text(errors="replace")
+        return ended[2], host, None
+    return ended[2], host, (folder / "errors").read_text(errors="replace")
 
 
 def _wait(process, folder):
-    """Ends the process once the program's buffers are written down, or lets it end by itself."""
-    size = None
+    """Ends the process once the program's buffers are written down, or lets it end by itself.
+
+    Returns:
+      What `os.wait4` says, and the process's peak memory as of the last look at it: `ru_maxrss`
+      begins at that of whoever started it.
+    """
+    size, host = None, 0
     try:
         while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            host = _peak_of(process.pid) or host
             before, size = size, _complete(folder)
             if size and size == before:
                 break
@@ -166,7 +172,17 @@ def _wait(process, folder):
         if not ended[0]:
             process.kill()
             ended = os.wait4(process.pid, 0)
-    return ended
+    return ended, host or 1024 * ended[2].ru_maxrss
+
+
+def _peak_of(pid):
+    """Bytes that a running process has had in memory at most; None where that is not to be had."""
+    try:
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return 1024 * int(found[1]) if found else None
 
 
 def _complete(folder):
