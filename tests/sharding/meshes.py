@@ -119,8 +119,10 @@ def relative(found, wanted) -> dict[str, float]:
 
 
 def assert_close(found, wanted, bound: float) -> None:
-    """No leaf is off by more than `bound`, see `relative`; mHC's scales and biases by 2.5 times
-    that (4.2e-5 was seen): each number of those is one sum over all tokens, whose terms cancel.
+    """No leaf is off by more than `bound`, see `relative`.
+
+    mHC's scales and biases have 2.5 times that (4.2e-5 was seen): each number of those is one sum
+    over all tokens, whose terms cancel.
     """
     off = relative(found, wanted)
     beyond = {
