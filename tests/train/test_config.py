@@ -129,7 +129,7 @@ def test_every_run_of_the_experiments_is_a_valid_config(folder):
         file = sweep._file(folder.parent, changes.get("config", experiment.CONFIG))
         fields = {k: str(v) for k, v in changes.items() if k != "config"}
         config = config_file.read(str(file), fields)
-        base = config_file.read(experiment.CONFIG)
+        base = config_file.read(str(sweep._file(folder.parent, experiment.CONFIG)))
         counts = [count_parameters(c.model) for c in (config, base)]
         sizes = [count.total + sum(count.mtp_blocks) for count in counts]
         assert abs(sizes[0] / sizes[1] - 1) < 0.01, (name, sizes)  # matched parameters

@@ -11,6 +11,7 @@ def define_flags():
     """Declares the flags of this subcommand."""
     flags.DEFINE_string("runs", None, "Directory of the runs; default: DIR/runs")
     flags.DEFINE_integer("steps", None, "Stop every run at this step", lower_bound=1)
+    flags.DEFINE_integer("jobs", 1, "Runs at a time, each on its part of the cores", lower_bound=1)
 
 
 def run(directory: str) -> int:
@@ -18,6 +19,7 @@ def run(directory: str) -> int:
     from v4jax.train import sweep
 
     folder = Path(directory)
-    table = sweep.sweep(folder, Path(FLAGS.runs) if FLAGS.runs else folder / "runs", FLAGS.steps)
+    runs = Path(FLAGS.runs) if FLAGS.runs else folder / "runs"
+    table = sweep.sweep(folder, runs, FLAGS.steps, FLAGS.jobs)
     print(table)
     return 0

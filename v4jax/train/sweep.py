@@ -5,16 +5,22 @@
     SEEDS = (0, 1, 2)                        # each sets seed and data.seed
 
 Each run is a child process, `v4jax train` in RUNS/NAME_SEED: killed, the sweep goes on when run
-again. At the end DIR/results.json, DIR/table.md and DIR/curves.png.
+again. At the end DIR/results.json, DIR/table.md and DIR/curves.png. Several runs at once divide the
+cores; runs of a config share its compiled programs, in RUNS/compiled.
 """
 
+import concurrent.futures
 import importlib.util
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from v4jax.errors import InputError
 from v4jax.train import curves
@@ -22,17 +28,20 @@ from v4jax.train import curves
 SHOWN = ("loss", "held_out", "held_out_bits_per_byte", "tokens_per_second", "minutes")
 
 
-def sweep(folder: Path, runs: Path, steps: int | None = None) -> str:
-    """Runs all that is not complete, writes the results and returns the table."""
+def sweep(folder: Path, runs: Path, steps: int | None = None, jobs: int = 1) -> str:
+    """Runs all that is not complete, `jobs` at a time, writes the results and returns the table."""
     experiment = _read(folder)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for seed in experiment.SEEDS:  # all runs of a seed first: stopped early, they can be compared
-        for name, changes in experiment.RUNS.items():
-            workdir = runs / f"{name}_{seed}"
-            fields = {k: v for k, v in changes.items() if k != "config"}
-            config = _file(folder, changes.get("config", experiment.CONFIG))
-            _train(config, workdir, fields | {"seed": seed, "data.seed": seed}, steps)
-            found.setdefault(name, []).append(curves.lines_of(workdir))
+    # All runs of a seed first: stopped early, they can be compared.
+    named = {
+        f"{name}_{seed}": (name, seed) for seed in experiment.SEEDS for name in experiment.RUNS
+    }
+    commands = {
+        run: _command(folder, experiment, *of, runs / run, steps) for run, of in named.items()
+    }
+    _run_all(commands, runs, jobs)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in experiment.RUNS}
+    for run, (name, _) in named.items():
+        found[name].append(curves.lines_of(runs / run))
     results = {
         name: [curves.summary(lines) for lines in of_seeds] for name, of_seeds in found.items()
     }
@@ -61,27 +70,78 @@ def _file(folder, name):
     return folder / name if (folder / name).is_file() else Path(name)
 
 
-def _train(config, workdir, changes, steps):
+def _command(folder, experiment, name, seed, workdir, steps):
+    changes = experiment.RUNS[name] | {"seed": seed, "data.seed": seed}
+    config = _file(folder, changes.pop("config", experiment.CONFIG))
     command = [sys.executable, "-m", "v4jax.cli.main", "train", f"--config={config}"]
     command += [f"--workdir={workdir}"] + ([f"--steps={steps}"] if steps else [])
-    command += [f"--config.{key}={value}" for key, value in changes.items()]
-    print(f"v4jax sweep: {workdir.name}", file=sys.stderr)
-    status = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+    return command + [f"--config.{key}={value}" for key, value in changes.items()]
+
+
+def _run_all(commands, runs, jobs):
+    """Children, each on its own part of the cores; what a child prints is in its log.txt."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    parts = itertools.cycle([cores[i::jobs] for i in range(jobs)])
+
+    def divide():
+        if jobs <= len(cores):  # a thread's children inherit its cores
+            os.sched_setaffinity(0, next(parts))
+
+    with (
+        concurrent.futures.ThreadPoolExecutor(jobs, initializer=divide) as pool,
+        tqdm(total=len(commands), unit="run", dynamic_ncols=True) as bar,
+    ):
+        waiting = {
+            pool.submit(_train, command, runs / run): run for run, command in commands.items()
+        }
+        try:
+            for done in concurrent.futures.as_completed(waiting):
+                done.result()
+                bar.set_postfix_str(waiting[done], refresh=False)
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _train(command, workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+    compiled = str((workdir.parent / "compiled").absolute())
+    environment = {"JAX_COMPILATION_CACHE_DIR": compiled} | os.environ
+    log = workdir / "log.txt"
+    with log.open("ab") as file:
+        status = subprocess.run(
+            command, stdout=file, stderr=file, env=environment, check=False
+        ).returncode
     if status:
+        said = log.read_text(errors="replace").strip().splitlines()[-1:]
         raise InputError(
-            f"the run {workdir} ended with status {status}; mend what it says and run the sweep "
-            "again: runs that are complete are not run again"
+            f"the run {workdir} ended with status {status}: {''.join(said)}; mend what it says "
+            f"(all of it is in {log}) and run the sweep again: complete runs are not run again"
         )
 
 
 def _table(results):
-    """Mean and standard deviation over seeds, a line a run."""
-    lines = ["| run | " + " | ".join(SHOWN) + " |", "|---" * (len(SHOWN) + 1) + "|"]
+    """A line a run: mean and standard deviation over seeds; and the held-out loss less the first
+    run's of the same seed, mean and standard error."""
+    first = next(iter(results))
+    names = [*SHOWN, f"held_out less {first}'s"]
+    lines = ["| run | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for name, of_seeds in results.items():
         cells = []
         for field in SHOWN:
             values = [seed[field] for seed in of_seeds if field in seed]
             spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.4g}{spread}" if values else "-")
+        cells.append(_less(of_seeds, results[first]) if name != first else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _less(of_seeds, first):
+    pairs = zip(of_seeds, first, strict=False)  # seeds that both have
+    both = [(a, b) for a, b in pairs if "held_out" in a.keys() & b.keys()]
+    off = [a["held_out"] - b["held_out"] for a, b in both]
+    if len(off) < 2:
+        return f"{off[0]:+.3f}" if off else "-"
+    return f"{statistics.mean(off):+.3f} ± {statistics.stdev(off) / len(off) ** 0.5:.2g}"
