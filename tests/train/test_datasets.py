@@ -153,6 +153,16 @@ def test_arrays_of_ids_are_cut_at_their_ends(tmp_path):
     assert source.fingerprint != other.fingerprint
 
 
+def test_names_of_documents_do_not_say_where_their_directory_lies(tmp_path):
+    for place in ("here", "there"):
+        (tmp_path / place / "part").mkdir(parents=True)
+        (tmp_path / place / "part" / "a.py").write_text("x = 1")
+        (tmp_path / place / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    here, there = (files.text_documents(str(tmp_path / place)) for place in ("here", "there"))
+    assert here == there
+    assert [document.name for document in here] == ["b.jsonl:1", "b.jsonl:2", "part/a.py"]
+
+
 def test_held_out_documents_are_chosen_by_name():
     names = [f"file {i}" for i in range(400)]
     chosen = [files.is_held_out(name, 0.2) for name in names]

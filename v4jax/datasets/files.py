@@ -72,19 +72,20 @@ def text_documents(path: str) -> list[Document]:
     """Each file a document; each line of a .jsonl file its "text"."""
     documents = []
     for file in find(path):
+        name = _name(file, path)
         if file.suffix == ".jsonl":
             documents += [
-                Document(f"{file}:{n}", ((_text(file, n, line), True),)) for n, line in _lines(file)
+                Document(f"{name}:{n}", ((_text(file, n, line), True),)) for n, line in _lines(file)
             ]
         else:
-            documents.append(Document(str(file), ((read_text(file), True),)))
+            documents.append(Document(name, ((read_text(file), True),)))
     return documents
 
 
 def chat_documents(path: str) -> list[Document]:
     """Each line of .jsonl files a conversation, {"messages": [{"role", "content"}, ...]}."""
     return [
-        Document(f"{file}:{n}", _conversation(file, n, line))
+        Document(f"{_name(file, path)}:{n}", _conversation(file, n, line))
         for file in find(path, (".jsonl",))
         for n, line in _lines(file)
     ]
@@ -121,7 +122,7 @@ def token_arrays(path: str) -> dict[str, np.ndarray]:
             raise InputError(
                 f"{file}: holds {array.dtype} {list(array.shape)}; expected a row of integer ids"
             )
-        arrays[str(file)] = array
+        arrays[_name(file, path)] = array
     return arrays
 
 
@@ -129,6 +130,12 @@ def is_held_out(name: str, share: float) -> bool:
     """Whether a document is kept for evaluation: by its name, so that it stays so."""
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:4]) < share * 2**32
+
+
+def _name(file, path):
+    """A file's name below a directory, wherever that lies: its documents stay held out."""
+    root = Path(path)
+    return file.relative_to(root).as_posix() if root.is_dir() else file.as_posix()
 
 
 def _lines(file):
