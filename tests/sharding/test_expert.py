@@ -70,7 +70,9 @@ def test_mesh_equals_one_device(strategy, sizes, inputs, expected):
     check(routing.with_gradients(routing.shards_on(strategy, **sizes)), inputs, expected)
 
 
-@pytest.mark.parametrize("strategy, waves", [("train", 2), ("train", 3), ("decode", 3)])
+@pytest.mark.parametrize(
+    "strategy, waves", [("train", 2), ("train", 3), ("train", 6), ("decode", 3)]
+)
 def test_waves(strategy, waves, inputs, expected):
     shards = routing.shards_on(strategy, data=2, expert=4, waves=waves)
     check(routing.with_gradients(shards), inputs, expected)
