@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.sharding.meshes import assert_close
+from tests.sharding import meshes
 from tests.tiny import unsettle
 from tests.train.models import small_batch
 from v4jax.config import CSA, HCA, ModelConfig, with_hash_routing
@@ -47,33 +47,40 @@ def four(mesh):
     return Shards(make_mesh(devices[:4], **parse_sizes(mesh)), TRAIN)
 
 
-def gradients(shards, batch):
-    """Gradients and figures as host arrays."""
-    model = Transformer(config(), sharding=shards)
-    variables = unsettle(jax.jit(Transformer(config()).init)(jax.random.key(0)), 0)
-    step = StepConfig(losses=WEIGHTS, parts=2)
+def gradients(shards):
+    """A function from variables to gradients and figures as host arrays."""
+    model, step = Transformer(config(), sharding=shards), StepConfig(losses=WEIGHTS, parts=2)
+    batch = placement.put_batch(shards, small_batch(rows=8, vocab_size=320), 8)
 
     @jax.jit
     def run(variables, batch):
         state = TrainState(variables["params"], variables["buffers"], None, 0)
         return accumulate(model, step, state, batch, Rates(jnp.float32(0), jnp.float32(0.3)))
 
-    return jax.device_get(run(variables, placement.put_batch(shards, batch, 8)))
+    return lambda variables: jax.device_get(run(variables, batch))
+
+
+@functools.cache
+def initial():
+    return unsettle(jax.jit(Transformer(config()).init)(jax.random.key(0)), 0)
 
 
 @functools.cache
 def alone():
-    return gradients(placement.shards_of(None), small_batch(rows=8, vocab_size=320))
+    """Gradients and figures of one device, and its gradients at weights a rounding away."""
+    step, variables = gradients(placement.shards_of(None)), initial()
+    nudged = (meshes.nudged(variables["params"], seed) for seed in range(meshes.NUDGES))
+    return *step(variables), [step(variables | {"params": params})[0] for params in nudged]
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_gradients_are_those_of_one_device(mesh):
-    found, noted = gradients(four(mesh), small_batch(rows=8, vocab_size=320))
-    wanted, wanted_noted = alone()
+    found, noted = gradients(four(mesh))(initial())
+    wanted, wanted_noted, moved = alone()
     for name, value in wanted_noted.items():
         close = functools.partial(np.testing.assert_allclose, rtol=1e-5, err_msg=name)
         jax.tree.map(close, noted[name], value)
-    assert_close(found, wanted, 2e-5)
+    meshes.assert_close(found, wanted, moved, 2e-5)
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path, monkeypatch):
