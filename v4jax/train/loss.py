@@ -131,7 +131,7 @@ def loss_local(model, weights, dense, variables, batch, counts, mtp_weight):
         noted["mtp"] = sum(nats[1:]) / max(len(nats) - 1, 1)
         objective += mtp_weight * noted["mtp"]
     if "indexer_loss" in out.aux:
-        noted |= _indexer(out.aux["indexer_loss"], counts, shards)
+        noted |= _indexer(out.aux["indexer_loss"], counts, shards, dense)
         objective += weights.indexer * noted["indexer"]
     return objective, noted
 
@@ -168,12 +168,14 @@ def _balance(config, loads, counts, shards):
     return balance, load
 
 
-def _indexer(sums, counts, shards):
+def _indexer(sums, counts, shards, dense):
     """Means over the queries that see an entry, and over CSA layers."""
     means = []
     for layer_sums in sums.values():
         whole = total(layer_sums, _everywhere(shards))
         means.append(whole / jnp.maximum(whole[SUMS.index("queries")], 1.0))
     mean = dict(zip(SUMS, sum(means) / (len(means) * counts.parts), strict=True))
-    kl, uniform = mean["kl"], mean["uniform"]
-    return {"indexer": kl, "indexer_uniform": uniform, "indexer_captured": mean["captured"]}
+    noted = {"indexer": mean["kl"], "indexer_uniform": mean["uniform"]}
+    if dense:  # else the mass is known of chosen entries alone
+        noted["indexer_captured"] = mean["captured"]
+    return noted
