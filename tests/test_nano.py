@@ -1,23 +1,26 @@
 """The checkpoint that comes with the package: it loads, fits, has learned Python and writes it."""
 
-import importlib.util
+import functools
 import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 
 import v4jax
 from v4jax import checkpoint
+from v4jax.datasets.config import DataConfig
+from v4jax.datasets.rows import TextRows
+from v4jax.datasets.source import open_source
 from v4jax.infer.tokenizer import Tokenizer
+from v4jax.train import evaluate
+from v4jax.train.batch import make_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENT = ROOT / "experiments" / "000_nano"
-LARGEST = 8_000_000
-SAMPLED_ROWS, LENGTH = 8, 512  # the rows of results.json's "stored_sample"
+LARGEST = 24_000_000
+SAMPLED_ROWS, LENGTH = 8, 512  # of held_out.json's "first_rows_nats_per_token"
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +31,6 @@ def nano():
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer(checkpoint.locate("nano"))
-
-
-@pytest.fixture(scope="module")
-def corpus():
-    """experiments/000_nano/corpus.py, which is no package."""
-    spec = importlib.util.spec_from_file_location("nano_corpus", EXPERIMENT / "corpus.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_is_small_and_has_official_files_only():
@@ -74,31 +68,24 @@ def test_hash_tables_name_distinct_experts(nano):
         assert table.min() == 0 and table.max() == model.config.n_routed_experts - 1
 
 
-def test_reads_files_it_was_not_trained_on(nano, tokenizer, corpus):
+def test_reads_files_it_was_not_trained_on(nano):
     """The standard library of another Python has other text, hence the room."""
     model, variables = nano
-    recorded = json.loads((EXPERIMENT / "results.json").read_text())["stored_sample"]
-    texts = [text for name, text in corpus.source_files().items() if corpus.is_held_out(name)]
-    stream = np.concatenate([[0, *tokenizer.encode(text), 1] for text in texts])
-    rows = jnp.asarray(corpus.held_out_rows(stream, LENGTH + 1)[:SAMPLED_ROWS], jnp.int32)
-    nats = _nats_per_token(model, variables, rows)
-    assert nats < recorded + 0.3
-    assert nats < 0.6 * np.log(model.config.vocab_size)
-
-
-def _nats_per_token(model, variables, rows_BT):
-    @jax.jit
-    def loss(variables, rows_BT):
-        logp = jax.nn.log_softmax(model.apply(variables, rows_BT[:, :-1]).logits, axis=-1)
-        return -jnp.take_along_axis(logp, rows_BT[:, 1:, None], axis=-1).mean()
-
-    return float(loss(variables, rows_BT))
+    recorded = json.loads((EXPERIMENT / "held_out.json").read_text())["nano"]
+    source = open_source(
+        DataConfig("python", tokenizer=checkpoint.locate("nano"), held_out=0.05), model.config
+    )
+    rows = [TextRows(source.held_out, 0).row(n, 0, LENGTH, 1) for n in range(SAMPLED_ROWS)]
+    batch = make_batch(*(np.stack(part) for part in zip(*rows, strict=True)), 1)
+    nats, _, count = jax.jit(functools.partial(evaluate.sums, model))(variables, batch)
+    assert nats / count < recorded["first_rows_nats_per_token"] + 0.3
+    assert nats / count < 0.6 * np.log(model.config.vocab_size)
 
 
 def test_writes_something_like_python_and_the_same_again(nano, tokenizer):
     """Drawn, because the most likely token every time runs in circles in a model so small."""
     model, variables = nano
-    prompts = ["def ", "import ", "class ", "    def __init__(self"]
+    prompts = ["def", "import", "class", "    def __init__(self"]
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     first, again = (
         v4jax.generate(model, variables, ids, max_new_tokens=64, temperature=0.7, seed=1)
@@ -113,21 +100,3 @@ def test_writes_something_like_python_and_the_same_again(nano, tokenizer):
 def test_text_survives_the_tokenizer(tokenizer):
     text = "def f(x: 'ä') -> None:\n\treturn  x[::2]  # 漢\r\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_even_hash_table(corpus):
-    counts = (1e6 / np.arange(1, 301)).astype(int)  # Zipf's law
-    table = corpus.hash_table(counts, experts=6, k=2, seed=0)
-    load = np.bincount(table.reshape(-1), np.repeat(counts, 2))
-    assert (table[:, 0] != table[:, 1]).all()
-    assert load.max() / load.mean() < 1.01
-
-
-def test_detached_spaces_change_no_text(corpus):
-    path = Path(checkpoint.locate("nano")) / "tokenizer.json"
-    raw = tokenizers.Tokenizer.from_file(str(path))
-    text = "import os\n\n\ndef path(self):\n    return os.path.join(self.name, None)\n" * 50
-    ids = np.asarray(raw.encode(text).ids, np.int32)
-    longer = corpus.detach_spaces(ids, raw, seed=0)
-    assert longer.size > ids.size
-    assert raw.decode(longer.tolist()) == text

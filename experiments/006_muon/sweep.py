@@ -1,21 +1,13 @@
-"""Muon against AdamW for the matrices, each at several learning rates."""
+"""Muon against AdamW for the matrices, each at four learning rates."""
 
 CONFIG = "configs/train_small.py"
 # 120 steps, a quarter of a million tokens.
 SHORT = {"stages.0.steps": 120, "schedule.decay": 60, "checkpoint_every": 120, "evaluate_every": 60}
-
-
-def at(rate, **fields):
-    return {"schedule.final": rate / 50, "schedule.peak": rate} | fields | SHORT
-
-
-ADAMW = {"optimizer.matrices": "adamw"}
+RATES = {"3e-3": 3e-3, "6e-3": 6e-3, "1.2e-2": 1.2e-2, "2.4e-2": 2.4e-2}
 RUNS = {
-    "muon_3e-3": at(3e-3),
-    "muon_6e-3": at(6e-3),
-    "muon_1.2e-2": at(1.2e-2),
-    "adamw_1e-3": at(1e-3) | ADAMW,
-    "adamw_3e-3": at(3e-3) | ADAMW,
-    "adamw_6e-3": at(6e-3) | ADAMW,
+    f"{matrices}_{name}": SHORT
+    | {"schedule.final": rate / 50, "schedule.peak": rate, "optimizer.matrices": matrices}
+    for matrices in ("muon", "adamw")
+    for name, rate in RATES.items()
 }
 SEEDS = (0, 1, 2)

@@ -112,9 +112,7 @@ def test_a_sweeps_table(tmp_path):
 
 def test_a_sweep_compares_runs_of_the_same_seed():
     held_out = {"a": [1.0, 3.0, 5.0], "b": [1.5, 3.7, 5.3], "c": [2.0]}
-    results = {
-        name: [{"held_out": value} for value in values] for name, values in held_out.items()
-    }
+    results = {name: [{"held_out": value} for value in values] for name, values in held_out.items()}
     last = [line.split(" | ")[-1].strip(" |") for line in sweep._table(results).splitlines()]
     # Differences 0.5, 0.7 and 0.3: mean 0.5, deviation 0.2, standard error 0.2 / sqrt(3).
     assert last[0] == "held_out less a's" and last[3:] == ["+0.500 ± 0.12", "+1.000"]

@@ -10,7 +10,7 @@ from v4jax.datasets.rows import TextRows
 from v4jax.datasets.source import Source
 from v4jax.model.transformer import Transformer
 from v4jax.train import lora, placement
-from v4jax.train.batch import make_batch
+from v4jax.train.batch import Batch, make_batch
 from v4jax.train.config import Stage, TrainConfig
 from v4jax.train.cross_entropy import correct, cross_entropy
 from v4jax.train.step import TrainState
@@ -31,28 +31,35 @@ def evaluator(config: TrainConfig, stage: Stage, model: Transformer, source: Sou
         per_byte = targets / source.held_out_bytes / math.log(2)
 
     @jax.jit
-    def sums(state, batch):
+    def sums_of(state, batch):
         params = lora.merge(state.params, config.lora)
-        out = model.apply(
-            {"params": params, "buffers": state.buffers},
-            batch.tokens_BT,
-            segment_ids=batch.segment_ids_BT,
-            logits="normed",
-            dense=stage.attention == "dense",
-        )
-        target, weight = batch.targets_BTJ[..., 0].reshape(-1), batch.weights_BTJ.reshape(-1)
-        args = out.normed.reshape(target.size, -1), params["head"]["weight"], target, weight
-        return jnp.stack([cross_entropy(*args), correct(*args), jnp.sum(weight)])
+        variables = {"params": params, "buffers": state.buffers}
+        return sums(model, variables, batch, dense=stage.attention == "dense")
 
     def evaluate(state: TrainState) -> dict[str, float]:
         batches = [placement.put_everywhere(model.sharding, batch) for batch in rows]
-        nats, right, count = sum(jax.device_get(sums(state, batch)) for batch in batches)
+        nats, right, count = sum(jax.device_get(sums_of(state, batch)) for batch in batches)
         line = {"held_out": float(nats / count), "held_out_accuracy": float(right / count)}
         if per_byte is not None:
             line["held_out_bits_per_byte"] = line["held_out"] * per_byte
         return line
 
     return evaluate
+
+
+def sums(model: Transformer, variables: dict, batch: Batch, dense: bool = False) -> jax.Array:
+    """Of a batch's next tokens [3]: nats, how many are the likeliest, how many count."""
+    out = model.apply(
+        variables,
+        batch.tokens_BT,
+        segment_ids=batch.segment_ids_BT,
+        logits="normed",
+        dense=dense,
+    )
+    target, weight = batch.targets_BTJ[..., 0].reshape(-1), batch.weights_BTJ[..., 0].reshape(-1)
+    head = variables["params"]["head"]["weight"]
+    args = out.normed.reshape(target.size, -1), head, target, weight
+    return jnp.stack([cross_entropy(*args), correct(*args), jnp.sum(weight)])
 
 
 def _rows(config, stage, source):
