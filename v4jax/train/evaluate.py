@@ -63,7 +63,7 @@ def sums(model: Transformer, variables: dict, batch: Batch, dense: bool = False)
 
 
 def _rows(config, stage, source):
-    """Batches of the evaluation, each of the stage's size."""
+    """Batches of the evaluation, each of the stage's size: as the mesh divides it."""
     if not config.evaluate_every:
         return []
     of, length = source.rows, stage.length
@@ -72,8 +72,9 @@ def _rows(config, stage, source):
         length = min(length, max(1, (source.held_out.ids.size - 1) // 2))
     batches = []
     for first in range(0, config.evaluate_rows, stage.batch):
-        numbers = range(first, min(first + stage.batch, config.evaluate_rows))
-        taken = [of.row(n, 1_000_000, length, 1) for n in numbers]
+        taken = [of.row(first + n, 1_000_000, length, 1) for n in range(stage.batch)]
         parts = (np.stack(part) for part in zip(*taken, strict=True))
-        batches.append(make_batch(*parts, 1, config.data.packed))
+        batch = make_batch(*parts, 1, config.data.packed)
+        batch.weights_BTJ[config.evaluate_rows - first :] = 0  # rows beyond the last fill it up
+        batches.append(batch)
     return batches
