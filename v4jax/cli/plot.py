@@ -20,7 +20,7 @@ def run(*directories: str) -> int:
         raise InputError("--out is missing; expected a PNG file")
     from v4jax.train import curves
 
-    runs = {name: curves.lines_of(Path(name)) for name in directories}
+    runs = {name: [curves.lines_of(Path(name))] for name in directories}
     curves.draw(runs, Path(FLAGS.out))
     print(f"v4jax plot: {len(runs)} runs: {FLAGS.out}")
     return 0

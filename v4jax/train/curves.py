@@ -33,8 +33,11 @@ def lines_of(workdir: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
-    """Every panel that some run has figures for, a curve a run."""
+def draw(runs: dict[str, list[list[dict[str, Any]]]], out: Path) -> None:
+    """Every panel that some run has figures for, a curve a run.
+
+    Runs under one name (seeds of one config) have one colour.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -42,22 +45,29 @@ def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [p for p in PANELS if any(p[0] in line for lines in runs.values() for line in lines)]
+    every = [lines for of_name in runs.values() for lines in of_name]
+    panels = [p for p in PANELS if any(p[0] in line for lines in every for line in lines)]
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 3.2 * rows), squeeze=False)
+    size = (6 * columns, 3.2 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    handles = {}
     for axis, (field, name, logarithmic) in zip(axes.flat, panels, strict=False):
-        for label, lines in runs.items():
-            found = [(line["step"], line[field]) for line in lines if field in line]
-            if found:
-                steps, values = np.array(found).T
-                axis.plot(steps, values, label=label, linewidth=1, marker="." * (len(found) < 30))
+        for number, (label, of_name) in enumerate(runs.items()):
+            for lines in of_name:
+                found = [(line["step"], line[field]) for line in lines if field in line]
+                if found:
+                    mark = {"color": f"C{number % 10}", "marker": "." * (len(found) < 30)}
+                    dashed = "--" if number >= 10 else "-"
+                    steps, values = np.array(found).T
+                    (curve,) = axis.plot(steps, values, linewidth=1, linestyle=dashed, **mark)
+                    handles.setdefault(label, curve)
         axis.set(xlabel="step", ylabel=name, yscale="log" if logarithmic else "linear")
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    axes.flat[0].legend(fontsize=8)
-    figure.tight_layout()
+    place = {"loc": "outside lower center", "ncols": min(4, len(handles)), "fontsize": 8}
+    figure.legend(handles.values(), handles.keys(), **place)
     try:
         figure.savefig(out, dpi=120)
     except (OSError, ValueError) as error:

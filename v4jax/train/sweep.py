@@ -48,8 +48,7 @@ def sweep(folder: Path, runs: Path, steps: int | None = None, jobs: int = 1) -> 
     table = _table(results)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "table.md").write_text(table + "\n")
-    drawn = {f"{n} {s}": lines for n, many in found.items() for s, lines in enumerate(many)}
-    curves.draw(drawn, folder / "curves.png")
+    curves.draw(found, folder / "curves.png")
     return table
 
 
