@@ -1,7 +1,7 @@
 """The small model that comes with v4jax, real though small: every kind of layer, trained on Python.
 
 Reproduces: nothing published; it is Flash's pattern with five layers, in the official layout.
-Expected: 5.0 M parameters and 0.9 M of its MTP block, 6.1 MB on disk with FP8 weights and FP4 experts.
+Expected: 5.0 M parameters, 0.9 M in the MTP block; 6.1 MB with FP8 weights and FP4 experts.
 Hardware: two CPU cores.
 Command: v4jax generate (how it was trained: experiments/000_nano)
 """
