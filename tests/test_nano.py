@@ -11,7 +11,7 @@ import pytest
 import v4jax
 from v4jax import checkpoint
 from v4jax.datasets.config import DataConfig
-from v4jax.datasets.rows import TextRows
+from v4jax.datasets.rows import TextRows, take
 from v4jax.datasets.source import open_source
 from v4jax.infer.tokenizer import Tokenizer
 from v4jax.train import evaluate
@@ -75,8 +75,8 @@ def test_reads_files_it_was_not_trained_on(nano):
     source = open_source(
         DataConfig("python", tokenizer=checkpoint.locate("nano"), held_out=0.05), model.config
     )
-    rows = [TextRows(source.held_out, 0).row(n, 0, LENGTH, 1) for n in range(SAMPLED_ROWS)]
-    batch = make_batch(*(np.stack(part) for part in zip(*rows, strict=True)), 1)
+    rows = take(TextRows(source.held_out, 0), range(SAMPLED_ROWS), 0, LENGTH, 1)
+    batch = make_batch(*rows, 1)
     nats, _, count = jax.jit(functools.partial(evaluate.sums, model))(variables, batch)
     assert nats / count < recorded["first_rows_nats_per_token"] + 0.3
     assert nats / count < 0.6 * np.log(model.config.vocab_size)

@@ -13,6 +13,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import config
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -23,7 +24,7 @@ from tqdm import tqdm
 import v4jax
 from v4jax.datasets import files
 from v4jax.datasets.config import DataConfig
-from v4jax.datasets.rows import TextRows
+from v4jax.datasets.rows import TextRows, take
 from v4jax.datasets.source import open_source
 from v4jax.train import evaluate
 from v4jax.train.batch import make_batch
@@ -33,7 +34,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 RUNS = {name: HERE / "runs" / f"{name}_0" / "model" for name in ("nano", "baseline")}
-HELD_OUT = 0.05  # as in config.py; files are told apart by their names
+HELD_OUT = config.get_config().data.held_out  # files are told apart by their names
 LENGTHS = (512, 4096)
 NEEDLE_LENGTHS = (512, 1024, 2048, 4096, 8192)
 TRIALS = 40
@@ -83,8 +84,7 @@ def bits_per_byte(run, variables, source, length):
     total = np.zeros(3)
     rows = (source.held_out.ids.size - length) // length
     for number in tqdm(range(rows), desc=f"{length} tokens", unit="row"):
-        row = of.row(number, 0, length, 1)
-        batch = make_batch(*(part[None] for part in row), 1)
+        batch = make_batch(*take(of, range(number, number + 1), 0, length, 1), 1)
         total += jax.device_get(run(variables, batch))
     targets = source.held_out.ids.size - source.held_out.starts.size
     return total[0] / total[2] / math.log(2) * targets / source.held_out_bytes
@@ -92,8 +92,7 @@ def bits_per_byte(run, variables, source, length):
 
 def first_rows(run, variables, source):
     """What tests/test_nano.py measures again."""
-    rows = [TextRows(source.held_out, 0).row(n, 0, 512, 1) for n in range(8)]
-    batch = make_batch(*(np.stack(part) for part in zip(*rows, strict=True)), 1)
+    batch = make_batch(*take(TextRows(source.held_out, 0), range(8), 0, 512, 1), 1)
     nats, _, count = jax.device_get(run(variables, batch))
     return float(nats / count)
 

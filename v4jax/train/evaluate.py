@@ -4,9 +4,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from v4jax.datasets.rows import TextRows
+from v4jax.datasets.rows import TextRows, take
 from v4jax.datasets.source import Source
 from v4jax.model.transformer import Transformer
 from v4jax.train import lora, placement
@@ -72,9 +71,8 @@ def _rows(config, stage, source):
         length = min(length, max(1, (source.held_out.ids.size - 1) // 2))
     batches = []
     for first in range(0, config.evaluate_rows, stage.batch):
-        taken = [of.row(first + n, 1_000_000, length, 1) for n in range(stage.batch)]
-        parts = (np.stack(part) for part in zip(*taken, strict=True))
-        batch = make_batch(*parts, 1, config.data.packed)
+        rows = take(of, range(first, first + stage.batch), 1_000_000, length, 1)
+        batch = make_batch(*rows, 1, config.data.packed)
         batch.weights_BTJ[config.evaluate_rows - first :] = 0  # rows beyond the last fill it up
         batches.append(batch)
     return batches

@@ -121,8 +121,10 @@ def _train(command, workdir):
 
 
 def _table(results):
-    """A line a run: mean and standard deviation over seeds; and the held-out loss less the first
-    run's of the same seed, mean and standard error."""
+    """A line a run: mean and standard deviation over seeds.
+
+    At its end the held-out loss less the first run's of the same seed, mean and standard error.
+    """
     first = next(iter(results))
     names = [*SHOWN, f"held_out less {first}'s"]
     lines = ["| run | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
