@@ -209,3 +209,22 @@ def test_ids_beyond_the_vocabulary(tmp_path):
 def test_bad_configs(options, sentence):
     with pytest.raises(InputError, match=sentence):
         DataConfig(**options)
+
+
+def test_a_stage_may_read_some_documents_only(tmp_path):
+    for name, text in (("a/one.txt", "ab"), ("b/two.txt", "cde"), ("a/three.txt", "f")):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    source = open_source(
+        DataConfig(kind="text", path=str(tmp_path), tokenizer="bytes"), tiny_config()
+    )
+    tokens = source.rows_of("^a/").tokens
+    parts = np.split(tokens.ids, tokens.starts[1:])
+    assert [source.tokenizer.decode(part.tolist()) for part in parts] == ["ab", "f"]
+    assert tokens.counts.size == tokens.ids.size
+    assert source.rows_of(None) is source.rows
+    with pytest.raises(InputError, match="documents is '\\^c/', which no document's name matches"):
+        source.rows_of("^c/")
+    with pytest.raises(InputError, match="none has one"):
+        open_source(DataConfig("recall"), tiny_config()).rows_of("a")

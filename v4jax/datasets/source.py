@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ class Source:
       rows: what to train on. held_out: tokens of documents kept apart, or None.
       held_out_bytes: of their text. counts_V: how often each id occurs in the training text (None
         for synthetic data). tokenizer: of text. fingerprint: of all that the rows depend on.
+      names: of the documents to train on, in their order; empty where they have none.
     """
 
     rows: TextRows | SyntheticRows
@@ -30,6 +32,24 @@ class Source:
     held_out_bytes: int = 0
     counts_V: np.ndarray | None = None
     tokenizer: tokenizers.Tokenizer | None = None
+    names: tuple[str, ...] = ()
+
+    def rows_of(self, pattern: str | None) -> TextRows | SyntheticRows:
+        """What to train on; with a pattern, of the documents whose names it is found in.
+
+        Raises:
+          InputError: there is none.
+        """
+        if pattern is None:
+            return self.rows
+        kept = np.array([re.search(pattern, name) is not None for name in self.names], bool)
+        if not kept.any():
+            some = ", ".join(self.names[:3]) or "none has one"
+            raise InputError(
+                f"a stage's documents is {pattern!r}, which no document's name matches (names: "
+                f"{some}{', ...' if self.names[3:] else ''}); change it, or leave it out"
+            )
+        return TextRows(tokenize.select(self.rows.tokens, kept), self.rows.seed)
 
 
 def open_source(config: DataConfig, model: ModelConfig, tokenizer_at: Path | None = None) -> Source:
@@ -62,9 +82,9 @@ def open_source(config: DataConfig, model: ModelConfig, tokenizer_at: Path | Non
         for part in (train, kept)
     ]
     nbytes = sum(len(text.encode()) for d in kept for text, _ in d.pieces)
-    return dataclasses.replace(
-        _source(config, model, both), tokenizer=tokenizer, held_out_bytes=nbytes
-    )
+    names = tuple(d.name for d in train)
+    source = _source(config, model, both, names)
+    return dataclasses.replace(source, tokenizer=tokenizer, held_out_bytes=nbytes)
 
 
 def _some(arrays):
@@ -78,15 +98,16 @@ def _documents(config):
     return read(config.path)[: config.documents]
 
 
-def _source(config, model, both):
+def _source(config, model, both, names=()):
     train, kept = both
     tokenize.check(train, model.vocab_size)
-    digest = hashlib.sha256(repr((config.seed, config.packed)).encode())
+    digest = hashlib.sha256(repr((config.seed, config.packed, names)).encode())
     for array in train:
         digest.update(np.ascontiguousarray(array))
     count_V = np.bincount(train.ids, minlength=model.vocab_size)
     kept = None if kept is None or not kept.ids.size else kept
-    return Source(TextRows(train, config.seed), digest.hexdigest(), kept, 0, count_V)
+    rows = TextRows(train, config.seed)
+    return Source(rows, digest.hexdigest(), kept, counts_V=count_V, names=names)
 
 
 def _tokenizer(config, model, documents, at):

@@ -111,6 +111,14 @@ def join(arrays: dict[str, np.ndarray], eos: int | None) -> Tokens:
     return Tokens(ids, starts.astype(np.int64), np.ones(ids.size, bool))
 
 
+def select(tokens: Tokens, kept: Bool[np.ndarray, "d"]) -> Tokens:
+    """The documents that are to be kept."""
+    sizes = np.diff(tokens.starts, append=tokens.ids.size)
+    here = np.repeat(kept, sizes)
+    starts = np.cumsum(sizes[kept]) - sizes[kept]
+    return Tokens(tokens.ids[here], starts, tokens.counts[here])
+
+
 def check(tokens: Tokens, vocab_size: int) -> None:
     """Refuses ids that the model does not have."""
     low, high = int(tokens.ids.min()), int(tokens.ids.max())

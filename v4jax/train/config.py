@@ -34,6 +34,8 @@ class Stage:
       indexer: weight of the indexer's loss, instead of the run's. 0 also keeps its parameters.
       quantized: quantisation-aware: native numerics, weights as they will be stored.
       rope_scaling: YaRN of this stage, instead of the model's.
+      documents: only those whose names (paths in the data's directory) this regular expression is
+        found in: a curriculum.
     """
 
     steps: int
@@ -46,6 +48,7 @@ class Stage:
     indexer: float | None = None
     quantized: bool = False
     rope_scaling: Yarn | None = None
+    documents: str | None = None
 
     def __post_init__(self):
         for name in ("steps", "length", "batch", "parts"):
@@ -60,6 +63,7 @@ class Stage:
                 f"a stage's batch of {self.batch} rows has {self.parts} parts; expected a divisor"
             )
         check_pattern("a stage's trained", self.trained)
+        check_pattern("a stage's documents", self.documents)
 
 
 @dataclasses.dataclass(frozen=True)

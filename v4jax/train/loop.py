@@ -88,7 +88,7 @@ def _open(config, workdir, steps, stack):
     source = open_source(config.data, config.model, tokenizer)
     processes.agree("the run", {"config": plain(config), "data": source.fingerprint})
     for stage in config.stages:
-        source.rows.check(stage.length, _ahead(config))
+        source.rows_of(stage.documents).check(stage.length, _ahead(config))
         placement.own_rows(placement.shards_of(config.mesh), stage.batch // stage.parts)
     checkpoints = Checkpoints(workdir, config.keep)
     stack.callback(checkpoints.close)
@@ -180,13 +180,14 @@ def _steps_of(run: _Run, number: int, done: int):
         out_shardings=(run.shardings, run.shardings.step),
     )
     evaluator = evaluate.evaluator(config, stage, model, run.source)
+    rows = run.source.rows_of(stage.documents)
     tokens = stage.batch * stage.length
     flops = metrics.step_flops(config.model, tokens, stage.length)
     with jax.transfer_guard("allow"):
         peak, _ = metrics.peak_flops()
     program, tick = None, time.perf_counter()
     while done < run.steps and config.place(done)[0] == number and not run.signals.stop:
-        batch = _load(run, stage, number, config.place(done)[1], model.sharding)
+        batch = _load(config, rows, number, config.place(done)[1], model.sharding)
         rates = placement.put_everywhere(model.sharding, _rates(config, stage, done))
         inputs = placement.put_batch(model.sharding, batch, stage.batch), rates
         if program is None:  # before the clock of the first step begins
@@ -229,13 +230,13 @@ def step_config(config: TrainConfig, stage: Stage) -> StepConfig:
     )
 
 
-def _load(run: _Run, stage: Stage, number: int, step: int, shards: Shards) -> Batch:
+def _load(config: TrainConfig, rows, number: int, step: int, shards: Shards) -> Batch:
     """This process's rows of a step of a stage, on the host."""
+    stage, ahead = config.stages[number], _ahead(config)
     own = placement.own_rows(shards, stage.batch)
     numbers = range(step * stage.batch + own.start, step * stage.batch + own.stop)
-    ahead = _ahead(run.config)
-    row = rows_lib.take(run.source.rows, numbers, number, stage.length, ahead)
-    return make_batch(row.ids, row.documents, row.counts, ahead, run.config.data.packed)
+    row = rows_lib.take(rows, numbers, number, stage.length, ahead)
+    return make_batch(row.ids, row.documents, row.counts, ahead, config.data.packed)
 
 
 def _ahead(config):
