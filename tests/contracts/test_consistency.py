@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import v4jax
+from tests.compiling import OPTIMIZED
 from tests.selection import first
 from tests.tiny import VARIANTS, tiny_model
 
@@ -255,10 +256,7 @@ def test_replay_of_own_choices(variant):
     """Choices that go out as auxiliary outputs and come back in change nothing."""
     model, variables, tokens, *_ = setting(variant)
     names = ("chosen", "router_experts")
-    # As it runs elsewhere: programs that LLVM leaves unoptimised, as conftest.py has them, round
-    # more often, and are off by 1e-5 themselves where this one is by 4e-6.
-    options = {"xla_backend_optimization_level": 3}
-    apply = jax.jit(model.apply, static_argnames="aux", compiler_options=options)
+    apply = jax.jit(model.apply, static_argnames="aux", compiler_options=OPTIMIZED)
     aux = apply(variables, tokens[None], aux=names).aux
     again = apply(variables, tokens[None], replay={name: aux[name] for name in names})
     check_logits(variant, again.logits[0], range(LENGTH))

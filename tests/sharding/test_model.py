@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiling import OPTIMIZED
 from tests.selection import first
 from tests.sharding import meshes
 from tests.sharding.meshes import LENGTH, MESHES, ROWS
@@ -52,8 +53,7 @@ def training(model, packed):
     """A function from variables to (loss, outputs) and the gradients."""
     step = jax.jit(
         jax.value_and_grad(functools.partial(loss, model), has_aux=True),
-        # Sums in more roundings, as LLVM leaves them unoptimised, differ by 3e-5 themselves.
-        compiler_options={"xla_backend_optimization_level": 3},
+        compiler_options=OPTIMIZED,
     )
     documents = meshes.documents() if packed else None
     return lambda v: step(v["params"], v["buffers"], meshes.tokens(), documents)
