@@ -133,6 +133,21 @@ def test_text_files_become_documents_of_bytes(tmp_path):
     assert source.counts_V.sum() == tokens.ids.size
 
 
+def test_a_line_may_have_a_name_and_say_which_of_its_pieces_are_targets(tmp_path):
+    line = {"name": "mine", "text": [["ab", False], ["cd", True], ["e", False]]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
+    config = DataConfig(kind="text", path=str(tmp_path), tokenizer="bytes")
+    source = open_source(config, tiny_config())
+    assert source.names == ("mine",)
+    ids, _, counts = source.rows.tokens
+    assert source.tokenizer.decode(ids.tolist()) == "abcde"
+    assert source.tokenizer.decode(ids[counts].tolist()) == "cd"
+    for wrong in ([], [["a", 1]], ["a"], [["", True]]):
+        (tmp_path / "a.jsonl").write_text(json.dumps({"text": wrong}) + "\n")
+        with pytest.raises(InputError, match='a.jsonl:1: has no "text"'):
+            files.text_documents(str(tmp_path))
+
+
 def test_only_what_the_assistant_says_is_a_target(tmp_path):
     line = {
         "messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cde"}]

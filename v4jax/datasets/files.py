@@ -69,13 +69,17 @@ def read_text(path: Path) -> str:
 
 
 def text_documents(path: str) -> list[Document]:
-    """Each file a document; each line of a .jsonl file its "text"."""
+    """Each file a document; each line of a .jsonl file its "text", under its "name" if it has one.
+
+    A "text" may be a list of [string, whether it is a target].
+    """
     documents = []
     for file in find(path):
         name = _name(file, path)
         if file.suffix == ".jsonl":
             documents += [
-                Document(f"{name}:{n}", ((_text(file, n, line), True),)) for n, line in _lines(file)
+                Document(line.get("name", f"{name}:{n}"), _pieces(file, n, line))
+                for n, line in _lines(file)
             ]
         else:
             documents.append(Document(name, ((read_text(file), True),)))
@@ -152,11 +156,18 @@ def _lines(file):
         yield number, value
 
 
-def _text(file, number, line):
+def _pieces(file, number, line):
     text = line.get("text")
-    if not isinstance(text, str) or not text:
-        raise InputError(f'{file}:{number}: has no "text"; expected {{"text": "..."}}')
-    return text
+    pieces = text if isinstance(text, list) else [[text, True]]
+    for piece in pieces or [None]:
+        match piece:
+            case [str(string), bool()] if string:
+                continue
+        raise InputError(
+            f'{file}:{number}: has no "text"; expected {{"text": "..."}}, or instead of the string '
+            "a list of [string, whether it is a target]"
+        )
+    return tuple((string, is_target) for string, is_target in pieces)
 
 
 def _conversation(file, number, line):
