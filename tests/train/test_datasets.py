@@ -19,7 +19,7 @@ def stream(documents=7, length=31, counts=True):
     """Tokens whose ids say where they stand."""
     ids = np.arange(documents * length, dtype=np.int32)
     starts = np.arange(documents) * length
-    return tokenize.Tokens(ids, starts, np.full(ids.size, counts))
+    return tokenize.Tokens(ids, starts, np.full(ids.size, counts, np.float32))
 
 
 def test_rows_are_slices_with_their_documents():
@@ -134,15 +134,15 @@ def test_text_files_become_documents_of_bytes(tmp_path):
 
 
 def test_a_line_may_have_a_name_and_say_which_of_its_pieces_are_targets(tmp_path):
-    line = {"name": "mine", "text": [["ab", False], ["cd", True], ["e", False]]}
+    line = {"name": "mine", "text": [["ab", 0], ["cd", 2.5], ["e", False]]}
     (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
     config = DataConfig(kind="text", path=str(tmp_path), tokenizer="bytes")
     source = open_source(config, tiny_config())
     assert source.names == ("mine",)
     ids, _, counts = source.rows.tokens
     assert source.tokenizer.decode(ids.tolist()) == "abcde"
-    assert source.tokenizer.decode(ids[counts].tolist()) == "cd"
-    for wrong in ([], [["a", 1]], ["a"], [["", True]]):
+    assert source.tokenizer.decode(ids[counts > 0].tolist()) == "cd" and counts.max() == 2.5
+    for wrong in ([], [["a", -1]], [["a", None]], ["a"], [["", True]]):
         (tmp_path / "a.jsonl").write_text(json.dumps({"text": wrong}) + "\n")
         with pytest.raises(InputError, match='a.jsonl:1: has no "text"'):
             files.text_documents(str(tmp_path))
@@ -156,7 +156,7 @@ def test_only_what_the_assistant_says_is_a_target(tmp_path):
     config = DataConfig(kind="chat", path=str(tmp_path / "*.jsonl"), tokenizer="bytes")
     source = open_source(config, tiny_config())
     ids, _, counts = source.rows.tokens
-    assert source.tokenizer.decode(ids[counts].tolist()) == "cde"
+    assert source.tokenizer.decode(ids[counts > 0].tolist()) == "cde"
     assert counts.sum() == 4 and ids[-1] == 1  # the end is a target too
 
 

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import math
 import sysconfig
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +21,10 @@ MARKERS = {"system": "", "user": "<｜User｜>", ASSISTANT: "<｜Assistant｜>"}
 
 
 class Document(NamedTuple):
-    """Pieces of text and whether each is a target; a name to tell held-out ones by."""
+    """Pieces of text and how much each counts as a target; a name to tell held-out ones by."""
 
     name: str
-    pieces: tuple[tuple[str, bool], ...]
+    pieces: tuple[tuple[str, float], ...]
 
 
 def find(path: str, suffixes: tuple[str, ...] | None = None) -> list[Path]:
@@ -71,7 +72,7 @@ def read_text(path: Path) -> str:
 def text_documents(path: str) -> list[Document]:
     """Each file a document; each line of a .jsonl file its "text", under its "name" if it has one.
 
-    A "text" may be a list of [string, whether it is a target].
+    A "text" may be a list of [string, how much its tokens count as targets: 1, 0, or any weight].
     """
     documents = []
     for file in find(path):
@@ -161,13 +162,13 @@ def _pieces(file, number, line):
     pieces = text if isinstance(text, list) else [[text, True]]
     for piece in pieces or [None]:
         match piece:
-            case [str(string), bool()] if string:
+            case [str(string), float(weight) | int(weight)] if string and 0 <= weight < math.inf:
                 continue
         raise InputError(
             f'{file}:{number}: has no "text"; expected {{"text": "..."}}, or instead of the string '
-            "a list of [string, whether it is a target]"
+            "a list of [string, how much it counts as a target]"
         )
-    return tuple((string, is_target) for string, is_target in pieces)
+    return tuple((string, float(weight)) for string, weight in pieces)
 
 
 def _conversation(file, number, line):

@@ -16,7 +16,7 @@ from v4jax.errors import InputError
 
 
 class Row(NamedTuple):
-    """Ids, the document of each, and whether it may be a target: all [X]."""
+    """Ids, the document of each, and how much it counts as a target: all [X]."""
 
     ids: np.ndarray
     documents: np.ndarray

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tokenizers
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from v4jax.datasets.files import Document
@@ -20,12 +20,12 @@ BYTES = 258  # every byte, a begin and an end
 class Tokens(NamedTuple):
     """Documents end to end.
 
-    ids [N] int32. starts: where each document begins. counts [N]: which may be targets.
+    ids [N] int32. starts: where each document begins. counts [N]: how much each counts as a target.
     """
 
     ids: Int[np.ndarray, "n"]
     starts: Int[np.ndarray, "d"]
-    counts: Bool[np.ndarray, "n"]
+    counts: Float[np.ndarray, "n"]
 
 
 def learn(documents: list[Document], size: int) -> tokenizers.Tokenizer:
@@ -96,7 +96,7 @@ def encode(
         marks += [[t] * len(e.ids) for t, e in zip(says, encoded, strict=True)]
         marks += [[says[-1]]] if eos is not None else []
         ids.append(np.concatenate([np.asarray(part, np.int32) for part in parts]))
-        counts.append(np.concatenate([np.asarray(mark, bool) for mark in marks]))
+        counts.append(np.concatenate([np.asarray(mark, np.float32) for mark in marks]))
         starts.append(at)
         at += ids[-1].size
     return Tokens(np.concatenate(ids), np.array(starts, np.int64), np.concatenate(counts))
@@ -108,7 +108,7 @@ def join(arrays: dict[str, np.ndarray], eos: int | None) -> Tokens:
     lengths = np.cumsum([0, *(array.size for array in arrays.values())])[:-1]
     ends = np.flatnonzero(ids == eos) + 1 if eos is not None else np.array([], np.int64)
     starts = np.union1d(lengths, ends[ends < ids.size])
-    return Tokens(ids, starts.astype(np.int64), np.ones(ids.size, bool))
+    return Tokens(ids, starts.astype(np.int64), np.ones(ids.size, np.float32))
 
 
 def select(tokens: Tokens, kept: Bool[np.ndarray, "d"]) -> Tokens:

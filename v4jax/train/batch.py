@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from flax import struct
-from jaxtyping import Bool, Int
+from jaxtyping import Int, Real
 
 
 @struct.dataclass
@@ -12,7 +12,7 @@ class Batch:
     """Rows of packed documents; every array has a row and a token axis, so that both may be cut.
 
     tokens_BT. targets_BTJ: the token j + 1 places further on, one column for the model and one for
-    each MTP block. weights_BTJ: float32, 1 where that target counts and 0 where it does not: it
+    each MTP block. weights_BTJ: float32, how much that target counts, 0 where it does not: it
     lies beyond its document, or is masked. segment_ids_BT: one run of equal ids a document (None:
     every row is one document).
     """
@@ -26,7 +26,7 @@ class Batch:
 def make_batch(
     rows_BX: Int[np.ndarray, "b x"],
     documents_BX: Int[np.ndarray, "b x"],
-    counts_BX: Bool[np.ndarray, "b x"],
+    counts_BX: Real[np.ndarray, "b x"],
     ahead: int,
     packed: bool = True,
 ) -> Batch:
@@ -34,7 +34,7 @@ def make_batch(
 
     Args:
       rows_BX: ids. documents_BX: the document that each token belongs to.
-      counts_BX: whether a token may be a target (supervised fine-tuning: what the model says).
+      counts_BX: how much a token counts as a target (supervised fine-tuning: what the model says).
       ahead: how many tokens further the last column of targets looks; 1 + the MTP blocks k = 1, ...
       packed: keep attention inside documents; else a row is one text, whatever stands in it.
     """
@@ -42,9 +42,12 @@ def make_batch(
     shifted = [slice(1 + j, 1 + j + length) for j in range(ahead)]
     here = documents_BX[:, :length]
     # A document's last token predicts nothing: what follows it is no continuation.
-    weights = [counts_BX[:, at] & ((documents_BX[:, at] == here) | (not packed)) for at in shifted]
+    weights = [
+        np.where((documents_BX[:, at] == here) | (not packed), counts_BX[:, at], 0)
+        for at in shifted
+    ]
     for block, weight in enumerate(weights):
-        weight[:, length - block :] = False  # MTP block k has no input for a row's last k tokens
+        weight[:, length - block :] = 0  # MTP block k has no input for a row's last k tokens
     return Batch(
         tokens_BT=np.ascontiguousarray(rows_BX[:, :length], np.int32),
         targets_BTJ=np.stack([rows_BX[:, at] for at in shifted], axis=-1).astype(np.int32),
