@@ -13,8 +13,9 @@ class DataConfig:
     """A source of rows.
 
     Attributes:
-      kind: "text" (each file a document; of .jsonl each line's "text"), "chat" (.jsonl lines with
-        "messages"; only what the assistant says is a target), "tokens" (.npy files of ids),
+      kind: "text" (each file a document; of .jsonl each line's "text", a string or a list of
+        [string, weight as targets]), "chat" (.jsonl lines with "messages"; only what the assistant
+        says is a target), "tokens" (.npy files of ids),
         "python" (the standard library's sources, on every machine), or synthetic: "copy", "recall"
         (associative recall) and "needle".
       path: file, directory or glob, of the kinds that read files.
