@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from v4jax.datasets.rows import TextRows, take
 from v4jax.datasets.source import Source
@@ -18,16 +19,12 @@ from v4jax.train.step import TrainState
 def evaluator(config: TrainConfig, stage: Stage, model: Transformer, source: Source):
     """A function from a state to "held_out" (nats a target) and "held_out_accuracy" (0 to 1).
 
-    Of held-out text also to "held_out_bits_per_byte".
+    Of held-out text whose tokens all count alike also to "held_out_bits_per_byte".
 
     Always the same rows: of held-out documents where there are any; of synthetic data rows that no
     step takes; else rows of the training text.
     """
-    rows, per_byte = _rows(config, stage, source), None
-    if source.held_out is not None:
-        # A document's mark of begin is never a target.
-        targets = source.held_out.ids.size - source.held_out.starts.size
-        per_byte = targets / source.held_out_bytes / math.log(2)
+    rows, per_byte = _rows(config, stage, source), _targets_per_byte(source)
 
     @jax.jit
     def sums_of(state, batch):
@@ -40,7 +37,7 @@ def evaluator(config: TrainConfig, stage: Stage, model: Transformer, source: Sou
         nats, right, count = sum(jax.device_get(sums_of(state, batch)) for batch in batches)
         line = {"held_out": float(nats / count), "held_out_accuracy": float(right / count)}
         if per_byte is not None:
-            line["held_out_bits_per_byte"] = line["held_out"] * per_byte
+            line["held_out_bits_per_byte"] = line["held_out"] * per_byte / math.log(2)
         return line
 
     return evaluate
@@ -59,6 +56,16 @@ def sums(model: Transformer, variables: dict, batch: Batch, dense: bool = False)
     head = variables["params"]["head"]["weight"]
     args = out.normed.reshape(target.size, -1), head, target, weight
     return jnp.stack([cross_entropy(*args), correct(*args), jnp.sum(weight)])
+
+
+def _targets_per_byte(source):
+    """Of held-out text, where a token is a target unless it is a document's mark of begin."""
+    kept = source.held_out
+    if kept is None or not source.held_out_bytes:  # or ids, of which no bytes are known
+        return None
+    if np.count_nonzero(kept.counts != 1) > kept.starts.size:
+        return None
+    return (kept.ids.size - kept.starts.size) / source.held_out_bytes
 
 
 def _rows(config, stage, source):
