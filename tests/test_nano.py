@@ -1,6 +1,7 @@
 """The checkpoint that comes with the package: it loads, fits, has learned Python and writes it."""
 
 import functools
+import importlib
 import json
 from pathlib import Path
 
@@ -26,6 +27,13 @@ SAMPLED_ROWS, LENGTH = 8, 512  # of held_out.json's "first_rows_nats_per_token"
 @pytest.fixture(scope="module")
 def nano():
     return v4jax.load("nano")
+
+
+@pytest.fixture(scope="module")
+def source(nano):
+    """The standard library, with the files held out that nano was not trained on."""
+    tokenizer = checkpoint.locate("nano")
+    return open_source(DataConfig("python", tokenizer=tokenizer, held_out=0.05), nano[0].config)
 
 
 @pytest.fixture(scope="module")
@@ -68,18 +76,28 @@ def test_hash_tables_name_distinct_experts(nano):
         assert table.min() == 0 and table.max() == model.config.n_routed_experts - 1
 
 
-def test_reads_files_it_was_not_trained_on(nano):
+def test_reads_files_it_was_not_trained_on(nano, source):
     """The standard library of another Python has other text, hence the room."""
     model, variables = nano
     recorded = json.loads((EXPERIMENT / "held_out.json").read_text())["nano"]
-    source = open_source(
-        DataConfig("python", tokenizer=checkpoint.locate("nano"), held_out=0.05), model.config
-    )
     rows = take(TextRows(source.held_out, 0), range(SAMPLED_ROWS), 0, LENGTH, 1)
     batch = make_batch(*rows, 1)
     nats, _, count = jax.jit(functools.partial(evaluate.sums, model))(variables, batch)
     assert nats / count < recorded["first_rows_nats_per_token"] + 0.3
     assert nats / count < 0.6 * np.log(model.config.vocab_size)
+
+
+def test_finds_a_fact_far_beyond_its_window(nano, source, tokenizer, monkeypatch):
+    """As the experiment measures it, at a length where few of the facts are within the window."""
+    monkeypatch.syspath_prepend(str(EXPERIMENT))
+    measure = importlib.import_module("evaluate")
+    monkeypatch.setattr(measure, "TRIALS", 16)
+    model, variables = nano
+    last = jax.jit(functools.partial(measure.last_logits, model))
+    found = measure.needle(last, variables, source, tokenizer, 1024)
+    recorded = json.loads((EXPERIMENT / "held_out.json").read_text())["nano"]["needle_found"]
+    print("found", found, "recorded", recorded["1024"])
+    assert found > recorded["1024"] - 0.2 and found > 0.5
 
 
 def test_writes_something_like_python_and_the_same_again(nano, tokenizer):

@@ -2,7 +2,8 @@
 
     python experiments/000_nano/evaluate.py [NAME=CHECKPOINT ...]
 
-By default of both runs of the sweep, as exported. Adds to held_out.json and draws needle.png here.
+By default of nano, of its first run and of the rival, as exported. Adds to held_out.json and draws
+needle.png here.
 """
 
 import functools
@@ -33,7 +34,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-RUNS = {name: HERE / "runs" / f"{name}_0" / "model" for name in ("nano", "baseline")}
+RUNS = {"nano": "recall", "nano_first_run": "nano_0", "baseline": "baseline_0"}
+RUNS = {name: HERE / "runs" / run / "model" for name, run in RUNS.items()}
 HELD_OUT = config.get_config().data.held_out  # files are told apart by their names
 LENGTHS = (512, 4096)
 NEEDLE_LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -123,16 +125,17 @@ def needle(last, variables, source, tokenizer, length):
 
 def draw(results):
     figure, axis = plt.subplots(figsize=(6, 3.5))
-    for name, found in results.items():
-        if "needle_found" in found:
-            lengths = [int(n) for n in found["needle_found"]]
-            axis.plot(lengths, list(found["needle_found"].values()), marker="o", label=name)
+    measured = {name: found["needle_found"] for name, found in results.items() if name in RUNS}
+    for (name, found), marker in zip(measured.items(), "osx", strict=False):  # two lie together
+        lengths = [int(n) for n in found]
+        label = name.replace("_", " ")
+        axis.plot(lengths, list(found.values()), marker=marker, fillstyle="none", label=label)
     axis.axvline(4096, color="grey", linestyle=":", label="trained up to here")
     axis.axhline(1 / len(facts.WORDS), color="grey", linewidth=0.7, label="a guess")
-    axis.set(xscale="log", ylim=(0, 1), xlabel="tokens of context", ylabel="needles found")
+    axis.set(xscale="log", ylim=(-0.04, 1.04), xlabel="tokens of context", ylabel="needles found")
     axis.set_xticks(NEEDLE_LENGTHS, [f"{n:,}" for n in NEEDLE_LENGTHS])
     axis.minorticks_off()
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left")
     figure.tight_layout()
     figure.savefig(HERE / "needle.png", dpi=120)
 
