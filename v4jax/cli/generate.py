@@ -30,7 +30,7 @@ FLAGS = flags.FLAGS
 # Without a prompt the command shows what the embedded checkpoint can do: it knows Python best, and
 # a model of its size only repeats itself when it always takes the most likely token.
 DEFAULT_PROMPT = "class Reader:\n    def __init__(self"
-DEMO = {"temperature": 0.7, "top_p": 0.9}
+DEMO = {"temperature": 0.9, "top_p": 0.95}
 
 
 def define_flags():
@@ -42,7 +42,7 @@ def define_flags():
     )
     flags.DEFINE_integer("max_new_tokens", 64, "Tokens to make for each prompt, at most")
     flags.DEFINE_float(
-        "temperature", 0.0, "0 takes the most likely token (default without a prompt: 0.7)"
+        "temperature", 0.0, "0 takes the most likely token (default without a prompt: 0.9)"
     )
     flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens with this much probability")
     flags.DEFINE_integer("top_k", 0, "Draw from this many most likely tokens; 0: from all")
