@@ -18,6 +18,7 @@ import json
 import math
 import random
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import config
@@ -79,15 +80,9 @@ def with_facts(text: str, rng: random.Random) -> Pieces:
         for _ in range(rng.randint(1, 2)):
             distance = int(math.exp(rng.uniform(0, math.log(FARTHEST))))
             added.setdefault(at + distance, []).extend(asked(key, value))
-    pieces: Pieces = []
-    code = ""
-    for at, line in enumerate(lines):
-        if at in added and code:
-            pieces.append((code, 1.0))
-            code = ""
-        pieces += added.get(at, [])
-        code += f"\n{line}"
-    return [*pieces, (code, 1.0)]
+    return merged(
+        piece for at, line in enumerate(lines) for piece in (*added.get(at, ()), (f"\n{line}", 1.0))
+    )
 
 
 def only_facts(rng: random.Random) -> Pieces:
@@ -120,7 +115,7 @@ def far(sources: list[list[str]], lines: tuple[int, int], rng: random.Random) ->
     return [*merged(body), ("\n", 0.0)]
 
 
-def merged(pieces: Pieces) -> Pieces:
+def merged(pieces: Iterable[tuple[str, float]]) -> Pieces:
     """Neighbours of a kind as one."""
     groups = itertools.groupby(pieces, key=lambda piece: piece[1])
     return [("".join(string for string, _ in group), kind) for kind, group in groups]

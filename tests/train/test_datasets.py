@@ -142,6 +142,8 @@ def test_a_line_may_have_a_name_and_say_which_of_its_pieces_are_targets(tmp_path
     ids, _, counts = source.rows.tokens
     assert source.tokenizer.decode(ids.tolist()) == "abcde"
     assert source.tokenizer.decode(ids[counts > 0].tolist()) == "cd" and counts.max() == 2.5
+    (tmp_path / "a.jsonl").write_text('{"name": 7, "text": "ab"}')
+    assert [d.name for d in files.text_documents(str(tmp_path))] == ["a.jsonl:1"]
     for wrong in ([], [["a", -1]], [["a", None]], ["a"], [["", True]]):
         (tmp_path / "a.jsonl").write_text(json.dumps({"text": wrong}) + "\n")
         with pytest.raises(InputError, match='a.jsonl:1: has no "text"'):

@@ -79,7 +79,7 @@ def text_documents(path: str) -> list[Document]:
         name = _name(file, path)
         if file.suffix == ".jsonl":
             documents += [
-                Document(line.get("name", f"{name}:{n}"), _pieces(file, n, line))
+                Document(_own_name(line) or f"{name}:{n}", _pieces(file, n, line))
                 for n, line in _lines(file)
             ]
         else:
@@ -155,6 +155,11 @@ def _lines(file):
         if not isinstance(value, dict):
             raise InputError(f"{file}:{number}: is {type(value).__name__}; expected an object")
         yield number, value
+
+
+def _own_name(line):
+    name = line.get("name")
+    return name if isinstance(name, str) else None
 
 
 def _pieces(file, number, line):
