@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from flax import struct
-from jaxtyping import Int, Real
+from jaxtyping import Bool, Int, Real
 
 
 @struct.dataclass
@@ -26,7 +26,7 @@ class Batch:
 def make_batch(
     rows_BX: Int[np.ndarray, "b x"],
     documents_BX: Int[np.ndarray, "b x"],
-    counts_BX: Real[np.ndarray, "b x"],
+    counts_BX: Bool[np.ndarray, "b x"] | Real[np.ndarray, "b x"],
     ahead: int,
     packed: bool = True,
 ) -> Batch:
@@ -34,7 +34,8 @@ def make_batch(
 
     Args:
       rows_BX: ids. documents_BX: the document that each token belongs to.
-      counts_BX: how much a token counts as a target (supervised fine-tuning: what the model says).
+      counts_BX: how much a token counts as a target, or whether (supervised fine-tuning: what the
+        model says).
       ahead: how many tokens further the last column of targets looks; 1 + the MTP blocks k = 1, ...
       packed: keep attention inside documents; else a row is one text, whatever stands in it.
     """
