@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against logits written out, values and gradients, and what it holds."""
+"""The cross-entropy in blocks against full logits, values and gradients, and what it holds."""
 
 import jax
 import jax.extend.core as jex
@@ -27,9 +27,10 @@ def written_out(y, table, target, weight):
     return jnp.sum(weight * (jax.nn.logsumexp(logits, axis=-1) - right))
 
 
-@pytest.mark.parametrize("chunk", [1 << 23, 5 * VOCAB, 1])
-def test_values_and_gradients(chunk, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", chunk)
+# One block, three of which the last reaches back, and the most that there can be.
+@pytest.mark.parametrize("block", [1 << 23, 20 * TOKENS, 1])
+def test_values_and_gradients(block, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", block)
     args = inputs()
     np.testing.assert_allclose(cross_entropy(*args), written_out(*args), rtol=1e-6)
     scaled = [
@@ -41,7 +42,7 @@ def test_values_and_gradients(chunk, monkeypatch):
 
 
 def test_correct(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 5 * VOCAB)
+    monkeypatch.setattr(module, "BLOCK", 20 * TOKENS)
     y, table, target, weight = inputs()
     best = np.argmax(np.asarray(y) @ np.asarray(table).T, axis=1)
     target = target.at[:20].set(best[:20])
@@ -61,10 +62,10 @@ def test_huge_logits_stay_finite():
 
 
 def test_no_array_of_tokens_by_vocabulary(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 4 * VOCAB)
+    monkeypatch.setattr(module, "BLOCK", 1)
     jaxpr = jax.make_jaxpr(jax.grad(cross_entropy, (0, 1)))(*inputs())
     largest = max(sizes(jaxpr.jaxpr))
-    assert largest <= max(4 * VOCAB, VOCAB * WIDTH) < TOKENS * VOCAB
+    assert largest <= max(TOKENS, VOCAB) * WIDTH < TOKENS * VOCAB
 
 
 def sizes(jaxpr):
