@@ -1,6 +1,9 @@
 """What every test runs under: CPU, strict promotion, warnings as errors in our own code."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +18,12 @@ os.environ.setdefault(
         else ""
     ),
 )
+
+# A program is compiled once a run, whichever worker, or command that a test starts, needs it first.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="v4jax_programs_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 from pathlib import Path
 

@@ -48,16 +48,6 @@ def get_config(text=None) -> TrainConfig:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs and child processes share compiled programs."""
-    before = jax.config.jax_compilation_cache_dir
-    folder = str(tmp_path_factory.mktemp("programs"))
-    jax.config.update("jax_compilation_cache_dir", folder)
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
@@ -110,9 +100,9 @@ def test_the_export_is_a_checkpoint_of_ours(whole):
     np.testing.assert_array_equal(table, arrays(whole)["buffers.layers_0.block_0.ffn.gate.tid2eid"])
 
 
-def command_line(text, programs, workdir, *words, devices=None):
+def command_line(text, workdir, *words, devices=None):
     """The run as a process of its own."""
-    environment = os.environ | {"TEXT": text, "JAX_COMPILATION_CACHE_DIR": programs}
+    environment = os.environ | {"TEXT": text}
     environment["PYTHONPATH"] = str(ROOT)
     if devices is not None:
         flags = [f for f in environment["XLA_FLAGS"].split() if "device_count" not in f]
@@ -132,14 +122,14 @@ def kill_at_random(child, workdir):
     child.wait()
 
 
-def test_killed_at_a_random_step_it_ends_the_same(whole, text, tmp_path, compiled_once):
-    kill_at_random(command_line(text, compiled_once, tmp_path), tmp_path)
+def test_killed_at_a_random_step_it_ends_the_same(whole, text, tmp_path):
+    kill_at_random(command_line(text, tmp_path), tmp_path)
     assert loop.train(get_config(text), tmp_path).step == STEPS
     assert_same(whole, tmp_path)
     assert [line["step"] for line in metrics.read(tmp_path)] == list(range(1, STEPS + 1))
 
 
-def test_killed_on_four_devices_it_ends_the_same(text, tmp_path, compiled_once):
+def test_killed_on_four_devices_it_ends_the_same(text, tmp_path):
     words = [
         "--config.mesh=data=2,fsdp=2",
         "--config.stages.0.batch=4",
@@ -148,7 +138,7 @@ def test_killed_on_four_devices_it_ends_the_same(text, tmp_path, compiled_once):
 
     def start(name):
         (tmp_path / name).mkdir(exist_ok=True)
-        return command_line(text, compiled_once, tmp_path / name, *words, devices=4)
+        return command_line(text, tmp_path / name, *words, devices=4)
 
     assert start("whole").wait() == 0
     kill_at_random(start("killed"), tmp_path / "killed")
