@@ -19,6 +19,7 @@ import numpy as np
 from v4jax.errors import InputError
 from v4jax.infer import sampling as sampling_lib
 from v4jax.infer.placement import Placement, replicated
+from v4jax.sharding import processes
 
 PREFILL_CHUNK = 2048
 
@@ -186,6 +187,7 @@ class _Decoder:
             cache = self.placement.described(cache)
             arguments = (model, self.variables, cache, tokens_B, self.setting, self.key, step)
             _decode.lower(*arguments).compile()
+        processes.compiled()
         return time.perf_counter() - started
 
     def _no_logits(self, chunks):

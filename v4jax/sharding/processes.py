@@ -6,6 +6,7 @@ themselves; elsewhere three flags say where the others are.
 
 import contextlib
 import glob
+import itertools
 import json
 import os
 import sys
@@ -22,7 +23,10 @@ FLAGS = flags.FLAGS
 
 WAIT_SECONDS = 120  # for all processes to come
 HEARTBEAT_SECONDS = 30  # a process that was silent for so long is dead
+COMPILE_SECONDS = 3600  # by which one process may be quicker in compiling than another
 BAD_INPUT, DIED = 2, 1
+
+_meetings = itertools.count()  # a barrier's name may be used once; all processes count alike
 
 
 class Disagreement(InputError):
@@ -124,6 +128,19 @@ def barrier(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def compiled() -> None:
+    """Waits until every process has compiled what all are about to run.
+
+    Through the coordinator, not the devices: there Gloo gives up after 30 s on a process that has
+    not begun to connect.
+    """
+    if count() > 1:
+        from orbax.checkpoint.multihost import get_barrier_sync_fn
+
+        name = f"v4jax_compiled_{next(_meetings)}"
+        get_barrier_sync_fn()(key=name, timeout_ms=1000 * COMPILE_SECONDS)
 
 
 def gathered(value: Any) -> list[Any]:

@@ -192,6 +192,7 @@ def _steps_of(run: _Run, number: int, done: int):
         inputs = placement.put_batch(model.sharding, batch, stage.batch), rates
         if program is None:  # before the clock of the first step begins
             program = step.lower(run.state, *inputs).compile()
+            processes.compiled()
             host_memory.forget_traces()
             tick = time.perf_counter()
         run.state, noted = program(run.state, *inputs)
