@@ -215,7 +215,10 @@ def test_bad_input_in_one_stops_all(process):
 
 @pytest.mark.parametrize(
     "process, way",
-    first([(0, "compute"), (1, "sleep")], itertools.product((0, 1), ("compute", "sleep"))),
+    first(
+        [(0, "compute"), (1, "sleep"), (1, "compile")],
+        itertools.product((0, 1), ("compute", "sleep", "compile")),
+    ),
 )
 def test_a_killed_process_stops_the_others(process, way):
     """Within three heartbeats of 10 seconds, and not without a word."""

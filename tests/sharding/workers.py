@@ -122,7 +122,7 @@ def fail(process: str):
 
 
 def die(process: str, way: str):
-    """One process dies without a word while the others compute together, or sleep."""
+    """One dies without a word while the others compute together, wait for its program or sleep."""
     import signal
 
     processes.barrier("all here")
@@ -130,5 +130,7 @@ def die(process: str, way: str):
         os.kill(os.getpid(), signal.SIGKILL)
     if way == "sleep":
         time.sleep(600)
+    if way == "compile":
+        processes.compiled()
     for step in range(10**6):
         processes.barrier(f"step {step}")
