@@ -54,6 +54,46 @@ def compiled(devices):
     return jax.jit(run).lower(*arguments).compile().as_text()
 
 
+@pytest.mark.parametrize(
+    "groups, first",
+    [
+        ("{{0,4},{1,5},{2,6},{3,7}}", [0, 4]),
+        ("[2,4]<=[8]", [0, 1, 2, 3]),
+        ("[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("{}", [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("mesh['a'=2,'b'=4] {'a'}", [0, 4]),
+        ("mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
+        ("mesh['a'=2,'b'=4] {'b','a'}", [0, 4, 1, 5, 2, 6, 3, 7]),
+        ("mesh['a'=2,'b'=4], device_ids=(0,2,4,6,1,3,5,7) {'b'}", [0, 2, 4, 6]),
+        ("mesh['a'=8] {'a':(2)2}", [0, 2]),
+        ("mesh['a'=2,'b'=4] {'a','b':(1)2}", [0, 2, 4, 6]),
+    ],
+)
+def test_each_way_to_write_groups(groups, first):
+    program = f"""HloModule m
+
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %sum = f32[8]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%add
+}}
+"""
+    mesh = {"x": 2, "y": 2, "z": 2}
+    [one], _ = hlo.collectives(program, mesh)
+    places = np.unravel_index(first, (2, 2, 2))
+    axes = tuple(axis for axis, place in zip(mesh, places, strict=True) if len(set(place)) > 1)
+    assert (one.group, one.span, one.axes) == (len(first), max(first) + 1, axes)
+
+
+def test_groups_of_an_unknown_form_are_refused():
+    with pytest.raises(ValueError, match="replica_groups=spiral"):
+        hlo.collectives(
+            "HloModule m\n\nENTRY %main (x: f32[8]) -> f32[8] {\n"
+            "  %x = f32[8]{0} parameter(0)\n"
+            "  ROOT %y = f32[8]{0} all-reduce(%x), replica_groups=spiral[8], to_apply=%add\n}\n",
+            {"x": 8},
+        )
+
+
 def check(text):
     found, unknown = hlo.collectives(text, FULL)
     assert unknown == 0

@@ -32,6 +32,8 @@ _BRANCHES = re.compile(
 )
 _GROUPS = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+# As JAX 0.12 writes them: mesh['expert'=2,'tensor'=8], device_ids=(...) {'expert','tensor':(2)4}
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(([\d,]+)\))? ?\{([^}]*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
@@ -310,7 +312,35 @@ def _group(text, devices) -> Sequence[int]:
         if iota[3]:
             order = order.transpose(list(map(int, iota[3].split(","))))
         return order.reshape(shape)[0].tolist()
+    if mesh := _MESH.search(text):
+        return _mesh_group(*mesh.groups())
+    if named := re.search(r"replica_groups=(?!\{\})\S*", text):
+        raise ValueError(f"a compiled program has {named[0]!r}, of a form that v4jax does not know")
     return list(range(devices))  # no groups named: all of them
+
+
+def _mesh_group(mesh, order, axes):
+    """The first of the groups that lie along axes, or parts (before)size of axes, of a mesh."""
+    sizes = {name: int(size) for name, size in re.findall(r"'?([^',=]+)'?=(\d+)", mesh)}
+    parts = re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?", axes)
+    # Each axis as all of its factors between the cuts that its parts make.
+    shape, place = [], {}
+    for name, size in sizes.items():
+        own = [(int(before), int(part)) for other, before, part in parts if other == name and part]
+        cuts = sorted({1, size, *(b for b, _ in own), *(b * p for b, p in own)})
+        for low, high in zip(cuts, cuts[1:], strict=False):
+            place[name, low] = len(shape), high
+            shape.append(high // low)
+    group = []
+    for name, before, part in parts:
+        low, end = (int(before), int(before) * int(part)) if part else (1, sizes[name])
+        while low < end:
+            dimension, low = place[name, low]
+            group.append(dimension)
+    size = math.prod(shape)
+    devices = np.array(order.split(","), int) if order else np.arange(size)
+    devices = np.moveaxis(devices.reshape(shape), group, range(-len(group), 0))
+    return devices.reshape(-1, math.prod(shape[i] for i in group))[0].tolist()
 
 
 def _lists(text):
