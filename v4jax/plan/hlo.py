@@ -33,7 +33,10 @@ _BRANCHES = re.compile(
 _GROUPS = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 # As JAX 0.12 writes them: mesh['expert'=2,'tensor'=8], device_ids=(...) {'expert','tensor':(2)4}
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(([\d,]+)\))? ?\{([^}]*)\}")
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, ?device_ids=\((?:([\d,]+)|\[([\d,]+)\](?:T\(([\d,]+)\))?)\))? ?\{([^}]*)\}"
+)
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
@@ -314,12 +317,12 @@ def _group(text, devices) -> Sequence[int]:
         return order.reshape(shape)[0].tolist()
     if mesh := _MESH.search(text):
         return _mesh_group(*mesh.groups())
-    if named := re.search(r"replica_groups=(?!\{\})\S*", text):
+    if named := re.search(r"replica_groups=(?!\{\}).{,150}", text):
         raise ValueError(f"a compiled program has {named[0]!r}, of a form that v4jax does not know")
     return list(range(devices))  # no groups named: all of them
 
 
-def _mesh_group(mesh, order, axes):
+def _mesh_group(mesh, order, source, transposed, axes):
     """The first of the groups that lie along axes, or parts (before)size of axes, of a mesh."""
     sizes = {name: int(size) for name, size in re.findall(r"'?([^',=]+)'?=(\d+)", mesh)}
     parts = re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?", axes)
@@ -339,6 +342,10 @@ def _mesh_group(mesh, order, axes):
             group.append(dimension)
     size = math.prod(shape)
     devices = np.array(order.split(","), int) if order else np.arange(size)
+    if source:
+        devices = devices.reshape(list(map(int, source.split(","))))
+    if transposed:
+        devices = devices.transpose(list(map(int, transposed.split(","))))
     devices = np.moveaxis(devices.reshape(shape), group, range(-len(group), 0))
     return devices.reshape(-1, math.prod(shape[i] for i in group))[0].tolist()
 
