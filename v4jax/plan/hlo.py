@@ -310,16 +310,20 @@ def _group(text, devices) -> Sequence[int]:
     if groups := _GROUPS.search(text):
         return _lists(groups[1])[0]
     if iota := _IOTA.search(text):
-        shape, source = (list(map(int, part.split(","))) for part in (iota[1], iota[2]))
-        order = np.arange(devices).reshape(source)
-        if iota[3]:
-            order = order.transpose(list(map(int, iota[3].split(","))))
-        return order.reshape(shape)[0].tolist()
+        shape = list(map(int, iota[1].split(",")))
+        return _range(iota[2], iota[3]).reshape(shape)[0].tolist()
     if mesh := _MESH.search(text):
         return _mesh_group(*mesh.groups())
     if named := re.search(r"replica_groups=(?!\{\}).{,150}", text):
         raise ValueError(f"a compiled program has {named[0]!r}, of a form that v4jax does not know")
     return list(range(devices))  # no groups named: all of them
+
+
+def _range(source, transposed, *size):
+    """Devices as XLA abbreviates them, [4,32]T(1,0): 0, 1, ... of a shape, its axes reordered."""
+    shape = list(map(int, source.split(","))) if source else size
+    devices = np.arange(math.prod(shape)).reshape(shape)
+    return devices.transpose(list(map(int, transposed.split(",")))) if transposed else devices
 
 
 def _mesh_group(mesh, order, source, transposed, axes):
@@ -340,12 +344,7 @@ def _mesh_group(mesh, order, source, transposed, axes):
         while low < end:
             dimension, low = place[name, low]
             group.append(dimension)
-    size = math.prod(shape)
-    devices = np.array(order.split(","), int) if order else np.arange(size)
-    if source:
-        devices = devices.reshape(list(map(int, source.split(","))))
-    if transposed:
-        devices = devices.transpose(list(map(int, transposed.split(","))))
+    devices = np.array(order.split(","), int) if order else _range(source, transposed, *shape)
     devices = np.moveaxis(devices.reshape(shape), group, range(-len(group), 0))
     return devices.reshape(-1, math.prod(shape[i] for i in group))[0].tolist()
 
