@@ -20,6 +20,8 @@ from pathlib import Path
 
 from absl import app, flags
 
+from v4jax.cli import huge_pages
+
 LENGTHS = flags.DEFINE_list("lengths", ["256", "1024", "4096", "16384"], "Tokens of a step.")
 VOCAB = flags.DEFINE_integer("vocab", 4096, "Vocabulary.")
 RIVAL_LIMIT = flags.DEFINE_integer("rival_limit", 4096, "Longest step given to transformers.")
@@ -127,6 +129,8 @@ def theirs(length, vocab):
 
 def measure(side, length):
     """Prints seconds a step and peak memory of one side, in this process."""
+    if side == "ours":
+        huge_pages.start_again()  # as `v4jax train` does
     run = {"ours": ours, "theirs": theirs}[side](length, VOCAB.value)
     run()
     run()
