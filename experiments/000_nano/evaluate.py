@@ -34,7 +34,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-RUNS = {"nano": "recall", "nano_first_run": "nano_0", "baseline": "baseline_0"}
+RUNS = {
+    "nano": "recall",
+    "nano_first_run": "nano_0",
+    "baseline": "baseline_0",
+    "baseline_second_run": "baseline_recall",
+}
 RUNS = {name: HERE / "runs" / run / "model" for name, run in RUNS.items()}
 HELD_OUT = config.get_config().data.held_out  # files are told apart by their names
 LENGTHS = (512, 4096)

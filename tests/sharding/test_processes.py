@@ -105,6 +105,8 @@ def get_config():
         optimizer=dataclasses.replace(base.optimizer, matrices="adamw", eps=1e-6),
         schedule=Schedule(1e-3, 1e-4, warm_up=1, decay=1),
         checkpoint_every=2,
+        evaluate_every=2,
+        evaluate_rows=4,
     )
 """
 
@@ -147,7 +149,10 @@ def test_training(tmp_path, mesh):
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two")]
     one, two = ([json.loads(line) for line in text.splitlines()] for text in lines)
     for mine, theirs in zip(two, one, strict=True):
-        assert abs(mine["loss"] - theirs["loss"]) < 1e-5 * theirs["loss"]
+        assert mine.keys() == theirs.keys()
+        for name in ("loss", "held_out"):
+            assert abs(mine.get(name, 0) - theirs.get(name, 0)) < 1e-5 * theirs["loss"]
+    assert "held_out" in two[1]
     (_, wanted), (_, found) = (checkpoint.load(tmp_path / n / "model") for n in ("one", "two"))
     for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)

@@ -9,6 +9,7 @@ import numpy as np
 from v4jax.datasets.rows import TextRows, take
 from v4jax.datasets.source import Source
 from v4jax.model.transformer import Transformer
+from v4jax.sharding import processes
 from v4jax.train import lora, placement
 from v4jax.train.batch import Batch, make_batch
 from v4jax.train.config import Stage, TrainConfig
@@ -26,15 +27,20 @@ def evaluator(config: TrainConfig, stage: Stage, model: Transformer, source: Sou
     """
     rows, per_byte = _rows(config, stage, source), _targets_per_byte(source)
 
-    @jax.jit
     def sums_of(state, batch):
         params = lora.merge(state.params, config.lora)
         variables = {"params": params, "buffers": state.buffers}
         return sums(model, variables, batch, dense=stage.attention == "dense")
 
+    program = None
+
     def evaluate(state: TrainState) -> dict[str, float]:
+        nonlocal program
         batches = [placement.put_everywhere(model.sharding, batch) for batch in rows]
-        nats, right, count = sum(jax.device_get(sums_of(state, batch)) for batch in batches)
+        if program is None:
+            program = jax.jit(sums_of).lower(state, batches[0]).compile()
+            processes.compiled()
+        nats, right, count = sum(jax.device_get(program(state, batch)) for batch in batches)
         line = {"held_out": float(nats / count), "held_out_accuracy": float(right / count)}
         if per_byte is not None:
             line["held_out_bits_per_byte"] = line["held_out"] * per_byte / math.log(2)
