@@ -7,7 +7,7 @@ import pytest
 
 from v4jax.model import rope
 from v4jax.model.attention import norm_and_turn
-from v4jax.model.layers import normalize
+from v4jax.model.layers import inverse_rms
 
 EPS = 1e-6
 
@@ -35,7 +35,7 @@ def test_of_a_turn(inverse):
 
 
 def plain(x, cos, sin):
-    return rope.turned(normalize(x, EPS), cos, sin)
+    return rope.turned(x * inverse_rms(x, EPS)[..., None], cos, sin)
 
 
 def test_of_a_norm_and_a_turn():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from v4jax import quant
+from v4jax import products, quant
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.kernels import membership
 from v4jax.kernels.sparse_attention import api as sparse_attention
@@ -297,8 +297,8 @@ def _norm_and_turn_backward(eps, dtype, saved, g_BTNH):
     """
     out, scale_BTN, cos, sin = saved
     g, out = quant.materialized(g_BTNH), quant.materialized(out)
-    along = jnp.mean(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    across = rope.turned(g, cos, -sin) - along * rope.turned(out, cos, -sin)
+    along_BTN = products.over_channels(g, out) / g.shape[-1]
+    across = rope.turned(g, cos, -sin) - along_BTN[..., None] * rope.turned(out, cos, -sin)
     return quant.round_to(across * scale_BTN[..., None], dtype), None, None
 
 

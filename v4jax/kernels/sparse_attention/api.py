@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int, UInt32
 
+from v4jax import products
 from v4jax.kernels import dispatch
 from v4jax.kernels.sparse_attention import pallas_gpu, pallas_tpu, reference, xla
 from v4jax.kernels.sparse_attention.entries import check, flat
@@ -108,7 +109,7 @@ def _attend_bwd(plan, implementation, saved, gradients):
             "sparse_attention has no gradient where the entries are StoredRows; hand it rows "
             "[B,C,H] (stored.unpack)"
         )
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    delta = products.over_channels(dout, out)
     dsink = -jnp.sum(jnp.exp(sink_N[None, None] - lse) * delta, axis=(0, 1))
     arrays = (q_BTNH, window_BSH, flat(entries_BCH), places, lse, delta, dout)
     refuse = _refusal(plan, q_BTNH, window_BSH, entries_BCH)
