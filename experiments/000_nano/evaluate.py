@@ -131,7 +131,7 @@ def needle(last, variables, source, tokenizer, length):
 def draw(results):
     figure, axis = plt.subplots(figsize=(6, 3.5))
     measured = {name: found["needle_found"] for name, found in results.items() if name in RUNS}
-    for (name, found), marker in zip(measured.items(), "osxd", strict=True):  # three lie together
+    for (name, found), marker in zip(measured.items(), "osxd", strict=False):  # three lie together
         lengths = [int(n) for n in found]
         label = name.replace("_", " ")
         axis.plot(lengths, list(found.values()), marker=marker, fillstyle="none", label=label)
