@@ -28,6 +28,13 @@ def test_sums_of_products(shape, dtype):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(wide).sum() ** 0.5)
 
 
+def test_sums_of_outer_products():
+    a, b = draw((37, 53), (37, 12))
+    found = jax.jit(products.outer)(a, b)
+    wanted = np.asarray(a, np.float64).T @ np.asarray(b, np.float64)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_of_a_norm(dtype):
     """Beside automatic differentiation of the same formula."""

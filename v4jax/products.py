@@ -1,7 +1,8 @@
-"""Sums of products over an axis, in float32, quick on every backend.
+"""Sums of products, in float32, quick on every backend.
 
-On a CPU they are matrix products, 5 to 10 times quicker than XLA's reductions there; elsewhere
-a sum, into which the product is fused.
+Over an axis: on a CPU a matrix product, 5 to 10 times quicker than XLA's reductions there;
+elsewhere a sum, into which the product is fused. Of outer products: the same matrix product
+everywhere, its operands turned where a CPU is quickest with them.
 """
 
 import functools
@@ -20,6 +21,22 @@ def over_rows(a: Inexact[Array, "*b d"], b: Inexact[Array, "*b d"]) -> Float[Arr
     """sum of a * b over all axes but the last."""
     a, b = (x.reshape(-1, x.shape[-1]) for x in (a, b))
     return _sum("nd,nd->d", 0, a, b)
+
+
+def outer(a: Float[Array, "n v"], b: Float[Array, "n d"]) -> Float[Array, "v d"]:
+    """sum_n a[n] b[n].T, for a wider than b: a matrix's gradient.
+
+    XLA:CPU multiplies by a turned matrix at half the speed of any other, and would turn the wide
+    one. The barriers have it turn b and the result.
+    """
+
+    def turned(a, b):
+        b_DN = jax.lax.optimization_barrier(b.T)
+        return jax.lax.optimization_barrier(jnp.dot(b_DN, a)).T
+
+    return jax.lax.platform_dependent(
+        a, b, cpu=turned, default=functools.partial(jnp.einsum, "nv,nd->vd")
+    )
 
 
 def _sum(equation, axis, a, b):

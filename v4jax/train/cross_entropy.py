@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
+from v4jax import products
 from v4jax.sharding import collectives
 
 # Logits of a block, float32; more where the states themselves are more.
@@ -52,7 +53,7 @@ def _forward(axes, y_XD, table_VD, target_X, weight_X):
         probability = jnp.exp(logits - top[:, None]) * scale[:, None]
         dlogits = jnp.where(hit, probability - weight_X[:, None], probability)
         # Rows that were in the block before get the same gradient again.
-        drows = jnp.einsum("xv,xd->vd", dlogits, y).astype(dtable.dtype)
+        drows = products.outer(dlogits, y).astype(dtable.dtype)
         dtable = jax.lax.dynamic_update_slice_in_dim(dtable, drows, start, 0)
         return dy + jnp.einsum("xv,vd->xd", dlogits, jnp.where(first[:, None], rows, 0)), dtable
 
@@ -102,15 +103,11 @@ def _softmax(axes, y, table, target):
 
     def add(carry, block):
         top, denominator, right = carry
-        _, _, logits, hit, first = block
+        start, _, logits, hit, first = block
         higher = jnp.maximum(top, jnp.max(logits, axis=-1))
         weight = jnp.where(first[None], jnp.exp(logits - higher[:, None]), 0)
         denominator = denominator * jnp.exp(top - higher) + jnp.sum(weight, axis=-1)
-        return (
-            higher,
-            denominator,
-            right + jnp.sum(jnp.where(hit & first[None], logits, 0), axis=-1),
-        )
+        return higher, denominator, right + _picked(logits, hit & first[None], target - start)
 
     nothing = jnp.zeros(target.shape, jnp.float32)
     carry = (jnp.full(target.shape, -jnp.inf), nothing, nothing)
@@ -119,6 +116,21 @@ def _softmax(axes, y, table, target):
     denominator = collectives.total(denominator * jnp.exp(top - highest), axes)
     nats = jnp.log(denominator) + highest - collectives.total(right, axes)
     return nats, highest, denominator
+
+
+def _picked(logits, hit, target):
+    """Each token's logit at its target, 0 where this block does not have it."""
+
+    def gather(logits, hit, target):
+        index = jnp.clip(target, 0, logits.shape[1] - 1)[:, None]
+        value, here = (jnp.take_along_axis(x, index, axis=1)[:, 0] for x in (logits, hit))
+        return jnp.where(here, value, 0)
+
+    def masked(logits, hit, _):
+        return jnp.sum(jnp.where(hit, logits, 0), axis=-1)
+
+    # A masked sum is two passes over the block on a CPU, and none of its own elsewhere.
+    return jax.lax.platform_dependent(logits, hit, target, cpu=gather, default=masked)
 
 
 def _over_blocks(add, carry, y, table, target):
