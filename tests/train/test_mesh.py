@@ -96,7 +96,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, monkeypatch):
             optimizer=dataclasses.replace(
                 TrainConfig(model=config()).optimizer, matrices="adamw", eps=1e-6
             ),
-            schedule=Schedule(1e-3, 1e-4, warm_up=1, decay=1),
+            schedule=Schedule(2.7e-4, 2.7e-5, warm_up=1, decay=1),  # the report's for Flash
             checkpoint_every=2,
         )
         loop.train(dataclasses.replace(base, mesh=mesh), workdir, steps)
@@ -110,5 +110,6 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, monkeypatch):
     names = [name for name in still if name.startswith("params")]
     off = np.concatenate([np.abs(moved[n] - still[n]).reshape(-1) for n in names])
     print(f"largest difference {off.max():.2g}; over 1e-6: {(off > 1e-6).sum()} of {off.size}")
-    # 1e-6, but for weights whose gradients are about AdamW's eps: rounding moves those further.
-    assert off.max() <= 1e-5 and (off > 1e-6).mean() <= 1e-4
+    # Weights whose gradients are about AdamW's eps move by a few thousandths of the learning rate
+    # with the gradients' rounding: at a rate of 1e-3, five of 88,740 by up to 2.6e-6.
+    assert off.max() <= 1e-6
