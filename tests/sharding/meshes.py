@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from v4jax.config import CSA, WINDOW, LayerSpec, ModelConfig, Yarn, with_hash_routing
 from v4jax.model import sharded
@@ -109,6 +110,8 @@ def nudged(params, seed: int):
 def assert_close(found, wanted, moved, bound: float) -> None:
     """No leaf is off by more than `bound` of its largest value; those that are, by name.
 
+    And the whole gradient, as one vector, by no more than `bound` of its length.
+
     Some of mHC's gradients are sums over all tokens of terms that cancel to a thousandth and less,
     and float32 does not hold them better than so: there the difference may be twice what a single
     rounding of all weights makes.
@@ -129,3 +132,7 @@ def assert_close(found, wanted, moved, bound: float) -> None:
             if not off <= 2 * own:
                 beyond[jax.tree_util.keystr(path)] = said
     assert not beyond, f"beyond {bound}: {beyond}"
+    differences = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), found, wanted)
+    off = float(optax.tree.norm(differences) / optax.tree.norm(wanted))
+    print(f"the whole gradient is off by {off:.2g} of its length")
+    assert off <= bound
