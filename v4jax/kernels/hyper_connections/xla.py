@@ -68,9 +68,7 @@ def post_backward(y_BTD, h_BTMD, post_BTM, comb_BTMM, grad_BTMD):
     dpost_BTM = inner("btd,btjd->btj", y_BTD, grad_BTMD)
     dcomb_BTMM = inner("btid,btjd->btij", h_BTMD, grad_BTMD)
     dh_BTMD = jnp.stack(dh, axis=2).astype(h_BTMD.dtype)
-    # XLA:CPU would make dy once more, channel by channel, for the weight gradients that turn it.
-    dy_BTD = jax.lax.optimization_barrier(dy.astype(y_BTD.dtype))
-    return dy_BTD, dh_BTMD, dpost_BTM, dcomb_BTMM
+    return dy.astype(y_BTD.dtype), dh_BTMD, dpost_BTM, dcomb_BTMM
 
 
 def post_pre(y_BTD, h_BTMD, post_BTM, comb_BTMM, *weights, dtype, **options):
