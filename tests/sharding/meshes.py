@@ -49,7 +49,9 @@ def config() -> ModelConfig:
         moe_intermediate_size=16,
         hc_mult=2,
         hc_sinkhorn_iters=2,  # they are unrolled, and most of what there is to compile
-        initializer_range=0.2,
+        # At 0.2 one float32 rounding of the weights moves logits by all of the bound that they are
+        # held to, 2e-5 of their deviation; at 0.1 by half of it.
+        initializer_range=0.1,
         dtype="float32",
     )
 
@@ -58,7 +60,8 @@ def config() -> ModelConfig:
 def alone() -> tuple[Transformer, dict]:
     """The model on one device, and its variables."""
     model = Transformer(config(), min_repeats=2)
-    return model, jax.jit(model.init)(jax.random.key(0))
+    # Of key 0's choices one, in packed rows, lies within a rounding of another.
+    return model, jax.jit(model.init)(jax.random.key(1))
 
 
 def on_mesh(sizes: str, strategy) -> tuple[Transformer, dict]:
