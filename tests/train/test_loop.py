@@ -17,7 +17,9 @@ import pytest
 import v4jax
 from tests.tiny import tiny_config
 from v4jax.config import CSA, with_hash_routing
+from v4jax.datasets import rows
 from v4jax.datasets.config import DataConfig
+from v4jax.datasets.source import open_source
 from v4jax.errors import InputError
 from v4jax.train import loop, metrics, placement
 from v4jax.train.checkpoints import Checkpoints
@@ -147,19 +149,22 @@ def test_killed_on_four_devices_it_ends_the_same(text, tmp_path):
 
 
 def test_sigterm_saves_and_the_run_goes_on(whole, text, tmp_path, monkeypatch):
+    config = dataclasses.replace(get_config(text), checkpoint_every=STEPS)
     write = metrics.Metrics.write
 
     def write_and_stop(self, line):
         write(self, line)
-        if line["step"] == 5:
+        if line["step"] == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Metrics, "write", write_and_stop)
-        result = loop.train(get_config(text), tmp_path)
-    assert (result.step, result.stopped) == (5, True)
-    assert (tmp_path / "checkpoints" / "5").is_dir() and not (tmp_path / "model").exists()
-    assert loop.train(get_config(text), tmp_path).step == STEPS
+        result = loop.train(config, tmp_path)
+    # Step 2 had begun when the figures of step 1 were read.
+    assert (result.step, result.stopped) == (2, True)
+    assert [line["step"] for line in metrics.read(tmp_path)] == [1, 2]
+    assert (tmp_path / "checkpoints" / "2").is_dir() and not (tmp_path / "model").exists()
+    assert loop.train(config, tmp_path).step == STEPS
     assert_same(whole, tmp_path)
 
 
@@ -168,13 +173,18 @@ def test_a_run_that_is_complete_does_nothing(whole, text):
     assert (result.step, result.last) == (STEPS, {})
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step(text, tmp_path):
-    config = get_config(text)
+@pytest.mark.parametrize("every", [2, STEPS], ids=["saved_there", "next_step_begun"])
+def test_a_loss_that_is_not_finite_stops_with_its_step(text, tmp_path, every):
+    config = dataclasses.replace(get_config(text), checkpoint_every=every)
     wild = dataclasses.replace(config, schedule=Schedule(1e30, 1e30, warm_up=0, decay=0))
     with pytest.raises(InputError, match=r"at step 2, with learning rate 1e\+30; its batch is in"):
         loop.train(wild, tmp_path)
     batch = np.load(tmp_path / "nonfinite_step_2.npz")
-    assert batch["tokens_BT"].shape == (2, 32)
+    source = open_source(config.data, config.model, tmp_path / "tokenizer.json")
+    wanted = rows.take(source.rows_of(None), range(2, 4), 0, 32, 1)
+    np.testing.assert_array_equal(batch["tokens_BT"], wanted.ids[:, :-1])
+    assert [line["step"] for line in metrics.read(tmp_path)] == [1]
+    assert not (tmp_path / "checkpoints" / "2").exists()
     # Nothing is lost: with a lower rate the same directory trains on.
     assert loop.train(config, tmp_path, steps=2).step == 2
 

@@ -15,7 +15,6 @@ import functools
 import json
 import math
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +156,7 @@ def _run(run: _Run) -> Result:
             for line in _steps_of(run, stage, done):
                 last, done = line, line["step"]
                 _show(bar, line)
-                every = run.config.checkpoint_every
-                if done % every == 0 or done == run.steps or run.signals.stop:
+                if done % run.config.checkpoint_every == 0:
                     _save(run, done)
                     saved = done
     if done != saved:
@@ -171,7 +169,12 @@ def _run(run: _Run) -> Result:
 
 
 def _steps_of(run: _Run, number: int, done: int):
-    """The steps of one stage from `done` on; yields a line for each when its figures are here."""
+    """The steps of one stage from `done` on; yields a line for each when its figures are here.
+
+    A step is started before the figures of the one before are read, and its batch is made while
+    that one computes: the device does not wait for the host. It does where the state of just that
+    step is asked for, which the next one would use up.
+    """
     config, stage = run.config, run.config.stages[number]
     model = _model(config, stage)
     step = jax.jit(
@@ -181,34 +184,44 @@ def _steps_of(run: _Run, number: int, done: int):
     )
     evaluator = evaluate.evaluator(config, stage, model, run.source)
     rows = run.source.rows_of(stage.documents)
-    tokens = stage.batch * stage.length
-    flops = metrics.step_flops(config.model, tokens, stage.length)
-    with jax.transfer_guard("allow"):
-        peak, _ = metrics.peak_flops()
-    program, tick = None, time.perf_counter()
-    while done < run.steps and config.place(done)[0] == number and not run.signals.stop:
+    clock = metrics.Clock(config.model, stage.batch * stage.length, stage.length)
+    program, ahead = None, None
+    while done < run.steps and config.place(done)[0] == number:
         batch = _load(config, rows, number, config.place(done)[1], model.sharding)
         rates = placement.put_everywhere(model.sharding, _rates(config, stage, done))
         inputs = placement.put_batch(model.sharding, batch, stage.batch), rates
+        run.signals.share()
+        if run.signals.stop:
+            break
         if program is None:  # before the clock of the first step begins
             program = step.lower(run.state, *inputs).compile()
             processes.compiled()
             host_memory.forget_traces()
-            tick = time.perf_counter()
+            clock.start()
         run.state, noted = program(run.state, *inputs)
-        noted = {k: float(v) for k, v in jax.device_get(noted).items()}
-        tick, seconds = time.perf_counter(), time.perf_counter() - tick
         done += 1
-        line = {"step": done, **noted, "tokens_per_second": tokens / seconds}
-        line |= {"mfu": flops / seconds / peak, "seconds": seconds, "length": stage.length}
-        _check_finite(run, line, batch)
-        if config.evaluate_every and done % config.evaluate_every == 0:
-            line |= evaluator(run.state)
-            tick = time.perf_counter()
-        if run.metrics and (done % config.log_every == 0 or done == run.steps):
-            run.metrics.write(line)
-        run.signals.share()
-        yield line
+        before, ahead = ahead, (done, noted, batch)
+        if before is not None:
+            yield _line(run, clock, *before)
+        evaluates = config.evaluate_every and done % config.evaluate_every == 0
+        if evaluates or done % config.checkpoint_every == 0:
+            yield _line(run, clock, *ahead, evaluator if evaluates else None)
+            ahead = None
+    if ahead is not None:
+        yield _line(run, clock, *ahead)
+
+
+def _line(run, clock, step, noted, batch, evaluator=None):
+    """What is known of a step once it is done; written down where it is to be."""
+    noted = {k: float(v) for k, v in jax.device_get(noted).items()}
+    line = {"step": step, **noted, **clock.tick()}
+    _check_finite(run, line, batch)
+    if evaluator is not None:
+        line |= evaluator(run.state)
+        clock.start()
+    if run.metrics and (step % run.config.log_every == 0 or step == run.steps):
+        run.metrics.write(line)
+    return line
 
 
 def step_config(config: TrainConfig, stage: Stage) -> StepConfig:

@@ -128,6 +128,32 @@ def _crc_table():
     return table
 
 
+class Clock:
+    """How quickly steps of one size follow one another.
+
+    Args:
+      tokens: of a step, in rows of `length`.
+    """
+
+    def __init__(self, config: ModelConfig, tokens: int, length: int):
+        self._tokens, self._length = tokens, length
+        with jax.transfer_guard("allow"):
+            self._at_peak = step_flops(config, tokens, length) / peak_flops()[0]
+        self.start()
+
+    def start(self) -> None:
+        """A step begins now; without it, where the one before ended."""
+        self._begin = time.perf_counter()
+
+    def tick(self) -> dict[str, float]:
+        """Figures of the step that ends now."""
+        begin = self._begin
+        self.start()
+        seconds = self._begin - begin
+        speed = {"tokens_per_second": self._tokens / seconds, "mfu": self._at_peak / seconds}
+        return speed | {"seconds": seconds, "length": self._length}
+
+
 def step_flops(config: ModelConfig, tokens: int, length: int) -> float:
     """Operations of a training step: forward and twice that backward, nothing computed again."""
     parts = accounting.flops_per_token(config, length // 2, accounting.ONE_EACH)

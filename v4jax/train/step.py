@@ -77,7 +77,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """The state after a step on a batch, and scalars to note down."""
     gradients, noted = accumulate(model, config, state, batch, rates)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     if config.clip is not None:
         factor = jnp.minimum(1.0, config.clip / jnp.maximum(norm, 1e-30))
         gradients = jax.tree.map(lambda g: factor * g, gradients)
