@@ -190,7 +190,7 @@ def _steps_of(run: _Run, number: int, done: int):
         batch = _load(config, rows, number, config.place(done)[1], model.sharding)
         rates = placement.put_everywhere(model.sharding, _rates(config, stage, done))
         inputs = placement.put_batch(model.sharding, batch, stage.batch), rates
-        run.signals.share()
+        run.signals.share()  # all processes end before the same step
         if run.signals.stop:
             break
         if program is None:  # before the clock of the first step begins
@@ -325,10 +325,10 @@ def _show(bar, line):
 
 
 class _Signals:
-    """SIGTERM and SIGINT end the loop after the step at hand; a second one ends the process.
+    """SIGTERM and SIGINT end the loop after the step in flight; a second one ends the process.
 
-    Of several processes one may have its signal a step before another: all stop after the step in
-    which the first of them has it.
+    Of several processes one may have its signal a step before another: all begin no other step once
+    the first of them has it.
     """
 
     caught = stop = False
