@@ -156,7 +156,7 @@ def _run(run: _Run) -> Result:
             for line in _steps_of(run, stage, done):
                 last, done = line, line["step"]
                 _show(bar, line)
-                if done % run.config.checkpoint_every == 0:
+                if _saves(run.config, done):
                     _save(run, done)
                     saved = done
     if done != saved:
@@ -204,11 +204,16 @@ def _steps_of(run: _Run, number: int, done: int):
         if before is not None:
             yield _line(run, clock, *before)
         evaluates = config.evaluate_every and done % config.evaluate_every == 0
-        if evaluates or done % config.checkpoint_every == 0:
+        if evaluates or _saves(config, done):
             yield _line(run, clock, *ahead, evaluator if evaluates else None)
             ahead = None
     if ahead is not None:
         yield _line(run, clock, *ahead)
+
+
+def _saves(config, step):
+    """Whether the state after this step is kept: the next one waits for it."""
+    return step % config.checkpoint_every == 0
 
 
 def _line(run, clock, step, noted, batch, evaluator=None):
