@@ -47,7 +47,7 @@ def test_indices_and_back(entries, share):
         (chosen,) = np.nonzero(mask[row])
         wanted[row][: len(chosen)] = chosen
     word = membership.pack(jnp.asarray(mask))
-    np.testing.assert_array_equal(membership.to_indices(word, most), wanted)
+    np.testing.assert_array_equal(membership.to_indices(word, most, entries), wanted)
     back = membership.from_indices(jnp.asarray(wanted), entries)
     np.testing.assert_array_equal(back, word)
 
@@ -55,5 +55,5 @@ def test_indices_and_back(entries, share):
 def test_indices_beyond_topk_are_left_out():
     mask = jnp.array([[[True, False, True, True]]])
     word = membership.pack(mask)
-    assert membership.to_indices(word, 2).tolist() == [[[0, 2]]]
-    assert membership.to_indices(word, 5).tolist() == [[[0, 2, 3, -1, -1]]]
+    assert membership.to_indices(word, 2, 4).tolist() == [[[0, 2]]]
+    assert membership.to_indices(word, 5, 4).tolist() == [[[0, 2, 3, -1, -1]]]

@@ -52,9 +52,9 @@ def from_indices(chosen_BTK: Int[Array, "b t k"], entries: int) -> UInt32[Array,
     return zero.at[b, t, index].add(bit, mode="drop")
 
 
-def to_indices(member_BTW: UInt32[Array, "b t w"], topk: int) -> Int[Array, "b t k"]:
-    """The first `topk` chosen entries of each query, ascending, -1 after the last."""
-    return indices_of(unpack(member_BTW, member_BTW.shape[2] * BITS), topk)
+def to_indices(member_BTW: UInt32[Array, "b t w"], topk: int, entries: int) -> Int[Array, "b t k"]:
+    """The first `topk` chosen of so many entries, of each query, ascending; -1 after the last."""
+    return indices_of(unpack(member_BTW, entries), topk)
 
 
 def indices_of(mask_BTC: Bool[Array, "b t c"], topk: int) -> Int[Array, "b t k"]:

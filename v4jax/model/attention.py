@@ -103,7 +103,8 @@ class Attention(nn.Module):
             keys |= choice
         o, lse = self._attend(q, keys, self._in_parts(cache))
         if self.spec.attention == "csa" and "indexer_loss" in context.aux:
-            chosen, seen = _indices(choice), jnp.where(context.real, high, low)
+            chosen = _indices(choice, index_keys.shape[1])
+            seen = jnp.where(context.real, high, low)
             if chosen is not None:
                 chosen = jnp.where(context.real[..., None], chosen, -1)
             paid = Paid(q, lse, flat(entries), low, seen, chosen)
@@ -239,7 +240,7 @@ class Attention(nn.Module):
             choice = {"chosen_BTK": own}
         else:
             choice = self.indexer.choose(*places, topk)
-            chosen = _indices(choice) if "chosen" in wanted else None
+            chosen = _indices(choice, count) if "chosen" in wanted else None
         return choice, aux | ({"chosen": chosen} if "chosen" in wanted else {})
 
     def _output(self, o, turn):
@@ -253,10 +254,10 @@ class Attention(nn.Module):
         return self.wo_b("btx,dx->btd", z.reshape(*z.shape[:2], -1))
 
 
-def _indices(choice):
-    """A choice as indices [B,T,K]; None for all visible entries."""
+def _indices(choice, entries):
+    """A choice among so many entries as indices [B,T,K]; None for all visible ones."""
     if "member_BTW" in choice:
-        return membership.to_indices(choice["member_BTW"], choice["topk"])
+        return membership.to_indices(choice["member_BTW"], choice["topk"], entries)
     return choice.get("chosen_BTK")
 
 

@@ -118,9 +118,10 @@ def indexer_topk(
     return dispatch.run("indexer_topk", implementation, functions, _refuse, *args)
 
 
-def _indices(member, *args, topk, chain, interpret):
+def _indices(member, q_BTIZ, weight_BTI, keys_BCZ, *bounds, topk, chain, interpret):
+    args = q_BTIZ, weight_BTI, keys_BCZ, *bounds
     word = member(*args, topk=topk, chain=chain, interpret=interpret)
-    return membership.to_indices(word, topk)
+    return membership.to_indices(word, topk, keys_BCZ.shape[1])
 
 
 def _check(q_BTIZ, keys_BCZ):

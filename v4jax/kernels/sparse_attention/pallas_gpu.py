@@ -105,7 +105,7 @@ def _prepare(plan, tile, q_BTNH, window_BSH, entries_BCH, places):
     if plan.topk:
         chosen = places.chosen
         if chosen is None:
-            chosen = membership.to_indices(places.member, plan.topk)
+            chosen = membership.to_indices(places.member, plan.topk, entries_BCH.shape[1])
         missing = -chosen.shape[2] % tile.keys
         chosen = jnp.pad(chosen, ((0, 0), (0, 0), (0, missing)), constant_values=-1)
     return q, keys(window_BSH), keys(entries_BCH), bounds, chosen

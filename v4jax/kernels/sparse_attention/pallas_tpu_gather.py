@@ -85,7 +85,7 @@ def forward(plan, sizes, interpret, q_BTNH, sink_N, window_BSH, entries_BCH, pla
     sources = _sources(entries_BCH, dtype, pad_h)
     chosen = places.chosen
     if chosen is None:
-        chosen = membership.to_indices(places.member, plan.topk)
+        chosen = membership.to_indices(places.member, plan.topk, entries_BCH.shape[1])
     chosen = jnp.pad(chosen, ((0, 0), (0, 0), (0, -chosen.shape[2] % chunk)), constant_values=-1)
     chunks = chosen.shape[2] // chunk
     chosen = chosen.reshape(batch, length, chunks, chunk)

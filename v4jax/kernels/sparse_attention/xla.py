@@ -131,16 +131,18 @@ def _gathers(plan, entries_BCH):
     return 0 < plan.topk * MASKED_ENTRIES_PER_CHOICE < entries_BCH.shape[1]
 
 
-def _indices(plan, here):
-    """The chosen entries [B,Q,K] in whichever form the choice came."""
+def _indices(plan, here, entries):
+    """The chosen of so many entries [B,Q,K] in whichever form the choice came."""
     if here.member is None:
         return here.chosen
-    return membership.to_indices(here.member, plan.topk)
+    return membership.to_indices(here.member, plan.topk, entries)
 
 
 def _absorb_entries(plan, carry, q, entries_BCH, here):
     if _gathers(plan, entries_BCH):
-        return _absorb_gathered(plan, carry, q, entries_BCH, _indices(plan, here))
+        return _absorb_gathered(
+            plan, carry, q, entries_BCH, _indices(plan, here, entries_BCH.shape[1])
+        )
     picked, low, high = _picked(here, entries_BCH.shape[1]), here.low, here.high
 
     def tile(index, carry):
@@ -268,7 +270,7 @@ def _add_rows(total, rows, begin):
 
 def _entry_grads(plan, dq, q, entries_BCH, here, row, dentries):
     if _gathers(plan, entries_BCH):
-        chosen = _indices(plan, here)
+        chosen = _indices(plan, here, entries_BCH.shape[1])
         return _gathered_grads(plan, dq, q, entries_BCH, chosen, row, dentries)
     picked, low, high = _picked(here, entries_BCH.shape[1]), here.low, here.high
     size = _tile_size(entries_BCH.shape[1])
