@@ -35,6 +35,22 @@ def test_sums_of_outer_products():
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("sizes", [(37, 12, 53), (37, 53, 12)])
+def test_rows_times_a_matrix(sizes):
+    """With gradients, beside automatic differentiation."""
+    n, d, f = sizes
+    x, w, g = draw((n, d), (f, d), (n, f))
+
+    def of(function):
+        out, backward = jax.vjp(function, x, w)
+        return out, *backward(g)
+
+    found = jax.jit(lambda: of(products.by_rows))()
+    wanted = jax.jit(lambda: of(lambda x, w: jnp.dot(x, w.T)))()
+    for mine, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_of_a_norm(dtype):
     """Beside automatic differentiation of the same formula."""

@@ -39,6 +39,26 @@ def outer(a: Float[Array, "n v"], b: Float[Array, "n d"]) -> Float[Array, "v d"]
     )
 
 
+@jax.custom_vjp
+def by_rows(x: Float[Array, "n d"], w: Float[Array, "f d"]) -> Float[Array, "n f"]:
+    """x w^T in float32; the gradient of w is an `outer`."""
+    return jnp.einsum("nd,fd->nf", x, w)
+
+
+def _by_rows_forward(x, w):
+    return by_rows(x, w), (x, w)
+
+
+def _by_rows_backward(saved, dy):
+    x, w = saved
+    wide, narrow = (dy, x) if w.shape[0] >= w.shape[1] else (x, dy)
+    dw = outer(wide, narrow)
+    return jnp.dot(dy, w), dw if wide is dy else dw.T
+
+
+by_rows.defvjp(_by_rows_forward, _by_rows_backward)
+
+
 def _sum(equation, axis, a, b):
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     product = functools.partial(jnp.einsum, equation, precision=jax.lax.Precision.HIGHEST)

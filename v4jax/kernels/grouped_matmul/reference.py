@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from v4jax import quant
+from v4jax import products, quant
 from v4jax.kernels.quantized_matmul import api as quantized_matmul
 
 
@@ -14,6 +14,8 @@ def matmul(x, w, rounding):
         x = quant.fake_quant_e4m3(x, 128)
     if isinstance(w, quant.QTensor):
         y = quantized_matmul.einsum("xd,fd->xf", x.astype(dtype), w)
+    elif x.dtype == w.dtype == dtype == "float32":
+        y = products.by_rows(x, w)
     else:
         y = jnp.einsum(
             "xd,fd->xf", x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
