@@ -22,7 +22,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from v4jax.cli import huge_pages
+from v4jax.cli import cpu_settings
 
 LENGTHS = flags.DEFINE_list("lengths", ["256", "1024", "4096", "16384"], "Tokens of a step.")
 VOCAB = flags.DEFINE_integer("vocab", 4096, "Vocabulary.")
@@ -136,7 +136,8 @@ def theirs(length, vocab):
 def measure(side, length):
     """Prints seconds a step and peak memory of one side, in this process."""
     if side == "ours":
-        huge_pages.start_again()  # as `v4jax train` does
+        cpu_settings.compile_for_training()  # as `v4jax train` does
+        cpu_settings.start_again_with_huge_pages()
     run = {"ours": ours, "theirs": theirs}[side](length, VOCAB.value)
     run()
     run()

@@ -124,11 +124,25 @@ def kill_at_random(child, workdir):
     child.wait()
 
 
-def test_killed_at_a_random_step_it_ends_the_same(whole, text, tmp_path):
-    kill_at_random(command_line(text, tmp_path), tmp_path)
-    assert loop.train(get_config(text), tmp_path).step == STEPS
-    assert_same(whole, tmp_path)
-    assert [line["step"] for line in metrics.read(tmp_path)] == list(range(1, STEPS + 1))
+def test_killed_at_a_random_step_it_ends_the_same(text, tmp_path):
+    paths = [tmp_path / "whole", tmp_path / "killed"]
+    for path in paths:
+        path.mkdir()
+    assert command_line(text, paths[0]).wait() == 0
+    kill_at_random(command_line(text, paths[1]), paths[1])
+    assert command_line(text, paths[1]).wait() == 0
+    assert_same(*paths)
+    for path in paths:
+        assert [line["step"] for line in metrics.read(path)] == list(range(1, STEPS + 1))
+
+
+def test_flags_that_train_adds_change_nothing_but_the_rounding(whole, text, tmp_path):
+    """`whole` is a run in this process, without them."""
+    assert command_line(text, tmp_path).wait() == 0
+    for mine, theirs in zip(metrics.read(tmp_path), metrics.read(whole), strict=True):
+        for name in ("loss", "grad_norm", "held_out"):
+            if name in theirs:
+                np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-4, err_msg=name)
 
 
 def test_killed_on_four_devices_it_ends_the_same(text, tmp_path):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from v4jax.cli import huge_pages
+from v4jax.cli import cpu_settings
 from v4jax.errors import InputError
 
 FLAGS = flags.FLAGS
@@ -29,6 +29,7 @@ class Subcommand:
     """What help says of a subcommand; `arguments` are those that are not flags.
 
     huge_pages: it runs a model's programs, which are quicker with them on a CPU.
+    trains: some of those are training steps.
     """
 
     module: str
@@ -36,6 +37,7 @@ class Subcommand:
     example: str
     arguments: tuple[str, ...] = ()
     huge_pages: bool = False
+    trains: bool = False
 
 
 SUBCOMMANDS = {
@@ -71,6 +73,7 @@ SUBCOMMANDS = {
         "Train a model; run again, it goes on. --config.KEY=VALUE sets any field of the config.",
         "v4jax train --config configs/train_tiny.py --workdir run --config.schedule.peak=3e-3",
         huge_pages=True,
+        trains=True,
     ),
     "plot": Subcommand(
         "v4jax.cli.plot",
@@ -100,8 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in SUBCOMMANDS:
         expected = ", ".join(SUBCOMMANDS)
         return _complain("v4jax", f"there is no command {name!r}; expected one of {expected}")
+    if argv is None and SUBCOMMANDS[name].trains:
+        cpu_settings.compile_for_training()
     if argv is None and SUBCOMMANDS[name].huge_pages:
-        huge_pages.start_again()
+        cpu_settings.start_again_with_huge_pages()
     return _run(name, rest)
 
 

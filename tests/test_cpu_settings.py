@@ -1,4 +1,4 @@
-"""A command starts itself again, once, with huge pages."""
+"""A command starts itself again, once, with huge pages; training has flags of its own."""
 
 import json
 import os
@@ -7,20 +7,20 @@ import sys
 
 import pytest
 
-from v4jax.cli import huge_pages
+from v4jax.cli import cpu_settings
 
 SCRIPT = """
 import json, os, sys
 print("begun", flush=True)
-from v4jax.cli import huge_pages
-huge_pages.start_again()
+from v4jax.cli import cpu_settings
+cpu_settings.start_again_with_huge_pages()
 print(json.dumps([sys.argv[1:], os.environ["GLIBC_TUNABLES"], os.getpid()]))
 """
 
 
 def begin(**environment):
     """What a script that asks for huge pages prints, and its process."""
-    inherited = {k: v for k, v in os.environ.items() if k != huge_pages.VARIABLE}
+    inherited = {k: v for k, v in os.environ.items() if k != cpu_settings.VARIABLE}
     command = [sys.executable, "-c", SCRIPT, "--flag", "two words"]
     process = subprocess.Popen(
         command, env=inherited | environment, stdout=subprocess.PIPE, text=True
@@ -53,7 +53,8 @@ def test_a_setting_of_the_users_own_stays():
 @pytest.mark.parametrize("command", ["train", "generate"])
 def test_commands_that_run_programs_ask_for_them(command):
     """As the system sees it: this process's environment when it began."""
-    inherited = {k: v for k, v in os.environ.items() if k != huge_pages.VARIABLE}
+    ours = (cpu_settings.VARIABLE, cpu_settings.XLA_VARIABLE)
+    inherited = {k: v for k, v in os.environ.items() if k not in ours}
     watch = (
         "import importlib, v4jax.cli.main as m\n"
         "def show(name):\n"
@@ -66,3 +67,15 @@ def test_commands_that_run_programs_ask_for_them(command):
         [sys.executable, "-c", watch, command], env=inherited, capture_output=True, text=True
     )
     assert "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in done.stdout
+    flags = (f"{flag}={value}" for flag, value in cpu_settings.TRAINING_FLAGS.items())
+    assert all((flag in done.stdout) == (command == "train") for flag in flags)
+
+
+def test_flags_of_the_users_own_stay(monkeypatch):
+    own = "--xla_cpu_enable_concurrency_optimized_scheduler=true"
+    monkeypatch.setenv("XLA_FLAGS", own)
+    cpu_settings.compile_for_training()
+    added = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true"
+    assert os.environ["XLA_FLAGS"] == f"{own} {added}"
+    cpu_settings.compile_for_training()
+    assert os.environ["XLA_FLAGS"] == f"{own} {added}"
