@@ -86,11 +86,10 @@ def backward(x_XD, gate_X, group_sizes_E, weights, dy_XD, *, limit, rounding):
 
 
 def _piece_sizes(rows, groups, parts):
-    """Up to twice the mean group, in even steps of a part of it."""
-    mean = -(-rows // groups)
-    step = ALIGNED * -(-mean // (parts * ALIGNED))
-    most = min(2 * mean, LONGEST, rows)
-    return tuple(range(step, most + step, step))
+    """Even steps, of a part of the mean group, up to twice it; about LONGEST at most."""
+    typical = min(-(-rows // groups), LONGEST // 2)
+    step = ALIGNED * -(-typical // (parts * ALIGNED))
+    return tuple(range(step, min(2 * typical, rows) + step, step))
 
 
 def _pad_rows(arrays, pieces):
