@@ -73,8 +73,8 @@ def backward(x_XD, gate_X, group_sizes_E, weights, dy_XD, *, limit, rounding):
             px, pgate = jax.vjp(lambda x, gate: run(x, gate, expert), x, gate)[1](dy)
         return _put(dx, px, piece), _put(dgate, pgate, piece), dstacks
 
-    zeros = [jnp.zeros(w.shape, jnp.float32) for w in stacks] if trained else None
-    carry = (jnp.zeros_like(inputs[0]), jnp.zeros_like(inputs[1]), zeros and tuple(zeros))
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), stacks) if trained else None
+    carry = (jnp.zeros_like(inputs[0]), jnp.zeros_like(inputs[1]), zeros)
     take = functools.partial(_expert, stacks)
     dx, dgate, dstacks = _walk(group_sizes_E, rows, pieces, take, inputs, step, carry)
     if not trained:

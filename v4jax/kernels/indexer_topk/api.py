@@ -110,7 +110,9 @@ def indexer_topk(
     if topk == 0:
         return jnp.zeros((*low_BT.shape, 0), jnp.int32)
     from_member = {
-        name: functools.partial(_indices, MEMBER[name], topk=topk, chain=chain)
+        name: functools.partial(
+            _indices, MEMBER[name], entries=keys_BCZ.shape[1], topk=topk, chain=chain
+        )
         for name in set(MEMBER) - set(INDICES)
     }
     functions = _with(INDICES, topk=topk, chain=chain) | from_member
@@ -118,10 +120,9 @@ def indexer_topk(
     return dispatch.run("indexer_topk", implementation, functions, _refuse, *args)
 
 
-def _indices(member, q_BTIZ, weight_BTI, keys_BCZ, *bounds, topk, chain, interpret):
-    args = q_BTIZ, weight_BTI, keys_BCZ, *bounds
+def _indices(member, *args, entries, topk, chain, interpret):
     word = member(*args, topk=topk, chain=chain, interpret=interpret)
-    return membership.to_indices(word, topk, keys_BCZ.shape[1])
+    return membership.to_indices(word, topk, entries)
 
 
 def _check(q_BTIZ, keys_BCZ):
