@@ -98,7 +98,7 @@ def _in_waves(one, waves, *tokens):
 def _all_here(x_XD, chosen_XK, weights_XK, experts, ffn):
     """One device: every row has its expert here."""
     expert_R = chosen_XK.reshape(-1)
-    places = _sorted(expert_R, chosen_XK.shape)
+    places = _sorted(expert_R, experts, chosen_XK.shape)
     sizes_E = jnp.zeros(experts, jnp.int32).at[expert_R].add(1)
     y_RD = ffn(_spread(x_XD, places), _rows(weights_XK, places), sizes_E)
     return _combine(y_RD, places, "float32")
@@ -118,7 +118,7 @@ def _tokens_everywhere(shards, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
     # Rows of other shards' experts go behind the last.
     expert_R = jnp.where((expert_R >= 0) & (expert_R < here), expert_R, here)
     sizes_E = jnp.zeros(here, jnp.int32).at[expert_R].add(1, mode="drop")
-    places = _sorted(expert_R, chosen_XK.shape)._replace(total=sizes_E.sum())
+    places = _sorted(expert_R, here + 1, chosen_XK.shape)._replace(total=sizes_E.sum())
     y_RD = ffn(_spread(x_XD, places), _rows(weights_XK, places), sizes_E)
     y_XD = _combine(y_RD, places, "float32")
     if axes:
@@ -129,7 +129,7 @@ def _tokens_everywhere(shards, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
 def _to_their_experts(shards, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
     """Rows to the shards of their experts by all-to-all, and back."""
     expert_R = chosen_XK.reshape(-1)
-    places = _sorted(expert_R, chosen_XK.shape)
+    places = _sorted(expert_R, experts, chosen_XK.shape)
     counts_E = jnp.zeros(experts, jnp.int32).at[expert_R].add(1)
     exchange, counts_SE, passed = plan_exchange(shards, axes, counts_E, chosen_XK.shape)
     here = _by_expert(counts_SE, exchange.rows_there)
@@ -155,9 +155,15 @@ class _Places(NamedTuple):
     total: jax.Array | None = None
 
 
-def _sorted(key_R, shape):
-    """Places that sort rows by `key_R`, equal ones in their old order."""
-    source_R = jnp.argsort(key_R, stable=True)
+def _sorted(key_R, keys, shape):
+    """Places that sort rows by `key_R`, of 0 <= key < keys, equal ones in their old order."""
+    rows = key_R.size
+    if keys * rows <= 1 << 32:
+        # Key and row in one number: to sort one array takes a CPU a quarter of the time of two.
+        key_and_row_R = key_R.astype(jnp.uint32) * rows + jnp.arange(rows, dtype=jnp.uint32)
+        source_R = (jnp.sort(key_and_row_R) % rows).astype(jnp.int32)
+    else:
+        source_R = jnp.argsort(key_R, stable=True)
     row_R = jnp.zeros_like(source_R).at[source_R].set(jnp.arange(source_R.size))
     return _Places(source_R, row_R.reshape(shape))
 

@@ -88,17 +88,24 @@ def _outside_forward(logits_MMT, iterations, eps):
 
 
 def _outside_backward(iterations, eps, logits_MMT, dout_MMT):
+    """From the last round to the first. All rounds' r and c [iterations, M, T] are computed again.
+
+    The loops read them where they stand: carried from round to round, each would be copied.
+    """
     a_MMT = _begin(logits_MMT, eps)
+    start = jnp.ones((iterations, *a_MMT.shape[1:]), a_MMT.dtype)
 
-    def again(rc, _):
-        return _scale(a_MMT, *rc, eps), rc
+    def again(k, history):
+        new = _scale(a_MMT, *_at(history, k - 1), eps)
+        return jax.tree.map(lambda x, row: x.at[k].set(row), history, new)
 
-    (r, c), saved = jax.lax.scan(again, _ones(a_MMT), length=iterations - 1)
+    history = jax.lax.fori_loop(1, iterations, again, (start, start))
 
-    def step(carry, before):
-        """From the gradients after a round to those before it; `before` are its r and c."""
-        dr, dc, da, r, c = carry
-        r_before, c_before = before
+    def step(back, carry):
+        """From the gradients after round k to those before it."""
+        dr, dc, da = carry
+        k = iterations - 1 - back
+        (r, c), (r_before, c_before) = _at(history, k), _at(history, k - 1)
         # c = c_before / s with s = c_before (A^T r) + eps: dc/dc_before = eps / s^2, and
         # d(A^T r) = -c^2 dc. The same for r.
         dsum = -dc * c * c
@@ -109,18 +116,21 @@ def _outside_backward(iterations, eps, logits_MMT, dout_MMT):
         dr = dr * eps * (r / r_before) ** 2
         da = da + dsum[:, None] * c_before[None]
         dc = dc + _times_transposed(a_MMT, dsum)
-        return (dr, dc, da, r_before, c_before), None
+        return dr, dc, da
 
+    r, c = _at(history, iterations - 1)
     weighed = dout_MMT * a_MMT
     carry = (
         _times(weighed, c),
         _times_transposed(weighed, r),
         dout_MMT * r[:, None] * c[None],
-        r,
-        c,
     )
-    (_, _, da_MMT, _, _), _ = jax.lax.scan(step, carry, saved, reverse=True)
+    *_, da_MMT = jax.lax.fori_loop(0, iterations - 1, step, carry)
     return (_begin_backward(logits_MMT, da_MMT, eps),)
+
+
+def _at(history, k):
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, k, keepdims=False), history)
 
 
 outside.defvjp(_outside_forward, _outside_backward)

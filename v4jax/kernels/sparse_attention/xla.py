@@ -18,7 +18,8 @@ from v4jax.kernels.sparse_attention import query_blocks, stored
 from v4jax.kernels.sparse_attention.entries import flat, take
 from v4jax.kernels.sparse_attention.stored import StoredRows
 
-QUERY_BLOCK = 128
+# Queries of a block, twice the window between these: a block of b meets b + window - 1 rows of it.
+QUERY_BLOCKS = (32, 128)
 ENTRY_TILES = (128, 512)
 # Masked tiles beat gathered rows while there are at most this many entries for each chosen one.
 MASKED_ENTRIES_PER_CHOICE = 4
@@ -29,7 +30,7 @@ def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
     """See api.sparse_attention: out [B,T,N,H] of q's dtype and log-sum-exp [B,T,N]."""
     length = q_BTNH.shape[1]
     q, window, entries, places = _pad(plan, q_BTNH, window_BSH, flat(entries_BCH), places)
-    block = min(QUERY_BLOCK, length)
+    block = _block(plan, length)
 
     def run(index):
         q_block, start, here = _take_block(block, index, q, places)
@@ -51,10 +52,17 @@ def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
     return out[:, :length], lse[:, :length]
 
 
+def _block(plan, length):
+    """How many queries there are in a block; without a window, the most."""
+    smallest, largest = QUERY_BLOCKS
+    best = min(max(2 * plan.window, smallest), largest) if plan.window else largest
+    return min(best, length)
+
+
 def _pad(plan, q_BTNH, window_BSH, entries_BCH, places):
     """Whole blocks of queries, windows that begin inside the rows, whole tiles of entries."""
     length = q_BTNH.shape[1]
-    padding = -length % min(QUERY_BLOCK, length)
+    padding = -length % _block(plan, length)
     pad = functools.partial(query_blocks.pad, after=padding)
     first = places.first
     if window_BSH is not None:
@@ -218,7 +226,7 @@ def backward(plan, q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout):
     """dq, d(window rows) and d(entries), each of its array's dtype (None for an absent one)."""
     length = q_BTNH.shape[1]
     q, window, entries, places = _pad(plan, q_BTNH, window_BSH, entries_BCH, places)
-    block = min(QUERY_BLOCK, length)
+    block = _block(plan, length)
     row = [
         query_blocks.pad(x.astype(jnp.float32), after=-length % block) for x in (dout, delta, lse)
     ]
