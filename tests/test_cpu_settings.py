@@ -72,7 +72,7 @@ def test_commands_that_run_programs_ask_for_them(command):
 
 
 def test_flags_of_the_users_own_stay(monkeypatch):
-    own = "--xla_cpu_enable_concurrency_optimized_scheduler=true"
+    own = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_CONCURRENCY_OPTIMIZED"
     monkeypatch.setenv("XLA_FLAGS", own)
     cpu_settings.compile_for_training()
     added = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true"

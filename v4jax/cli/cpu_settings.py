@@ -11,7 +11,7 @@ XLA_VARIABLE = "XLA_FLAGS"
 # nothing, where most are too small for a second core, and holds more.
 TRAINING_FLAGS = {
     "--xla_backend_extra_options": "xla_cpu_use_multi_output_fusion=true",
-    "--xla_cpu_enable_concurrency_optimized_scheduler": "false",
+    "--xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 }
 
 
