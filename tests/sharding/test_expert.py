@@ -15,6 +15,7 @@ from tests.sharding import routing
 from v4jax import quant
 from v4jax.errors import InputError
 from v4jax.plan import hlo
+from v4jax.sharding import expert
 from v4jax.sharding.rules import Shards
 
 MESHES = [
@@ -76,6 +77,17 @@ def test_mesh_equals_one_device(strategy, sizes, inputs, expected):
 def test_waves(strategy, waves, inputs, expected):
     shards = routing.shards_on(strategy, data=2, expert=4, waves=waves)
     check(routing.with_gradients(shards), inputs, expected)
+
+
+def test_rows_are_sorted_alike_where_key_and_row_do_not_fit_one_number():
+    """The last key and row of 2^32 numbers, and one key more, which takes another sort."""
+    fitting = (1 << 32) // 64
+    key_R = jax.random.randint(jax.random.key(2), (64,), 0, 5).at[17].set(fitting - 1)
+    for keys in (fitting, fitting + 1):
+        places = jax.jit(expert._sorted, static_argnums=(1, 2))(key_R, keys, (16, 4))
+        order = np.argsort(np.asarray(key_R), kind="stable")
+        np.testing.assert_array_equal(places.source_R, order)
+        np.testing.assert_array_equal(places.row_XK.reshape(-1)[order], np.arange(64))
 
 
 def test_all_to_all_sums_in_the_same_order(inputs, expected):

@@ -18,7 +18,7 @@ from v4jax.kernels.sparse_attention import query_blocks, stored
 from v4jax.kernels.sparse_attention.entries import flat, take
 from v4jax.kernels.sparse_attention.stored import StoredRows
 
-# Queries of a block, twice the window between these: a block of b meets b + window - 1 rows of it.
+# A block is twice the window between these: b queries meet b + window - 1 of its rows, masked.
 QUERY_BLOCKS = (32, 128)
 ENTRY_TILES = (128, 512)
 # Masked tiles beat gathered rows while there are at most this many entries for each chosen one.
@@ -55,8 +55,8 @@ def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
 def _block(plan, length):
     """How many queries there are in a block; without a window, the most."""
     smallest, largest = QUERY_BLOCKS
-    best = min(max(2 * plan.window, smallest), largest) if plan.window else largest
-    return min(best, length)
+    queries = max(2 * plan.window, smallest) if plan.window else largest
+    return min(queries, largest, length)
 
 
 def _pad(plan, q_BTNH, window_BSH, entries_BCH, places):
