@@ -129,11 +129,12 @@ def _outside_backward(iterations, eps, logits_MMT, dout_MMT):
     return (_begin_backward(logits_MMT, da_MMT, eps),)
 
 
-def _at(history, k):
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, k, keepdims=False), history)
-
-
 outside.defvjp(_outside_forward, _outside_backward)
+
+
+def _at(history, k):
+    """r and c after k rounds."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, k, keepdims=False), history)
 
 
 def _round_backward(a_MMT, da_MMT, eps):
