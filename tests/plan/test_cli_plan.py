@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from tests.kernels import aot
+from v4jax.chips import CHIPS
 from v4jax.cli.main import main
-from v4jax.plan import topology
 
 
 def plan(capsys, *flags):
@@ -46,7 +46,7 @@ def test_json(decoded):
     terms = [found["seconds"][name] for name in ("compute", "memory", "interconnect")]
     assert found["seconds_estimate"] == max(terms) and min(terms) > 0
     assert found["compile_seconds"] > 0
-    assert found["per_device"]["capacity"] == topology.CHIPS["v5p"].memory
+    assert found["per_device"]["capacity"] == CHIPS["v5p"].memory
 
 
 @aot.needs_libtpu

@@ -7,9 +7,10 @@ import pytest
 
 import v4jax
 from v4jax import accounting
+from v4jax.chips import CHIPS
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
-from v4jax.plan import exchange, memory, roofline, topology, variables
+from v4jax.plan import exchange, memory, roofline, variables
 from v4jax.plan.hlo import Collective
 from v4jax.plan.job import Job, abstract_shards
 from v4jax.weights import tensor_table
@@ -155,7 +156,7 @@ def test_the_last_slice_of_a_sequence_has_the_most_work():
 
 
 def test_times_of_a_roofline():
-    chip = topology.CHIPS["v5p"]
+    chip = CHIPS["v5p"]
     gather = Collective("all-gather", 8, 8, ("fsdp",), 10, 2e9)
     time = roofline.times(chip, 459e12, 1.5, 2765e9, [gather])
     assert time.compute == pytest.approx(1.5)
@@ -165,7 +166,7 @@ def test_times_of_a_roofline():
 
 
 def test_a_group_across_nodes_goes_through_adapters():
-    chip = topology.CHIPS["h100"]
+    chip = CHIPS["h100"]
     inside = Collective("all-gather", 8, 8, ("fsdp",), 1, 1e9)
     across = dataclasses.replace(inside, span=16)
     ratio = roofline.interconnect_seconds(chip, across) / roofline.interconnect_seconds(

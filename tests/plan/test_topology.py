@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 
 from tests.kernels import aot
+from v4jax import chips
 from v4jax.errors import InputError
 from v4jax.plan import topology
 
@@ -27,6 +28,16 @@ def test_libtpu_describes_as_many(name):
 def test_the_cuda_plugin_describes_as_many():
     found = topology.parse("h100:2x8")
     assert len(found.devices) == 16
+
+
+@aot.needs_libtpu
+@aot.needs_cuda
+@pytest.mark.parametrize("chip", chips.CHIPS)
+def test_a_device_is_known_by_what_jax_calls_it(chip):
+    """MFU and block sizes go by that name: of one device, half a chip on tpu7x."""
+    kind = topology.parse(aot.SLICES[chip]).devices[0].device_kind
+    assert chips.named(kind) == chip
+    assert chips.peak_flops(kind) == chips.CHIPS[chip].flops
 
 
 @aot.needs_libtpu

@@ -11,6 +11,7 @@ import sys
 
 from absl import flags
 
+from v4jax.chips import CHIPS
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.named_configs import config_names, get_config
@@ -102,7 +103,7 @@ def _slices():
     from v4jax.plan import topology
 
     kind, colon, _ = FLAGS.topology.partition(":")
-    if kind in topology.CHIPS and not colon:
+    if kind in CHIPS and not colon:
         return topology.slices(kind)
     largest = topology.parse(FLAGS.topology)
     return [found for found in topology.slices(kind) if found.count <= largest.count]

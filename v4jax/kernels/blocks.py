@@ -14,6 +14,8 @@ from pathlib import Path
 
 import jax
 
+from v4jax import chips
+
 
 @dataclasses.dataclass(frozen=True)
 class SparseAttention:
@@ -109,8 +111,6 @@ TABLE: dict[str, Blocks] = {
     ),
 }
 
-_KINDS = {"v5 lite": "v5e", "v5e": "v5e", "v5": "v5p", "v6": "v6e", "7x": "tpu7x", "TPU7": "tpu7x"}
-
 
 def chip(platform: str) -> str:
     """The table's row for the chip that is compiled for: "tpu" or "cuda".
@@ -121,7 +121,7 @@ def chip(platform: str) -> str:
     kind = _device_kind(platform)
     if platform == "cuda":
         return "h100"
-    return next((name for part, name in _KINDS.items() if part in kind), "v5p")
+    return chips.named(kind) or "v5p"
 
 
 def _device_kind(platform):

@@ -13,11 +13,11 @@ import math
 from collections.abc import Sequence
 
 from v4jax import accounting
+from v4jax.chips import Chip
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.plan.hlo import Collective
 from v4jax.plan.job import Job
 from v4jax.plan.memory import Held
-from v4jax.plan.topology import Chip
 from v4jax.sharding.rules import Shards
 
 # The logical axes along which a part's work is divided.

@@ -1,10 +1,4 @@
-"""Accelerators by name: what one device can do, and slices described without having them.
-
-Sources of the figures: cloud.google.com/tpu/docs (v5e, v5p, v6e, tpu7x: peak compute, memory,
-bidirectional interconnect and its ports) and NVIDIA's H100 SXM5 data sheet. A TPU's memory is what
-libtpu says a program may use; a tpu7x chip is two devices, each with half of it. No latency is
-published: those here are assumptions, small beside the bytes in all but a decode step.
-"""
+"""Slices of accelerators by name, described without having them."""
 
 import dataclasses
 import functools
@@ -12,60 +6,8 @@ import importlib.util
 import math
 from typing import Any
 
+from v4jax.chips import CHIPS, Chip
 from v4jax.errors import InputError
-
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One kind of accelerator; every figure is of one JAX device.
-
-    Attributes:
-      memory: bytes that a program may use.
-      flops: dense bf16 operations a second.
-      bandwidth: bytes a second of its memory.
-      link: bytes a second that leave it along one dimension of its torus, both ways together; of a
-        GPU, to the others of its node.
-      latency: seconds that a hop to a neighbour takes.
-      torus: dimensions of the torus; 0 for a switch.
-      per_chip: devices of one chip.
-      node: devices joined by `link`, and `outside`: bytes a second to other nodes (0: no nodes).
-      slices: shapes that can be had.
-    """
-
-    platform: str
-    memory: int
-    flops: float
-    bandwidth: float
-    link: float
-    latency: float
-    torus: int
-    slices: tuple[str, ...]
-    per_chip: int = 1
-    node: int = 0
-    outside: float = 0.0
-
-
-def _slices(text):
-    return tuple(text.split())
-
-
-_SQUARES = _slices("2x2 2x4 4x4 4x8 8x8 8x16 16x16")
-_CUBES = _slices("2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16 16x16x24")
-_NODES = tuple(f"{n}x8" for n in (1, 2, 4, 8, 16, 32, 64, 128, 256))
-_HOP = 1e-6
-
-CHIPS = {
-    "v5e": Chip("tpu", int(15.75 * GIB), 197e12, 859e9, 100e9, _HOP, 2, _SQUARES),
-    "v5p": Chip("tpu", int(95.74 * GIB), 459e12, 2765e9, 200e9, _HOP, 3, _CUBES),
-    "v6e": Chip("tpu", int(31.25 * GIB), 918e12, 1638e9, 200e9, _HOP, 2, _SQUARES),
-    "tpu7x": Chip(
-        "tpu", int(94.75 * GIB), 2307e12 / 2, 7380e9 / 2, 100e9, _HOP, 3, _CUBES, per_chip=2
-    ),
-    # NVLink 900 GB/s both ways; one 400 Gb/s adapter a GPU to other nodes.
-    "h100": Chip("cuda", 84929347584, 989e12, 3352e9, 450e9, 5e-6, 0, _NODES, node=8, outside=50e9),
-}
 
 # What XLA:GPU and ptxas ask of a device, for an H100 SXM5.
 _H100 = """
@@ -152,10 +94,14 @@ def slices(kind: str) -> list[Topology]:
     return [parse(f"{kind}:{shape}") for shape in CHIPS[kind].slices]
 
 
+def has_compiler(platform: str) -> bool:
+    """Whether what compiles for "tpu" or "cuda" is installed."""
+    return any(importlib.util.find_spec(module) for module in _COMPILERS[platform][1])
+
+
 def _check_compiler(name, platform):
-    package, modules = _COMPILERS[platform]
-    if not any(importlib.util.find_spec(module) for module in modules):
+    if not has_compiler(platform):
         raise InputError(
-            f"topology {name} needs {package} to compile for it, which is not installed; "
-            "pip install 'v4jax[aot]'"
+            f"topology {name} needs {_COMPILERS[platform][0]} to compile for it, which is not "
+            "installed; pip install 'v4jax[aot]'"
         )

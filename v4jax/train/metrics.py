@@ -12,16 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax import accounting
+from v4jax import accounting, chips
 from v4jax.config import ModelConfig
 
 FILE = "metrics.jsonl"
-# Dense bf16 operations a second, by jax's name of the device.
-PEAKS = {
-    "TPU v4": 275e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v5 lite": 197e12,
-    "TPU v6 lite": 918e12, "TPU7x": 2307e12, "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
-}  # fmt: skip
 
 
 class Metrics:
@@ -164,11 +158,12 @@ def step_flops(config: ModelConfig, tokens: int, length: int) -> float:
 def peak_flops() -> tuple[float, str]:
     """Operations a second of all devices, and where the figure is from.
 
-    A device that the table does not know is timed on a float32 matrix product.
+    A device of unknown kind is timed on a float32 matrix product.
     """
     device = jax.devices()[0]
-    if device.device_kind in PEAKS:
-        return PEAKS[device.device_kind] * jax.device_count(), "data sheet"
+    known = chips.peak_flops(device.device_kind)
+    if known is not None:
+        return known * jax.device_count(), "data sheet"
     n = 1024
     x = jax.device_put(np.ones((n, n), np.float32))
     product = jax.jit(jnp.matmul)
