@@ -128,11 +128,10 @@ FLOAT32 = [("post_pre", case) for case in cases.NUMERICS] + [
     (op, case) for op in ("pre", "post") for case in (cases.ODD, cases.MANY_TILES)
 ]
 BFLOAT16 = [(op, cases.ODD) for op in ("pre", "post", "post_pre")] + [("post_pre", cases.EIGHT)]
-# The Pallas kernels' quick ones: each operation, many tiles, eight streams.
+# The Pallas kernels' quick ones: each operation, many tiles.
 QUICK = [
     *((op, cases.ODD) for op in ("pre", "post", "post_pre")),
     ("post_pre", cases.MANY_TILES),
-    ("post_pre", cases.EIGHT),
 ]
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.selection import first
 from tests.sharding import routing
 from v4jax import quant
 from v4jax.errors import InputError
@@ -71,9 +72,10 @@ def test_mesh_equals_one_device(strategy, sizes, inputs, expected):
     check(routing.with_gradients(routing.shards_on(strategy, **sizes)), inputs, expected)
 
 
-@pytest.mark.parametrize(
-    "strategy, waves", [("train", 2), ("train", 3), ("train", 6), ("decode", 3)]
-)
+WAVES = [("train", 2), ("train", 3), ("train", 6), ("decode", 3)]
+
+
+@pytest.mark.parametrize("strategy, waves", first([("train", 3), ("decode", 3)], WAVES))
 def test_waves(strategy, waves, inputs, expected):
     shards = routing.shards_on(strategy, data=2, expert=4, waves=waves)
     check(routing.with_gradients(shards), inputs, expected)
