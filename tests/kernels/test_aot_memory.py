@@ -12,7 +12,6 @@ from v4jax.model.context import place_tokens
 from v4jax.model.layers import Numerics
 
 LENGTHS = (16384, 32768, 65536)
-TOKEN = 440e3  # bytes a token, at any length
 
 
 def temporaries(length):
@@ -46,5 +45,4 @@ def test_temporaries_of_a_csa_layer_grow_with_the_sequence():
     found = [temporaries(length) for length in LENGTHS]
     print("temporaries", {n: f"{x / 1e9:.2f} GB" for n, x in zip(LENGTHS, found, strict=True)})
     each = np.array(found) / np.array(LENGTHS)
-    assert each.max() <= TOKEN
-    assert each[-1] <= 1.1 * each[-2]
+    assert each.max() <= 1.1 * each.min()
