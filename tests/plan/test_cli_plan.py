@@ -19,7 +19,7 @@ def plan(capsys, *flags):
     return status, printed.out, printed.err
 
 
-_OURS = ("JAX", "TPU", "XLA", "ALLOW_MULTIPLE")  # what tests set and a shell does not
+_OURS = ("JAX", "TPU", "XLA", "ALLOW_MULTIPLE", "TF_CPP")  # what tests set and a shell does not
 DECODE = ("--config=flash_tiny", "--mode=decode", "--context=256", "--batch=4")
 
 
