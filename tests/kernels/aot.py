@@ -54,9 +54,9 @@ def _compile(mesh, f, specs, options=None):
         return jax.jit(f).lower(*specs).compile(compiler_options=options)
 
 
-def compile_tpu(chip: str, f, *specs):
+def compile_tpu(chip: str, f, *specs, options=None):
     """`f` compiled for one chip; specs are pytrees of (shape, dtype) or ShapeDtypeStruct."""
-    return _compile(one_device(chip), f, specs)
+    return _compile(one_device(chip), f, specs, options)
 
 
 def compile_h100(f, *specs):

@@ -23,7 +23,7 @@ allocation 3: size 1048576, color 1, preallocated-temp:
 
 
 def test_a_devices_memory_is_what_lies_in_it_and_not_in_vmem():
-    assert compiler._placed(BUFFERS) == (4096, 512 + 4096 + 8192)
+    assert compiler.placed(BUFFERS) == (4096, 512 + 4096 + 8192)
 
 
 def test_a_program_that_does_not_fit_is_told_from_one_that_failed():

@@ -27,8 +27,8 @@ from v4jax.plan.job import Job, shards_of
 from v4jax.plan.topology import Topology
 
 ROOM = "RESOURCE_EXHAUSTED"  # how XLA says that a program does not fit
+BUFFERS = "*.after_optimizations-buffer-assignment.txt"  # of what `xla_dump_to` leaves behind
 _POLL = 0.2  # seconds
-_BUFFERS = "*.after_optimizations-buffer-assignment.txt"
 _PROGRAM = "*.after_optimizations_after_buffer_assignment.txt"
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+)(.*)$", re.MULTILINE)
 
@@ -130,7 +130,7 @@ def _until_placed(job, topology, sizes):
         argument = peak = failure = None
         text = ""
         if error is None:
-            argument, peak = _placed(next(path.glob(_BUFFERS)).read_text())
+            argument, peak = placed(next(path.glob(BUFFERS)).read_text())
             text = next(path.glob(_PROGRAM)).read_text()
         else:
             failure = _no_room(error)
@@ -196,7 +196,7 @@ def _complete(folder):
     return None
 
 
-def _placed(text):
+def placed(text: str) -> tuple[int, int]:
     """Bytes of the arguments and of all buffers, by libtpu's list of allocations.
 
     A heap's size counts, not what lives in it at the worst moment: the gaps are lost.

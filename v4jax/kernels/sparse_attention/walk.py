@@ -84,7 +84,8 @@ def prepare(plan, sizes, q_BTNH, window_BSH, entries_BCH, places):
     )
     window = _pad_keys(tiles, window_BSH, q_BTNH)
     entries = _pad_keys(tiles, entries_BCH, q_BTNH)
-    bounds = query_bounds(plan, window_BSH, batch, length, places)
+    # Computed once and stored: a v5p's compiler may stop at minima over numbers that it makes up.
+    bounds = jax.lax.optimization_barrier(query_bounds(plan, window_BSH, batch, length, places))
     bounds = jnp.pad(bounds, ((0, 0), (0, tiles.count * tiles.queries - length), (0, 0)))
     member = _member(plan, tiles, entries_BCH, places, batch)
     meets_window = _range_meets(tiles, bounds[..., 0], bounds[..., 1], window.shape[1])
