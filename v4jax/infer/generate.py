@@ -6,6 +6,7 @@ that a second call with the same shapes compiles nothing. Prompts are padded to 
 the cache is given a few sizes for the same reason.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import operator
@@ -176,17 +177,22 @@ class _Decoder:
         """Compiles what is needed, to keep it out of the other timings; the seconds it took."""
         started = time.perf_counter()
         logits_BV = self._no_logits(chunks)
+        step, programs = np.int32(0), []
         for tokens_BT, lengths_B in {chunk[0].shape: chunk for chunk in chunks}.values():
             model = self.placement.prefill
             arguments = (model, self.variables, cache, tokens_BT, lengths_B, logits_BV)
-            _prefill.lower(*arguments).compile()
-        step, model = np.int32(0), self.placement.decode
-        _pick.lower(model, logits_BV, self.setting, self.key, step).compile()
+            programs.append(_prefill.lower(*arguments))
+        model = self.placement.decode
+        programs.append(_pick.lower(model, logits_BV, self.setting, self.key, step))
         if decode:
             tokens_B = self.placement.everywhere(jnp.zeros(len(logits_BV), jnp.int32))
             cache = self.placement.described(cache)
             arguments = (model, self.variables, cache, tokens_B, self.setting, self.key, step)
-            _decode.lower(*arguments).compile()
+            programs.append(_decode.lower(*arguments))
+        # An accelerator's compiler may time kernels on it, which wants no company.
+        at_once = len(programs) if jax.default_backend() == "cpu" else 1
+        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(lambda each: each.compile(), programs))
         processes.compiled()
         return time.perf_counter() - started
 
