@@ -81,7 +81,7 @@ def test_weights_of_the_wrong_shape_are_named(filled):
     params = params | {"norm": {"weight": params["norm"]["weight"][:-1]}}
     variables = variables | {"params": params}
     with pytest.raises(v4jax.InputError, match=r"norm/weight has shape \(47,\); expected \(48,\)"):
-        model.apply(variables, np.zeros((1, 4), np.int32))
+        jax.eval_shape(model.apply, variables, np.zeros((1, 4), np.int32))
 
 
 def test_document_starts_by_eye():
