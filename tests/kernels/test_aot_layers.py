@@ -45,7 +45,8 @@ def states(length):
 def temporaries(length, folder):
     """Bytes of a CSA layer's forward and backward pass beside its arguments and its gradients.
 
-    As the compiler places them (libtpu's `temp_size_in_bytes` counts the gaps of its heap twice).
+    By the compiler's list of allocations. libtpu's `temp_size_in_bytes` is larger than that by what
+    the heap's gaps take, once more.
     """
     run, variables = layer("csa")
 

@@ -81,7 +81,8 @@ def test_a_plan_is_of_a_program_that_can_be_finished(mode, context, batch, name,
     analysis = whole.memory_analysis()
     print(mode, planned.peak, analysis.peak_memory_in_bytes)
     assert analysis.generated_code_size_in_bytes > 1e6
-    assert 0.9 * planned.peak < analysis.peak_memory_in_bytes <= planned.peak
+    assert analysis.argument_size_in_bytes == pytest.approx(planned.argument, rel=1e-3)
+    assert planned.argument < analysis.peak_memory_in_bytes <= planned.peak
 
 
 @pytest.mark.slow
