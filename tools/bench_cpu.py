@@ -1,19 +1,18 @@
 """Prefill and decode on this CPU, ours beside transformers, same float32 weights, one run.
 
-    python tools/bench_cpu.py [--rival=false] [--out experiments/cpu_speed/history.jsonl]
+    python tools/bench_cpu.py [--rival=false] [--out experiments/001_cpu_speed/history.jsonl]
 
 Both sides take turns after a warm-up; medians of --repeats steady-state runs. A length that the
 rival cannot hold in memory is left to ours alone (--rival_limit).
 """
 
 import json
-import platform
 import resource
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
+import bench_history
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,22 +171,9 @@ def main(_):
     rows = [measure("prefill", int(n), ours, theirs) for n in LENGTHS.value]
     rows += [measure("decode", int(n), ours, theirs) for n in DECODE.value]
     if OUT.value:
-        record = {
-            "commit": _commit(),
-            "command": "python tools/bench_cpu.py",
-            "machine": f"{platform.processor() or platform.machine()}, 2 cores",
-            "jax": jax.__version__,
-            "rows": rows,
-        }
+        record = {**bench_history.origin(), "rows": rows}
         with Path(OUT.value).open("a") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def _commit():
-    run = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return run.stdout.strip()
 
 
 if __name__ == "__main__":

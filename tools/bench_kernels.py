@@ -11,7 +11,6 @@ with --out adds them to history.jsonl there and draws kernels.png.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 import types
@@ -37,6 +36,7 @@ try:
 except ImportError:
     _without_jaxtyping()
 
+import bench_history
 import jax
 import jax.numpy as jnp
 
@@ -76,11 +76,8 @@ def _floors(tiny):
     device = jax.devices()[0]
     size, order = (1 << 24, 512) if tiny else (1 << 31, 8192)
     return {
+        **bench_history.origin(),
         "device": device.device_kind,
-        "jax": jax.__version__,
-        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "commit": _commit(),
-        "command": " ".join(["python", *sys.argv]),
         "copy_gb_s": timing.copy_bandwidth(size) / 1e9,
         "matmul_tflop_s": timing.matmul_rate(order) / 1e12,
     }
@@ -238,13 +235,6 @@ def _keep(folder, floor, rows):
     axes.set_title(f"{floor['device']}, JAX {floor['jax']}, {floor['commit']}")
     axes.legend()
     figure.savefig(folder / "kernels.png", dpi=120)
-
-
-def _commit():
-    run = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return run.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ A length over --rival_limit is left to ours alone.
 
 import ctypes
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import bench_history
 from absl import app, flags
 
 from v4jax.cli import cpu_settings
@@ -193,12 +193,7 @@ def main(_):
     with tempfile.TemporaryDirectory() as directory:
         rows = list(_rows(write_config(directory)))
     if OUT.value:
-        record = {
-            "command": "python tools/bench_train.py",
-            "matrices": MATRICES.value,
-            "machine": f"{platform.processor() or platform.machine()}, 2 cores",
-            "rows": rows,
-        }
+        record = {**bench_history.origin(), "matrices": MATRICES.value, "rows": rows}
         with Path(OUT.value).open("a") as file:
             file.write(json.dumps(record) + "\n")
 

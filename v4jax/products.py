@@ -17,7 +17,7 @@ def over_channels(a: Inexact[Array, "*b d"], b: Inexact[Array, "*b d"]) -> Float
     return _sum("...d,...d->...", -1, a, b)
 
 
-def over_rows(a: Inexact[Array, "*b d"], b: Inexact[Array, "*b d"]) -> Float[Array, "d"]:
+def over_rows(a: Inexact[Array, "*b d"], b: Inexact[Array, "*b d"]) -> Float[Array, " d"]:
     """sum of a * b over all axes but the last."""
     a, b = (x.reshape(-1, x.shape[-1]) for x in (a, b))
     return _sum("nd,nd->d", 0, a, b)

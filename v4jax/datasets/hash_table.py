@@ -5,7 +5,7 @@ from jaxtyping import Int
 
 
 def hash_table(
-    count_V: Int[np.ndarray, "v"], experts: int, k: int, seed: int
+    count_V: Int[np.ndarray, " v"], experts: int, k: int, seed: int
 ) -> Int[np.ndarray, "v k"]:
     """K distinct experts for each id, int32, such that a text loads all experts alike.
 

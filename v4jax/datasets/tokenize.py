@@ -23,9 +23,9 @@ class Tokens(NamedTuple):
     ids [N] int32. starts: where each document begins. counts [N]: how much each counts as a target.
     """
 
-    ids: Int[np.ndarray, "n"]
-    starts: Int[np.ndarray, "d"]
-    counts: Float[np.ndarray, "n"]
+    ids: Int[np.ndarray, " n"]
+    starts: Int[np.ndarray, " d"]
+    counts: Float[np.ndarray, " n"]
 
 
 def learn(documents: list[Document], size: int) -> tokenizers.Tokenizer:
@@ -111,7 +111,7 @@ def join(arrays: dict[str, np.ndarray], eos: int | None) -> Tokens:
     return Tokens(ids, starts.astype(np.int64), np.ones(ids.size, np.float32))
 
 
-def select(tokens: Tokens, kept: Bool[np.ndarray, "d"]) -> Tokens:
+def select(tokens: Tokens, kept: Bool[np.ndarray, " d"]) -> Tokens:
     """The documents that are to be kept."""
     sizes = np.diff(tokens.starts, append=tokens.ids.size)
     here = np.repeat(kept, sizes)

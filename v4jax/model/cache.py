@@ -61,7 +61,7 @@ class Cache:
     max_length: int = struct.field(pytree_node=False)
     max_rollback: int = struct.field(pytree_node=False)
 
-    def rollback(self, count: Int[Array, "b"] | int) -> "Cache":
+    def rollback(self, count: Int[Array, " b"] | int) -> "Cache":
         """The cache as it was `count` tokens ago, a number for the batch or one for each row.
 
         Raises:

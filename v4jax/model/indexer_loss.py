@@ -52,7 +52,7 @@ class Index(NamedTuple):
 
 def indexer_loss(
     paid: Paid, index: Index, scale: float, heads: tuple[str, ...] = ()
-) -> Float[Array, "sums"]:
+) -> Float[Array, " sums"]:
     """Sums over the queries that see an entry, in the order of `SUMS`; never NaN.
 
     kl: KL(teacher || student). uniform: KL to a student that knows nothing. captured: the part of

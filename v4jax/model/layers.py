@@ -178,7 +178,7 @@ def inverse_rms(x: Inexact[Array, "*b d"], eps: float) -> Float[Array, "*b"]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def rms_norm(
-    eps: float, x: Inexact[Array, "*b d"], scale_D: Float[Array, "d"]
+    eps: float, x: Inexact[Array, "*b d"], scale_D: Float[Array, " d"]
 ) -> Float[Array, "*b d"]:
     """x / rms(x) over the last axis, times a weight, in float32."""
     return _rms_norm_forward(eps, x, scale_D)[0]

@@ -12,7 +12,7 @@ from v4jax.config import ModelConfig, Yarn
 from v4jax.quant import materialized, round_to
 
 
-def inverse_frequencies(config: ModelConfig, compressing: bool) -> Float[np.ndarray, "half"]:
+def inverse_frequencies(config: ModelConfig, compressing: bool) -> Float[np.ndarray, " half"]:
     """The angle a position turns each channel pair, float32 [R/2] (architecture section 4).
 
     Args:

@@ -135,7 +135,7 @@ class Transformer(nn.Module):
         tokens: Int[Array | np.ndarray, "b t"],
         *,
         cache: Cache | None = None,
-        lengths: Int[Array | np.ndarray, "b"] | None = None,
+        lengths: Int[Array | np.ndarray, " b"] | None = None,
         segment_ids: Int[Array | np.ndarray, "b t"] | None = None,
         logits: str = "all",
         mtp: bool = False,

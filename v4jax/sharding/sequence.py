@@ -71,7 +71,7 @@ def _rows_before(axes, new_BTX, older_BPX):
 
 
 def last_rows(
-    shards: Shards, joined_BSX: Array, total_B: Int[Array, "b"], keep: int
+    shards: Shards, joined_BSX: Array, total_B: Int[Array, " b"], keep: int
 ) -> Shaped[Array, "b p x"]:
     """The last `keep` real rows of the whole call, on all shards.
 
@@ -93,7 +93,7 @@ def last_rows(
     return collectives.total(rows.astype(joined_BSX.dtype), axes)
 
 
-def row_of_all(shards: Shards, x_BTX: Array, at_B: Int[Array, "b"]) -> Array:
+def row_of_all(shards: Shards, x_BTX: Array, at_B: Int[Array, " b"]) -> Array:
     """Row `at` of the whole call, [B,1,...], on all shards."""
     axes = shards.axes("sequence")
     length = x_BTX.shape[1]

@@ -22,8 +22,8 @@ BLOCK = 1 << 21
 def cross_entropy(
     y_XD: Inexact[Array, "x d"],
     table_VD: Inexact[Array, "v d"],
-    target_X: Int[Array, "x"],
-    weight_X: Float[Array, "x"],
+    target_X: Int[Array, " x"],
+    weight_X: Float[Array, " x"],
     axes: tuple[str, ...] = (),
 ) -> Float[Array, ""]:
     """sum of weight * -log softmax(y @ table.T)[target], exactly; no gradient in the weights.
@@ -75,8 +75,8 @@ _nats.defvjp(_forward, _backward)
 def correct(
     y_XD: Inexact[Array, "x d"],
     table_VD: Inexact[Array, "v d"],
-    target_X: Int[Array, "x"],
-    weight_X: Float[Array, "x"],
+    target_X: Int[Array, " x"],
+    weight_X: Float[Array, " x"],
 ) -> Float[Array, ""]:
     """The sum of the weights of targets that have the highest logit, the lowest id of equals."""
 

@@ -23,8 +23,8 @@ class Rounding:
 
 def expert_ffn(
     x_XD: Inexact[Array, "x d"],
-    gate_X: Float[Array, "x"],
-    group_sizes_E: Int[Array, "e"],
+    gate_X: Float[Array, " x"],
+    group_sizes_E: Int[Array, " e"],
     w1_EFD: Array | quant.QTensor,
     w2_EDF: Array | quant.QTensor,
     w3_EFD: Array | quant.QTensor,

@@ -41,7 +41,7 @@ class Options:
 def pre(
     h_BTMD: Inexact[Array, "b t m d"],
     fn_XV: Float[Array, "x v"],
-    base_X: Float[Array, "x"],
+    base_X: Float[Array, " x"],
     scale_3: Float[Array, "3"],
     *,
     iterations: int,
@@ -102,7 +102,7 @@ def post_pre(
     post_BTM: Float[Array, "b t m"],
     comb_BTMM: Float[Array, "b t m m"],
     fn_XV: Float[Array, "x v"],
-    base_X: Float[Array, "x"],
+    base_X: Float[Array, " x"],
     scale_3: Float[Array, "3"],
     *,
     iterations: int,
@@ -142,7 +142,7 @@ def post_pre(
 def head(
     h_BTMD: Inexact[Array, "b t m d"],
     fn_MV: Float[Array, "m v"],
-    base_M: Float[Array, "m"],
+    base_M: Float[Array, " m"],
     scale_1: Float[Array, "1"],
     *,
     eps: float,

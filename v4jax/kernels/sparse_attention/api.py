@@ -29,7 +29,7 @@ REFUSE = {"pallas_tpu": pallas_tpu.refuse, "pallas_gpu": pallas_gpu.refuse}
 
 def sparse_attention(
     q_BTNH: Inexact[Array, "b t n h"],
-    sink_N: Float[Array, "n"],
+    sink_N: Float[Array, " n"],
     *,
     scale: float,
     window_BSH: Inexact[Array, "b s h"] | None = None,
