@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from v4jax.config import CSA, HCA, WINDOW, ModelConfig, with_hash_routing
+from v4jax.files.safetensors import INDEX_NAME, NUMPY_DTYPES, NewTensor, write_safetensors
 from v4jax.named_configs import get_config
 from v4jax.quant import QTensor
-from v4jax.safetensors_io import INDEX_NAME, NUMPY_DTYPES, NewTensor, write_safetensors
 
 _TOOL = Path(__file__).resolve().parents[1] / "tools" / "make_synthetic_checkpoint.py"
 

@@ -14,7 +14,7 @@ from tests.checkpoints import (
     synthetic,
     tensors,
 )
-from v4jax.checkpoint import load_variables, save_official, save_orbax
+from v4jax.checkpoints.load import load_variables, save_official, save_orbax
 from v4jax.errors import InputError
 
 

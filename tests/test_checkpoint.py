@@ -22,11 +22,11 @@ from tests.checkpoints import (
 )
 from tests.tiny import tiny_config
 from v4jax import quant
-from v4jax.checkpoint import load, load_variables, save_official, save_orbax
+from v4jax.checkpoints.load import load, load_variables, save_official, save_orbax
 from v4jax.config import CSA, WINDOW, segments, with_hash_routing
 from v4jax.errors import InputError
+from v4jax.files.safetensors import NUMPY_DTYPES
 from v4jax.model.transformer import Transformer
-from v4jax.safetensors_io import NUMPY_DTYPES
 from v4jax.weights import tensor_table, variable_place
 
 

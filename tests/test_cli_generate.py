@@ -8,7 +8,7 @@ import pytest
 
 from tests.test_tokenizer import byte_level
 from tests.toy_model import ToyModel, toy_config
-from v4jax import checkpoint
+from v4jax.checkpoints import load as checkpoint
 from v4jax.cli import generate as cli_generate
 from v4jax.cli.main import main
 from v4jax.infer.generate import generate

@@ -14,8 +14,8 @@ import pytest
 
 from v4jax.cli import inspect
 from v4jax.cli.main import SUBCOMMANDS, main
+from v4jax.files.safetensors import NewTensor, SafetensorsFolder, write_index, write_safetensors
 from v4jax.named_configs import get_config
-from v4jax.safetensors_io import NewTensor, SafetensorsFolder, write_index, write_safetensors
 from v4jax.weights import tensor_table
 
 

@@ -21,14 +21,14 @@ from tests.checkpoints import (
     tensors,
     transformers_model,
 )
-from v4jax import convert as convert_module
-from v4jax.checkpoint import load_variables
+from v4jax.checkpoints import convert as convert_module
+from v4jax.checkpoints.convert import convert
+from v4jax.checkpoints.journal import Journal
+from v4jax.checkpoints.load import load_variables
 from v4jax.cli import main as cli
 from v4jax.config import CSA, WINDOW, with_hash_routing
-from v4jax.convert import convert
 from v4jax.errors import InputError
-from v4jax.journal import Journal
-from v4jax.safetensors_io import NUMPY_DTYPES
+from v4jax.files.safetensors import NUMPY_DTYPES
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_a_target_that_may_not_be_written(instruct, tmp_path, monkeypatch):
     def refuse(path, *_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr("v4jax.journal.os.makedirs", refuse)
+    monkeypatch.setattr("v4jax.checkpoints.journal.os.makedirs", refuse)
     with pytest.raises(InputError, match="target: Permission denied"):
         run(instruct, tmp_path / "target")
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import files, rewrite, small_config, synthetic, tensors
-from v4jax.checkpoint import load_variables
+from v4jax.checkpoints.convert import convert
+from v4jax.checkpoints.journal import Journal
+from v4jax.checkpoints.load import load_variables
 from v4jax.config import CSA, WINDOW, with_hash_routing
-from v4jax.convert import convert
 from v4jax.errors import InputError
-from v4jax.journal import Journal
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,10 @@ def run(source, target, to="official", weights="stored"):
 
 KILLER = """
     import os, signal, sys
-    from v4jax import convert, journal, orbax_io, targets
+    from v4jax.checkpoints import convert
+    from v4jax.checkpoints import journal
+    from v4jax.checkpoints import orbax as orbax_io
+    from v4jax.checkpoints import target as targets
 
     source, target, to, *places = sys.argv[1:]
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.selection import first
-from v4jax import checkpoint
+from v4jax.checkpoints import load as checkpoint
 from v4jax.config import layer_place, segments
 from v4jax.model.attention import Attention
 from v4jax.model.block import Block

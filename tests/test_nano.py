@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import v4jax
-from v4jax import checkpoint
+from v4jax.checkpoints import load as checkpoint
 from v4jax.datasets.config import DataConfig
 from v4jax.datasets.rows import TextRows, take
 from v4jax.datasets.source import open_source

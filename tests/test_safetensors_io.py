@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from v4jax.errors import InputError
-from v4jax.safetensors_io import (
+from v4jax.files.safetensors import (
     INDEX_NAME,
     NUMPY_DTYPES,
     SINGLE_NAME,

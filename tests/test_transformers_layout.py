@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import shapes, transformers_model
-from v4jax.checkpoint import load, load_variables
+from v4jax.checkpoints.load import load, load_variables
 from v4jax.errors import InputError
 
 TORCH_NAMES = {

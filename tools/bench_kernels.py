@@ -4,9 +4,9 @@
 
 Needs JAX alone; PyTorch is timed too where it is installed. First each kernel is compared with its
 float32 reference at small shapes, and a wrong one is not timed. Then everything is timed at the
-sizes of v4jax/kernels/jobs.py. `fraction` is of the floor: the work's bytes over the measured copy
-bandwidth or its operations over the measured matmul rate, whichever is longer. Prints JSON lines;
-with --out adds them to history.jsonl there and draws kernels.png.
+sizes of v4jax/kernels/bench/jobs.py. `fraction` is of the floor: the work's bytes over the measured
+copy bandwidth or its operations over the measured matmul rate, whichever is longer. Prints JSON
+lines; with --out adds them to history.jsonl there and draws kernels.png.
 """
 
 import argparse
@@ -40,7 +40,7 @@ import bench_history
 import jax
 import jax.numpy as jnp
 
-from v4jax.kernels import jobs, timing
+from v4jax.kernels.bench import jobs, timing
 from v4jax.kernels.sparse_attention import cases as attention_cases
 
 KERNELS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu", "cpu": "xla"}

@@ -67,9 +67,9 @@ def ours(length, vocab):
     import jax
     import numpy as np
 
-    from v4jax import host_memory
     from v4jax.config import ModelConfig
     from v4jax.model.transformer import Transformer
+    from v4jax.train import host_memory
     from v4jax.train.batch import make_batch
     from v4jax.train.loss import LossWeights
     from v4jax.train.optimizer import OptimizerConfig, make_optimizer

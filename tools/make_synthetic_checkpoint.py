@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from absl import app, flags
 
+from v4jax.checkpoints.source import by_item
+from v4jax.checkpoints.target import OfficialTarget, config_json
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
+from v4jax.files.safetensors import bytes_of
 from v4jax.named_configs import get_config
-from v4jax.safetensors_io import bytes_of
-from v4jax.sources import by_item
-from v4jax.targets import OfficialTarget, config_json
 from v4jax.weights import TensorSpec, tensor_table
 
 # Root mean squares of the codes drawn below.

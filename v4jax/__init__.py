@@ -17,11 +17,11 @@ _MODULES = {
     "config_names": "v4jax.named_configs",
     "generate": "v4jax.infer.generate",
     "get_config": "v4jax.named_configs",
-    "load": "v4jax.checkpoint",
-    "load_cache": "v4jax.model.cache_file",
-    "save_cache": "v4jax.model.cache_file",
-    "save_official": "v4jax.checkpoint",
-    "save_orbax": "v4jax.checkpoint",
+    "load": "v4jax.checkpoints.load",
+    "load_cache": "v4jax.infer.cache_file",
+    "save_cache": "v4jax.infer.cache_file",
+    "save_official": "v4jax.checkpoints.load",
+    "save_orbax": "v4jax.checkpoints.load",
 }
 
 __all__ = list(_MODULES)

@@ -2,7 +2,7 @@
 
 `ModelConfig()` is DeepSeek-V4-Flash. Everything that an ablation changes is data here: the kind of
 each layer, its compression ratio, overlap and routing, the residual streams, the router.
-`v4jax/hf_config.py` reads and writes config.json.
+`v4jax/hf/config.py` reads and writes config.json.
 """
 
 import dataclasses
@@ -159,13 +159,13 @@ class ModelConfig:
     @staticmethod
     def from_hf(source) -> "ModelConfig":
         """Reads the official config.json or the one transformers writes (path, directory, dict)."""
-        from v4jax import hf_config  # it imports this module for the classes above
+        from v4jax.hf import config as hf_config  # it imports this module for the classes above
 
         return hf_config.from_hf(source)
 
     def to_hf(self) -> dict[str, Any]:
         """The official config.json as a dict."""
-        from v4jax import hf_config
+        from v4jax.hf import config as hf_config
 
         return hf_config.to_hf(self)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from v4jax.config import LayerSpec, ModelConfig, Segment, layer_place
 from v4jax.errors import InputError
-from v4jax.safetensors_io import NUMPY_DTYPES
+from v4jax.files.safetensors import NUMPY_DTYPES
 
 LAYOUTS = ("official", "transformers")
 WEIGHTS = ("stored", "bf16", "float32")

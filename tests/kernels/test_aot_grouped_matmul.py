@@ -8,9 +8,10 @@ import pytest
 
 from tests.kernels import aot
 from tests.selection import first
-from v4jax.kernels.grouped_matmul import pallas_gpu, pallas_tpu
 from v4jax.kernels.grouped_matmul.api import Rounding
 from v4jax.kernels.grouped_matmul.cases import REAL, Case, specs
+from v4jax.kernels.grouped_matmul.gpu import matmul as pallas_gpu
+from v4jax.kernels.grouped_matmul.tpu import matmul as pallas_tpu
 
 FORMATS = ("bfloat16", "fp8", "fp4")
 ALL = (*FORMATS, "float32")

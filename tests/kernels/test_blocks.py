@@ -5,7 +5,8 @@ import json
 import pytest
 
 from v4jax.cli.main import main
-from v4jax.kernels import blocks, tune
+from v4jax.kernels import blocks
+from v4jax.kernels.bench import tune
 
 
 def test_a_tuned_file_is_in_force(tmp_path, monkeypatch):

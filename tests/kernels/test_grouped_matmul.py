@@ -12,10 +12,12 @@ import pytest
 
 from tests.selection import first
 from v4jax import quant
-from v4jax.kernels.grouped_matmul import api, formats, items, pallas_gpu, pallas_tpu
+from v4jax.kernels.grouped_matmul import api, formats, work_items
 from v4jax.kernels.grouped_matmul.cases import GROUPS, REAL, inputs, specs
-from v4jax.kernels.grouped_matmul.plan_gpu import plan as plan_gpu
-from v4jax.kernels.grouped_matmul.plan_tpu import plan as plan_tpu
+from v4jax.kernels.grouped_matmul.gpu import matmul as pallas_gpu
+from v4jax.kernels.grouped_matmul.gpu.tiles import plan as plan_gpu
+from v4jax.kernels.grouped_matmul.tpu import matmul as pallas_tpu
+from v4jax.kernels.grouped_matmul.tpu.tiles import plan as plan_tpu
 from v4jax.kernels.quantized_matmul import api as quantized_matmul
 
 FLOAT32, BFLOAT16 = api.Rounding(), api.Rounding("bfloat16")
@@ -173,7 +175,7 @@ def test_every_fp4_code_and_the_extreme_scales(implementation):
 def test_items_cover_every_row_once(groups, tile):
     sizes = np.asarray(GROUPS[groups])
     owner = np.repeat(np.arange(len(sizes)), sizes)
-    work = items.tiles(jnp.asarray(sizes), len(owner), tile)
+    work = work_items.tiles(jnp.asarray(sizes), len(owner), tile)
     seen = np.full(len(owner), -1)
     for item in range(int(work.count_1[0])):
         rows = np.arange(int(work.tile_I[item]) * tile, int(work.tile_I[item] + 1) * tile)
@@ -183,7 +185,7 @@ def test_items_cover_every_row_once(groups, tile):
     np.testing.assert_array_equal(seen, owner)
     assert np.all(np.diff(work.tile_I) >= 0)
 
-    runs = items.runs(jnp.asarray(sizes), len(owner), tile)
+    runs = work_items.runs(jnp.asarray(sizes), len(owner), tile)
     seen = np.full(len(owner), -1)
     for group, begin, end in zip(*(np.asarray(t) for t in runs), strict=True):
         rows = np.arange(begin, max(begin, min(begin + tile, end)))

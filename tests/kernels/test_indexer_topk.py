@@ -10,7 +10,8 @@ import pytest
 
 from tests.selection import first
 from v4jax.kernels import blocks, membership
-from v4jax.kernels.indexer_topk import api, cases, pallas_gpu, xla
+from v4jax.kernels.indexer_topk import api, cases, xla
+from v4jax.kernels.indexer_topk.gpu import choice as pallas_gpu
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 # Each compiles for seconds, so the Pallas kernels take the cases which differ in path: less than a

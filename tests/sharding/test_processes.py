@@ -14,10 +14,10 @@ import pytest
 from tests.checkpoints import synthetic
 from tests.selection import first
 from tests.sharding import spawn
-from v4jax import checkpoint
-from v4jax import convert as convert_lib
-from v4jax.checkpoint import open_checkpoint
-from v4jax.convert import convert
+from v4jax.checkpoints import convert as convert_lib
+from v4jax.checkpoints import load as checkpoint
+from v4jax.checkpoints.convert import convert
+from v4jax.checkpoints.load import open_checkpoint
 from v4jax.errors import InputError
 from v4jax.sharding import processes
 from v4jax.sharding.mesh import make_mesh

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import small_config, synthetic
-from v4jax import checkpoint, regions
-from v4jax.convert import convert
+from v4jax.checkpoints import load as checkpoint
+from v4jax.checkpoints.convert import convert
 from v4jax.errors import InputError
+from v4jax.files import regions
 from v4jax.model.sharded import variable_shardings
 from v4jax.quant import QTensor
 from v4jax.sharding.mesh import make_mesh

@@ -7,7 +7,8 @@ import time
 import jax
 import numpy as np
 
-from v4jax import checkpoint, regions
+from v4jax.checkpoints import load as checkpoint
+from v4jax.files import regions
 from v4jax.sharding import processes
 from v4jax.sharding.mesh import make_mesh
 from v4jax.sharding.rules import STRATEGIES, Shards

@@ -22,8 +22,8 @@ from v4jax.datasets.config import DataConfig
 from v4jax.datasets.source import open_source
 from v4jax.errors import InputError
 from v4jax.train import loop, metrics, placement
-from v4jax.train.checkpoints import Checkpoints
 from v4jax.train.config import Stage, TrainConfig
+from v4jax.train.saves import Checkpoints
 from v4jax.train.schedule import Schedule
 from v4jax.train.step import TrainState
 

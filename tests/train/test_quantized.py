@@ -11,7 +11,8 @@ import pytest
 import v4jax
 from tests.tiny import tiny_config, unsettle
 from tests.train.models import small_batch
-from v4jax import checkpoint, quant
+from v4jax import quant
+from v4jax.checkpoints import load as checkpoint
 from v4jax.config import CSA, HCA, WINDOW, with_hash_routing
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer

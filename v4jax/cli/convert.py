@@ -5,7 +5,7 @@ Progress goes to stderr, one summary line to stdout. Several processes share the
 
 from absl import flags
 
-from v4jax.convert import convert
+from v4jax.checkpoints.convert import convert
 from v4jax.errors import InputError
 from v4jax.sharding import processes
 

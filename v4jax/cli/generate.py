@@ -14,9 +14,8 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from v4jax import checkpoint
 from v4jax.accounting import count_parameters
-from v4jax.cli.tables import short
+from v4jax.checkpoints import load as checkpoint
 from v4jax.errors import InputError
 from v4jax.infer.generate import Generation, generate
 from v4jax.infer.tokenizer import Tokenizer
@@ -24,6 +23,7 @@ from v4jax.quant import QTensor
 from v4jax.sharding import processes
 from v4jax.sharding.mesh import make_mesh, parse_sizes
 from v4jax.sharding.rules import ONE_DEVICE, PREFILL, Shards
+from v4jax.tables import short
 
 FLAGS = flags.FLAGS
 

@@ -15,13 +15,13 @@ from absl import flags
 from tqdm import tqdm
 
 from v4jax import accounting
+from v4jax.checkpoints.check import find_bad_values
+from v4jax.checkpoints.source import CONFIG_NAME, JOURNAL_NAME
 from v4jax.cli.inspect_text import as_text
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
+from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME
 from v4jax.named_configs import config_names, get_config
-from v4jax.safetensors_io import INDEX_NAME, SINGLE_NAME
-from v4jax.sources import CONFIG_NAME, JOURNAL_NAME
-from v4jax.tensor_check import find_bad_values
 from v4jax.weights import TensorSpec, tensor_table, transformers_key
 
 FLAGS = flags.FLAGS
@@ -61,7 +61,7 @@ def _describe_config(name, config):
 
 
 def _describe_directory(path):
-    from v4jax.checkpoint import locate, open_checkpoint  # imports JAX: a name does without
+    from v4jax.checkpoints.load import locate, open_checkpoint  # imports JAX: a name does without
 
     directory = locate(path)
     if not os.path.isdir(directory):

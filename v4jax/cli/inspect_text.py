@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from v4jax.cli.tables import parameters, percent, short, table, tenths
 from v4jax.config import ModelConfig, segments
+from v4jax.tables import parameters, percent, short, table, tenths
 
 DTYPES = {
     "I8": "I8 (FP4, two a byte)",

@@ -28,8 +28,9 @@ def run() -> int:
         raise InputError("--out is missing; expected a file")
     import tqdm
 
-    from v4jax.kernels import blocks, tune
-    from v4jax.safetensors_io import write_atomically
+    from v4jax.files.safetensors import write_atomically
+    from v4jax.kernels import blocks
+    from v4jax.kernels.bench import tune
 
     platform = _platform()
     count = sum(len(tune.candidates(platform, op)[: FLAGS.most]) for op in FLAGS.op)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tokenizers
 
-from v4jax.checkpoint import locate
+from v4jax.checkpoints.load import locate
 from v4jax.errors import InputError
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"

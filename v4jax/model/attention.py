@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from v4jax import products, quant
+from v4jax import quant
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.kernels import membership
 from v4jax.kernels.sparse_attention import api as sparse_attention
@@ -19,6 +19,7 @@ from v4jax.model.context import Context
 from v4jax.model.indexer import Indexer
 from v4jax.model.indexer_loss import Index, Paid, indexer_loss
 from v4jax.model.layers import Numerics, Projection, RMSNorm, inverse_rms, weight
+from v4jax.ops import products
 from v4jax.sharding import collectives, sequence
 
 

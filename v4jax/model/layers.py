@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
-from v4jax import products, quant
+from v4jax import quant
 from v4jax.errors import InputError
 from v4jax.kernels.quantized_matmul import api as quantized_matmul
+from v4jax.ops import products
 from v4jax.quant import round_to
 from v4jax.sharding import collectives
 from v4jax.sharding.rules import ONE_DEVICE, Shards

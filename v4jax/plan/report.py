@@ -3,9 +3,9 @@
 import collections
 from typing import Any
 
-from v4jax.cli.tables import percent, short, table
 from v4jax.errors import InputError
 from v4jax.plan.plan import Plan
+from v4jax.tables import percent, short, table
 
 GB = 1e9
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
-from v4jax import products
+from v4jax.ops import products
 from v4jax.sharding import collectives
 
 # Logits of a block, float32; more where the states themselves are more.

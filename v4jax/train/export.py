@@ -6,7 +6,7 @@ from pathlib import Path
 import tokenizers
 from jax.experimental import multihost_utils
 
-from v4jax import checkpoint
+from v4jax.checkpoints import load as checkpoint
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import processes
 from v4jax.train import lora, quantized

@@ -22,19 +22,18 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from v4jax import host_memory
 from v4jax.datasets import rows as rows_lib
 from v4jax.datasets.source import Source, open_source
 from v4jax.errors import InputError
+from v4jax.files.safetensors import write_atomically
 from v4jax.model.transformer import Transformer
-from v4jax.safetensors_io import write_atomically
 from v4jax.sharding import processes
 from v4jax.sharding.rules import Shards
-from v4jax.train import evaluate, export, lora, metrics, placement, start
+from v4jax.train import evaluate, export, host_memory, lora, metrics, placement, start
 from v4jax.train.batch import Batch, make_batch
-from v4jax.train.checkpoints import Checkpoints
 from v4jax.train.config import Stage, TrainConfig, differences, plain
 from v4jax.train.optimizer import make_optimizer
+from v4jax.train.saves import Checkpoints
 from v4jax.train.step import Rates, StepConfig, TrainState, new_state, train_step
 
 NOT_INDEXER = "^(?!.*/indexer/)"

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax import checkpoint
+from v4jax.checkpoints import load as checkpoint
 from v4jax.config import ModelConfig
 from v4jax.datasets.hash_table import hash_table
 from v4jax.errors import InputError

@@ -8,7 +8,9 @@ from jaxtyping import Array, Float, Inexact, Int
 
 from v4jax import quant
 from v4jax.kernels import dispatch
-from v4jax.kernels.grouped_matmul import pallas_gpu, pallas_tpu, reference, xla
+from v4jax.kernels.grouped_matmul import reference, xla
+from v4jax.kernels.grouped_matmul.gpu import matmul as pallas_gpu
+from v4jax.kernels.grouped_matmul.tpu import matmul as pallas_tpu
 
 IMPLEMENTATIONS = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 

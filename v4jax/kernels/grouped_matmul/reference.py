@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from v4jax import products, quant
+from v4jax import quant
 from v4jax.kernels.quantized_matmul import api as quantized_matmul
+from v4jax.ops import products
 
 
 def matmul(x, w, rounding):

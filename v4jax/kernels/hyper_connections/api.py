@@ -9,15 +9,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Inexact
 
 from v4jax.kernels import dispatch
-from v4jax.kernels.hyper_connections import (
-    pallas_gpu,
-    pallas_gpu_backward,
-    pallas_tpu,
-    pallas_tpu_backward,
-    reference,
-    xla,
-)
+from v4jax.kernels.hyper_connections import reference, xla
+from v4jax.kernels.hyper_connections.gpu import backward as pallas_gpu_backward
+from v4jax.kernels.hyper_connections.gpu import forward as pallas_gpu
 from v4jax.kernels.hyper_connections.refusals import refusal
+from v4jax.kernels.hyper_connections.tpu import backward as pallas_tpu_backward
+from v4jax.kernels.hyper_connections.tpu import forward as pallas_tpu
 from v4jax.quant import round_to
 
 

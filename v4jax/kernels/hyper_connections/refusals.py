@@ -2,7 +2,9 @@
 
 import jax.numpy as jnp
 
-from v4jax.kernels.hyper_connections import pallas_tpu, pallas_tpu_backward, tpu_tiles
+from v4jax.kernels.hyper_connections.tpu import backward as pallas_tpu_backward
+from v4jax.kernels.hyper_connections.tpu import forward as pallas_tpu
+from v4jax.kernels.hyper_connections.tpu import tiles as tpu_tiles
 
 FOOTPRINTS = {
     "pre": pallas_tpu.pre_footprint,

@@ -7,17 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Inexact, Int, UInt32
 
 from v4jax.kernels import dispatch, membership
-from v4jax.kernels.indexer_topk import (
-    chosen_scores,
-    pallas_gpu,
-    pallas_gpu_scores,
-    pallas_tpu,
-    pallas_tpu_scores,
-    reference,
-    stored_keys,
-    xla,
-)
+from v4jax.kernels.indexer_topk import chosen_scores, reference, stored_keys, xla
+from v4jax.kernels.indexer_topk.gpu import choice as pallas_gpu
+from v4jax.kernels.indexer_topk.gpu import scores as pallas_gpu_scores
 from v4jax.kernels.indexer_topk.stored_keys import StoredKeys
+from v4jax.kernels.indexer_topk.tpu import choice as pallas_tpu
+from v4jax.kernels.indexer_topk.tpu import scores as pallas_tpu_scores
 
 MEMBER = {
     "xla": xla.indexer_member,

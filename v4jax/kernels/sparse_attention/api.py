@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int, UInt32
 
-from v4jax import products
 from v4jax.kernels import dispatch
-from v4jax.kernels.sparse_attention import pallas_gpu, pallas_tpu, reference, xla
+from v4jax.kernels.sparse_attention import reference, xla
 from v4jax.kernels.sparse_attention.entries import check, flat
+from v4jax.kernels.sparse_attention.gpu import tiles as pallas_gpu
 from v4jax.kernels.sparse_attention.plan import Places, Plan
 from v4jax.kernels.sparse_attention.stored import StoredRows
+from v4jax.kernels.sparse_attention.tpu import tiles as pallas_tpu
+from v4jax.ops import products
 
 FORWARD = {
     "xla": xla.forward,

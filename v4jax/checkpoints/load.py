@@ -1,0 +1,277 @@
+"""Checkpoints into a model's variables and back: `load`, `save_official`, `save_orbax`.
+
+Formats: official and transformers safetensors (`sources`, `weights`), and our Orbax format, which
+is described at the top of `orbax_io`. One item (a layer) is read at a time, straight into the
+stacked arrays that the model scans over.
+"""
+
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from v4jax.checkpoints.orbax import MANIFEST_NAME, OrbaxSource
+from v4jax.checkpoints.shards import ShardedLeaf, fill_leaves, identity
+from v4jax.checkpoints.source import JOURNAL_NAME, FolderSource, converting, planned_items
+from v4jax.checkpoints.target import OfficialTarget, OrbaxTarget, config_json, copy_item
+from v4jax.checkpoints.variables import VariablesSource
+from v4jax.config import ModelConfig, Segment, segments
+from v4jax.errors import InputError
+from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME
+from v4jax.files.threads import run_all
+from v4jax.model import sharded
+from v4jax.model.transformer import Transformer
+from v4jax.quant import QTensor
+from v4jax.sharding import processes
+from v4jax.sharding.rules import ONE_DEVICE, Shards
+from v4jax.weights import TensorSpec, variable_place
+
+THREADS = 8
+_ALIGNMENT = 64  # jax takes host arrays over without a copy where they are aligned to this
+
+
+def load(
+    path: str | os.PathLike,
+    dtype: str | None = None,
+    weights: str = "stored",
+    numerics: str | None = None,
+    shards: Shards = ONE_DEVICE,
+    **options: Any,
+) -> tuple[Transformer, dict[str, Any]]:
+    """Builds a model and loads its weights.
+
+    Args:
+      path: a directory (official, transformers or our Orbax format), or "nano", which comes with
+        the package.
+      dtype: of the activations; None for the checkpoint's own.
+      weights: "stored" keeps FP8 and FP4 matrices as they are, as `quant.QTensor`s; "bf16" and
+        "float32" expand them.
+      numerics: None, or "native" for the official low-precision rounding.
+      shards: a mesh and strategy for the model to run on. Each process then reads only the bytes
+        that its devices hold; draft blocks, which are only passed on, are left out.
+      **options: further fields of `Transformer`, such as `min_repeats`.
+
+    Returns:
+      The model and its variables.
+
+    Raises:
+      InputError: damaged or incomplete files, or tensors that are not those of the config.
+    """
+    with open_checkpoint(path) as source:
+        items = planned_items(source, weights)
+        model = Transformer(
+            source.config, dtype=dtype, numerics=numerics, sharding=shards, **options
+        )
+        model.rounding()  # a wrong dtype or numerics shows before gigabytes are read
+        if shards.mesh is None:
+            return model, _fill(source, items, model.segments())
+        sharded.check(model.config, shards)
+        if processes.count() > 1:
+            processes.agree("the checkpoint", identity(source) | {"weights": weights})
+        return model, _fill_mesh(source, items, model)
+
+
+def load_variables(
+    path: str | os.PathLike, weights: str = "stored", min_repeats: int = 4
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """The config and the variables of a checkpoint, as `load` makes them, without a model."""
+    with open_checkpoint(path) as source:
+        items = planned_items(source, weights)
+        return source.config, _fill(source, items, segments(source.config.layers, min_repeats))
+
+
+@contextlib.contextmanager
+def open_checkpoint(path: str | os.PathLike) -> Iterator[FolderSource | OrbaxSource]:
+    """Opens a checkpoint of any format for reading; see `sources`."""
+    path = locate(path)
+    check_finished(path)
+    whole = os.path.exists(os.path.join(path, MANIFEST_NAME))
+    source = OrbaxSource(path) if whole else FolderSource(path)
+    with contextlib.closing(source):
+        yield source
+
+
+def check_finished(path: str | os.PathLike) -> None:
+    """Refuses a directory into which a conversion has not ended."""
+    if os.path.exists(os.path.join(path, JOURNAL_NAME)):
+        raise InputError(
+            f"{path}: the conversion into this directory has not ended; run the same v4jax convert "
+            "again, and it goes on where it stopped"
+        )
+
+
+def locate(path: str | os.PathLike) -> str:
+    """The directory of a checkpoint: the path itself, or where "nano" lies in the package."""
+    if os.fspath(path) != "nano":
+        return os.fspath(path)
+    return str(Path(__file__).parents[1] / "data" / "nano")
+
+
+def save_official(
+    path: str | os.PathLike, config: ModelConfig, variables: Mapping[str, Any]
+) -> None:
+    """Writes variables as an official checkpoint, in the form in which they are.
+
+    Args:
+      path: a directory without a checkpoint; made if need be.
+      config: the model's; how weights are stored is taken from the variables.
+      variables: as `load` returns them, whatever `min_repeats` cut them; control tensors
+        (hyper-connections, sinks, biases) are written in float32.
+
+    Raises:
+      InputError: a checkpoint is there already, or variables that are not the config's.
+    """
+    _save(OfficialTarget, path, config, variables)
+
+
+def save_orbax(path: str | os.PathLike, config: ModelConfig, variables: Mapping[str, Any]) -> None:
+    """Writes variables in our Orbax format; as `save_official` otherwise."""
+    _save(OrbaxTarget, path, config, variables)
+
+
+def _save(kind, path, config, variables):
+    path = os.fspath(path)
+    taken = [
+        name
+        for name in (INDEX_NAME, SINGLE_NAME, MANIFEST_NAME, JOURNAL_NAME)
+        if os.path.exists(os.path.join(path, name))
+    ]
+    if taken:
+        raise InputError(f"{path}: holds a checkpoint ({taken[0]}); choose a new directory")
+    source = VariablesSource(config, variables)
+    target = kind(path, source.items)
+    checksums = {}
+    try:
+        os.makedirs(path, exist_ok=True)
+        with ThreadPoolExecutor(THREADS) as pool:
+            for item in source.items:
+                checksums |= copy_item(source, target, item, pool)
+        target.finish(config_json(source.config), "stored", checksums)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+class _Leaf:
+    """A leaf of the variables while its parts are read."""
+
+    def __init__(self):
+        self.specs: list[TensorSpec] = []
+        self.buffer: np.ndarray | None = None
+
+    def form(self, repeats):
+        """Shape and dtype."""
+        first = self.specs[0]
+        experts = [spec.expert for spec in self.specs if spec.expert is not None]
+        stack = (max(experts) + 1,) if experts else ()
+        leading = () if repeats is None else (repeats,)
+        wide = any(_tree_dtype(spec) == np.float32 for spec in self.specs)
+        dtype = np.dtype(np.float32) if wide else _tree_dtype(first)
+        return (*leading, *stack, *first.shape), dtype
+
+
+def _fill(source, items, cut: tuple[Segment, ...]):
+    """Reads all items into the variables' arrays; each goes to the device once it is complete."""
+    leaves, places, repeats = _plan_leaves(items, cut)
+    for where, leaf in leaves.items():
+        leaf.buffer = _aligned(*leaf.form(repeats[where]))
+    done = {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        for item, specs in items.items():
+            _fill_item(source, item, specs, leaves, places, pool)
+            for where in {places[spec.key][0] for spec in specs}:
+                leaf = leaves[where]
+                if leaf.specs[-1].item == item:
+                    done[where] = _to_device(leaf.buffer)
+                    del leaves[where]
+    return _nest(done)
+
+
+def _fill_item(source, item, specs, leaves, places, pool):
+    with source.open_item(item) as read:
+        convert = converting(source, item, read)
+
+        def fetch(spec):
+            where, repeat = places[spec.key]
+            out = leaves[where].buffer
+            out = out if repeat is None else out[repeat]
+            convert(spec.key, out if spec.expert is None else out[spec.expert])
+
+        run_all(pool, fetch, specs)
+
+
+def _fill_mesh(source, items, model):
+    """As `_fill`, onto the model's mesh."""
+    planned, where_of, repeats = _plan_leaves(items, model.segments())
+    shardings = sharded.variable_shardings(model)
+    leaves, places, last_items = {}, {}, {}
+    for where, leaf in planned.items():
+        if where[0] == "carried":
+            continue
+        quantized = leaf.specs[0].part != "array"
+        path = where[:-1] if quantized else where
+        sharding = functools.reduce(dict.__getitem__, path, shardings)
+        leaves[where] = ShardedLeaf(where, *leaf.form(repeats[where]), sharding, _aligned)
+        last_items[where] = leaf.specs[-1].item
+        for spec in leaf.specs:
+            indices = (where_of[spec.key][1], spec.expert)
+            places[spec.key] = (where, tuple(i for i in indices if i is not None))
+    return _nest(fill_leaves(source, items, leaves, places, last_items))
+
+
+def _plan_leaves(items, cut):
+    """Unfilled leaves by their path, each tensor's leaf and repeat, and each leaf's repeats."""
+    leaves, places, repeats = {}, {}, {}
+    lengths = {segment.name: segment.repeats for segment in cut}
+    for item, specs in items.items():
+        for spec in specs:
+            path, repeat = variable_place(cut, item, spec.path)
+            where = path if spec.part == "array" else (*path, spec.part)
+            places[spec.key] = (where, repeat)
+            leaves.setdefault(where, _Leaf()).specs.append(spec)
+            repeats[where] = None if repeat is None else lengths[path[1]]
+    return leaves, places, repeats
+
+
+def _tree_dtype(spec):
+    if spec.role == "table":
+        return np.dtype(np.int32)
+    return np.dtype(np.float32) if spec.role == "control" else spec.dtype
+
+
+def _aligned(shape, dtype):
+    count = math.prod(shape) * dtype.itemsize
+    raw = np.empty(count + _ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % _ALIGNMENT
+    return raw[offset : offset + count].view(dtype).reshape(shape)
+
+
+def _to_device(array):
+    # Without 64-bit types jax would narrow what is only carried along.
+    wide = array.dtype.itemsize == 8
+    return array if wide else jax.device_put(array)
+
+
+def _nest(leaves):
+    """The variables' tree out of leaves by path, values and scales joined."""
+    tree = {"params": {}, "buffers": {}}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return _join(tree)
+
+
+def _join(node):
+    if not isinstance(node, dict):
+        return node
+    if node.keys() == {"values", "scales"}:
+        return QTensor(node["values"], node["scales"])
+    return {name: _join(child) for name, child in node.items()}

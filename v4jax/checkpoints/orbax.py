@@ -1,0 +1,314 @@
+"""Our Orbax format: a directory of one Orbax checkpoint for each block.
+
+    config.json     the official config
+    v4jax.json      the manifest, written last: without it the directory is no checkpoint
+    items/embed, items/layer_000, ..., items/head, items/mtp_0, ...    Orbax PyTree checkpoints
+    items/carried_0, ...    DSpark draft blocks, passed on as they came
+    tokenizer.json, ...     companions, copied
+
+An item is the tree of one unstacked block, {"params": ..., "buffers": ...} with the paths of
+`weights.tensor_table`, or {"carried": {official key: array}}. The experts of a layer are stacked,
+[E, out, in]. A quantised matrix is {"values", "scales"}: values float8_e4m3fn, or uint8 with two
+E2M1 codes a byte; scales uint8 (E8M0) or float32. Token tables stay int64. Arrays are Zarr, without
+compression (packed weights do not shrink) and without OCDBT, whose file names are random: the same
+checkpoint always has the same bytes.
+
+The manifest holds "format", "version", "weights" ("stored", "bf16" or "float32": what conversion
+made of them), and for each item its tensors by official key: dtype and shape as in the official
+files, and the CRC-32 of the bytes there.
+"""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from v4jax.checkpoints.source import Read, fit, read_config
+from v4jax.config import ModelConfig
+from v4jax.errors import InputError
+from v4jax.files.regions import whole
+from v4jax.files.safetensors import bytes_of, sync_directory, write_atomically
+from v4jax.files.threads import run_all
+from v4jax.files.zarr import ZarrArray
+from v4jax.sharding import processes
+from v4jax.weights import TensorSpec
+
+MANIFEST_NAME = "v4jax.json"
+FORMAT = "v4jax-orbax"
+VERSION = 1
+_CHUNK = 64 << 20  # larger stacks of experts are cut into a file an expert
+
+
+class OrbaxSource:
+    """A checkpoint in our Orbax format, opened for reading; see `sources`.
+
+    Raises:
+      InputError: no or a foreign manifest, missing items, or tensors that are not the config's.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        manifest, text = _read_manifest(self.path)
+        found = {
+            key: (tensor["dtype"], tuple(tensor["shape"]))
+            for tensors in manifest["items"].values()
+            for key, tensor in tensors.items()
+        }
+        self.config_text = read_config(self.path)
+        config = ModelConfig.from_hf(self.path)
+        self.config, self.items = fit(config, found, self.path)
+        absent = [name for name in self.items if not os.path.isdir(item_path(self.path, name))]
+        if absent:
+            raise InputError(
+                f"{self.path}: {len(absent)} of {len(self.items)} items are missing, first "
+                f"items/{absent[0]}; copy or convert the checkpoint again"
+            )
+        identity = os.path.realpath(self.path).encode() + b"\0" + self.config_text + text
+        self.fingerprint = hashlib.sha256(identity).hexdigest()
+
+    @contextlib.contextmanager
+    def open_item(self, name: str) -> Iterator[Read]:
+        """Restores an item: one block in memory."""
+        if processes.count() > 1:  # where Orbax would make all of them wait for one another
+            with self.open_parts(name) as read:
+                yield read
+            return
+        yield reader(load_item(self.path, name, self.items[name]), self.items[name])
+
+    @contextlib.contextmanager
+    def open_parts(self, name: str) -> Iterator[Read]:
+        """Reads regions straight from the item's Zarr files, without Orbax."""
+        specs = {spec.key: spec for spec in self.items[name]}
+        tree, _ = empty_tree(self.items[name])  # memory that nobody touches
+        path = item_path(self.path, name)
+
+        def read(key, out, region=None):
+            spec = specs[key]
+            names = spec.path if spec.part == "array" else (*spec.path, spec.part)
+            leaf = functools.reduce(dict.__getitem__, names, tree)
+            region = whole(spec.shape) if region is None else region
+            if spec.expert is not None:
+                region, out = ((spec.expert, spec.expert + 1), *region), out[None]
+            ZarrArray(os.path.join(path, ".".join(names)), leaf.shape).read_into(out, region)
+
+        yield read
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+
+def item_path(directory: str, name: str) -> str:
+    return os.path.join(directory, "items", name)
+
+
+def save_item(
+    directory: str,
+    name: str,
+    specs: list[TensorSpec],
+    read: Read,
+    pool: ThreadPoolExecutor | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, int]:
+    """Writes one item: complete under its name, or not at all.
+
+    Args:
+      specs: its tensors, in the form to be saved. read: gives each of them.
+
+    Returns:
+      key -> CRC-32 of the tensor's bytes.
+    """
+    tree, slices = empty_tree(specs)
+
+    def fetch(spec):
+        out = slices[spec.key]
+        read(spec.key, out)
+        if progress is not None:
+            progress(out.nbytes)
+        return spec.key, zlib.crc32(bytes_of(out))
+
+    checksums = dict(run_all(pool, fetch, specs))
+    final, temporary = item_path(directory, name), item_path(directory, f".{name}.tmp")
+    for path in (final, temporary):
+        shutil.rmtree(path, ignore_errors=True)
+    os.makedirs(temporary)
+    _save_tree(temporary, tree)
+    os.rename(temporary, final)
+    sync_directory(os.path.dirname(final))
+    return checksums
+
+
+def load_item(directory: str, name: str, specs: list[TensorSpec]) -> dict:
+    """Restores an item as a tree of numpy arrays of the shapes and dtypes of `specs`."""
+    import orbax.checkpoint as ocp  # takes seconds, which official checkpoints need not wait for
+
+    tree, _ = empty_tree(specs)
+    wanted = _map_leaves(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    path = item_path(directory, name)
+    _check_sizes(path, tree, ())
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            restored = checkpointer.restore(os.path.abspath(path), restore_args=wanted)
+    except Exception as error:  # Orbax and TensorStore raise whatever the damage leads to
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path}: cannot be restored ({type(error).__name__}: {reason}); it is damaged or "
+            "incomplete, so copy or convert it again"
+        ) from error
+    _check_same(path, tree, restored, ())
+    return restored
+
+
+def empty_tree(specs: list[TensorSpec]) -> tuple[dict, dict[str, np.ndarray]]:
+    """An item's tree of unfilled arrays, and the part of it that each tensor fills."""
+    experts = {}
+    for spec in specs:
+        if spec.expert is not None:
+            experts[spec.path] = max(experts.get(spec.path, 0), spec.expert + 1)
+    tree, slices = {}, {}
+    for spec in specs:
+        *parents, last = spec.path if spec.part == "array" else (*spec.path, spec.part)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if last not in node:
+            stack = (experts[spec.path],) if spec.expert is not None else ()
+            node[last] = np.empty((*stack, *spec.shape), spec.dtype).view(_Owned)
+        leaf = node[last].view(np.ndarray)
+        slices[spec.key] = leaf if spec.expert is None else leaf[spec.expert]
+    return tree, slices
+
+
+def reader(tree: dict, specs: list[TensorSpec]) -> Read:
+    """Reads single tensors out of an item's tree."""
+    where = {spec.key: spec for spec in specs}
+
+    def read(key, out):
+        spec = where[key]
+        leaf = tree
+        for name in spec.path if spec.part == "array" else (*spec.path, spec.part):
+            leaf = leaf[name]
+        out[...] = leaf if spec.expert is None else leaf[spec.expert]
+
+    return read
+
+
+def write_manifest(
+    directory: str, items: dict[str, list[TensorSpec]], weights: str, checksums: dict[str, int]
+) -> None:
+    """Writes v4jax.json, which makes the directory a checkpoint."""
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "weights": weights,
+        "layers": sum(name.startswith("layer_") for name in items),
+        "bytes": sum(spec.nbytes for specs in items.values() for spec in specs),
+        "items": {
+            name: {
+                spec.key: {
+                    "dtype": spec.dtypes[0],
+                    "shape": list(spec.shape),
+                    "crc32": checksums[spec.key],
+                }
+                for spec in specs
+            }
+            for name, specs in items.items()
+        },
+    }
+    text = json.dumps(manifest, separators=(",", ":")).encode() + b"\n"
+    write_atomically(os.path.join(directory, MANIFEST_NAME), text)
+
+
+class _Owned(np.ndarray):
+    """An array that Orbax need not copy: it copies host arrays in case they change while it
+    writes, and here nothing touches them before the save has ended."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def _save_tree(path, tree):
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    def chunks(leaf):
+        if leaf.ndim == 3 and leaf.nbytes > _CHUNK:
+            return ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,))
+        return ocp.SaveArgs()
+
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    save_args = _map_leaves(chunks, tree)
+    try:
+        handler.save(
+            epath.Path(os.path.abspath(path)), args=ocp.args.PyTreeSave(tree, save_args=save_args)
+        )
+    except ValueError as error:  # TensorStore's errors have no type of their own
+        if "No space left" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
+    finally:
+        handler.close()
+
+
+def _map_leaves(function, tree):
+    if isinstance(tree, dict):
+        return {name: _map_leaves(function, child) for name, child in tree.items()}
+    return function(tree)
+
+
+def _check_sizes(path, tree, names):
+    """Raises where an array's files are not there in full, before Orbax stumbles over them."""
+    if isinstance(tree, dict):
+        for name, child in tree.items():
+            _check_sizes(path, child, (*names, name))
+        return
+    folder = os.path.join(path, ".".join(names))
+    found = 0
+    if os.path.isdir(folder):
+        with os.scandir(folder) as entries:
+            found = sum(entry.stat().st_size for entry in entries if entry.name != ".zarray")
+    if found != tree.nbytes:
+        raise InputError(
+            f"{folder}: holds {found} bytes; expected {tree.nbytes}. It is damaged or incomplete, "
+            "so copy or convert the checkpoint again"
+        )
+
+
+def _check_same(path, expected, found, names):
+    """Raises unless what Orbax gave back has the shapes and dtypes of the manifest."""
+    if isinstance(expected, dict):
+        if not isinstance(found, dict) or expected.keys() != found.keys():
+            raise InputError(f"{path}: {'/'.join(names)} does not hold what v4jax.json says")
+        for name in expected:
+            _check_same(path, expected[name], found[name], (*names, name))
+    elif (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        raise InputError(
+            f"{path}: {'/'.join(names)} is {found.dtype} {list(found.shape)}; expected "
+            f"{expected.dtype} {list(expected.shape)} as v4jax.json says"
+        )
+
+
+def _read_manifest(directory):
+    path = os.path.join(directory, MANIFEST_NAME)
+    try:
+        with open(path, "rb") as file:
+            text = file.read()
+        manifest = json.loads(text)
+        kind, version = manifest["format"], manifest["version"]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a manifest of ours ({error!r}); get it again") from None
+    if (kind, version) != (FORMAT, VERSION):
+        raise InputError(
+            f"{path}: has format {kind!r}, version {version}; this v4jax reads {FORMAT!r}, "
+            f"version {VERSION}, so use the version that wrote it"
+        )
+    return manifest, text

@@ -1,0 +1,82 @@
+"""A decode cache on disk: one safetensors file, written whole or not at all."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save
+
+from v4jax.errors import InputError
+from v4jax.files.safetensors import write_atomically
+from v4jax.model.cache import Cache
+
+FORMAT = "v4jax-cache-1"
+
+
+def save_cache(path: str | os.PathLike, cache: Cache) -> None:
+    """Writes the cache; a file of that name is replaced in one step.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    path = Path(path)
+    about = {
+        "format": FORMAT,
+        "max_length": str(cache.max_length),
+        "max_rollback": str(cache.max_rollback),
+    }
+    data = save(_leaves(cache), metadata=about)
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise InputError(f"cannot write the cache to {path}: {error.strerror}") from error
+
+
+def load_cache(path: str | os.PathLike, like: Cache) -> Cache:
+    """Reads a cache that `save_cache` wrote.
+
+    Args:
+      path: the file.
+      like: a cache of the same model, batch and lengths (from `init_cache`); its arrays are not
+        read, so `jax.eval_shape` of one will do.
+
+    Raises:
+      InputError: no such file, a damaged one, or one of another model or size.
+    """
+    try:
+        with safe_open(path, "flax") as file:
+            about = file.metadata() or {}
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read a cache from {path}: {error}") from error
+    if about.get("format") != FORMAT:
+        raise InputError(f"{path} is not a cache file: its format is {about.get('format')!r}")
+    for name in ("max_length", "max_rollback"):
+        if int(about[name]) != getattr(like, name):
+            raise InputError(
+                f"{path} was made with {name} {about[name]} and this cache has "
+                f"{getattr(like, name)}; make the cache with the same sizes"
+            )
+    _compare(path, stored, _leaves(like))
+    names = list(_leaves(like))
+    return jax.tree.unflatten(jax.tree.structure(like), [stored[name] for name in names])
+
+
+def _leaves(cache):
+    paths, _ = jax.tree_util.tree_flatten_with_path(cache)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
+
+
+def _compare(path, stored, expected):
+    if set(stored) != set(expected):
+        odd = sorted(set(stored) ^ set(expected))[0]
+        raise InputError(f"{path} is a cache of another model: they differ in {odd}")
+    for name, leaf in expected.items():
+        found = stored[name]
+        if found.shape != leaf.shape or jnp.dtype(found.dtype) != jnp.dtype(leaf.dtype):
+            raise InputError(
+                f"{path}: {name} is {found.dtype}{list(found.shape)}; expected "
+                f"{leaf.dtype}{list(leaf.shape)} of this model, batch and length"
+            )

@@ -1,0 +1,305 @@
+"""Grouped experts on a TPU: a grid over (columns of the result, work items).
+
+A tile of an expert's weights holds the whole contracted axis, so it stays in VMEM while the items
+of its group pass by: every weight of a busy expert is read from HBM exactly once, an idle expert's
+never. Rows are read once for each tile of columns. A tile of rows that several groups share is
+visited by each in turn, and each stores its own rows; the visits follow one another, so the tile
+leaves VMEM once.
+
+Stored weights are expanded in VMEM, a chunk of the contracted axis at a time. FP4 packs even and
+odd columns in one byte; instead of interleaving lanes, the other operand or the result is split
+into even and odd columns outside.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from v4jax.kernels.grouped_matmul import bind, formats, swiglu, work_items
+from v4jax.kernels.grouped_matmul.tpu import weights as expand
+from v4jax.kernels.grouped_matmul.tpu.tiles import plan
+
+LANES = 128
+
+
+def refuse(x_XD, gate_X, group_sizes_E, weights, rounding) -> str | None:
+    """Why these kernels cannot take the arguments."""
+    reason = formats.refuse(weights)
+    if reason is not None:
+        return reason
+    sizes = plan(x_XD, weights, rounding)
+    if sizes.bytes > sizes.memory:
+        return (
+            f"a tile of {sizes.rows} rows and {sizes.columns} columns of x {x_XD.shape} and w1 "
+            f"{weights[0].shape} needs {sizes.bytes} bytes of VMEM and there are {sizes.memory}"
+        )
+    return None
+
+
+class _Kernels(bind.Kernels):
+    """The grouped matmuls that `passes` calls."""
+
+    def up(self, x, gate, w1, w3):
+        store = functools.partial(_store_up, limit=self.limit, dtype=self.dtype)
+        x, extras = formats.split(x, formats.parts(w1)), [_column(gate)]
+        return self._call("up", store, [x], [w1, w3], extras, [(self.dtype, 1)], True)[0][0]
+
+    def down(self, z, w2):
+        z = formats.split(z, formats.parts(w2))
+        return self._call("down", _store, [z], [w2], [], [(self.dtype, 1)], True)[0][0]
+
+    def dz(self, dy, w2):
+        outs = [(self.dtype, formats.parts(w2))]
+        [dz] = self._call("dz", _store, [dy[None]], [w2], [], outs, False)
+        return formats.join(dz)
+
+    def up_gradient(self, x, gate, dz, w1, w3, want_z):
+        store = functools.partial(_store_up_gradient, limit=self.limit, dtype=self.dtype)
+        x, extras = formats.split(x, formats.parts(w1)), [_column(gate), dz[None]]
+        outs = [(self.dtype, 1), (self.dtype, 1), ("lanes", 1)] + [(self.dtype, 1)] * want_z
+        da, db, dgate, *z = self._call("up_gradient", store, [x], [w1, w3], extras, outs, True)
+        return da[0], db[0], dgate.sum((0, 2)), z[0][0] if want_z else None
+
+    def dx(self, da, db, w1, w3, dtype):
+        outs = [(dtype, formats.parts(w1))]
+        both = [da[None], db[None]]
+        [dx] = self._call("dx", _store_sum, both, [w1, w3], [], outs, False)
+        return formats.join(dx)
+
+    def weight_gradients(self, lhs, rhs, dtype):
+        return _weight_gradients(self.group_sizes_E, self.sizes, self.interpret, lhs, rhs, dtype)
+
+    def _call(self, name, store, lhs, *args):
+        work = work_items.tiles(self.group_sizes_E, lhs[0].shape[1], self.sizes.rows)
+        return _grouped(work, self.sizes, self.interpret, name, store, lhs, *args)
+
+
+def _column(gate_X):
+    return gate_X[None, :, None]
+
+
+def _grouped(work, sizes, interpret, name, store, lhs, weights, extras, outs, transposed):
+    """Results of rows times their group's weights, through `store`.
+
+    Args:
+      store: (sums, mask, extras, outs) of one tile, refs but for mask.
+      lhs: [parts, X, contracted / parts], one for all weights or one each.
+      extras: [1, X, 1] or [1, X, columns], further inputs of `store`.
+      outs: (type, parts) of each result [parts, X, columns / parts]; "lanes" for float32 partial
+        sums [column tiles, X, 128].
+      transposed: contract the weights' last axis, or else their first.
+    """
+    rows = lhs[0].shape[1]
+    total, contracted = _result_and_contracted(weights[0], transposed)
+    split = 1 if transposed else formats.parts(weights[0])
+    columns = sizes.columns_of(total, split)
+    grid = (pl.cdiv(total, columns), work.group_I.shape[0])
+    lanes = LANES if columns % LANES == 0 else columns
+
+    def out(dtype, parts):
+        if dtype == "lanes":
+            shape, block = (grid[0], rows, lanes), (1, sizes.rows, lanes)
+            spec = pl.BlockSpec(block, lambda j, i, g, t, *_: (j, t[i], 0))
+            return jax.ShapeDtypeStruct(shape, jnp.float32), spec
+        block = (parts, sizes.rows, columns // parts)
+        spec = pl.BlockSpec(block, lambda j, i, g, t, *_: (0, t[i], j))
+        return jax.ShapeDtypeStruct((parts, rows, total // parts), dtype), spec
+
+    shapes, out_specs = zip(*[out(*o) for o in outs], strict=True)
+    arrays, weight_specs = zip(
+        *[expand.arrays_and_specs(w, transposed, columns) for w in weights], strict=True
+    )
+    in_specs = [_rows_spec(x, sizes, columns, whole=True) for x in lhs]
+    in_specs += [spec for specs in weight_specs for spec in specs]
+    in_specs += [_rows_spec(x, sizes, columns, whole=False) for x in extras]
+    accumulator = pltpu.VMEM((split, sizes.rows, columns // split), jnp.float32)
+    kernel = functools.partial(
+        _kernel,
+        store=store,
+        kinds=[formats.kind(w) for w in weights],
+        counts=(len(lhs), len(extras), len(outs)),
+        transposed=transposed,
+        rows=sizes.rows,
+        depth=sizes.depth_of(contracted),
+        contracted=contracted,
+    )
+    return pl.pallas_call(
+        kernel,
+        out_shape=shapes,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(work),
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=[accumulator] * len(weights),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=sizes.memory
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * len(weights) * rows * total * contracted,
+            transcendentals=0,
+            bytes_accessed=grid[0] * _bytes(lhs) + _bytes(sum(arrays, [])) + _bytes(shapes),
+        ),
+        name=f"expert_{name}",
+        interpret=interpret,
+    )(*work, *lhs, *sum(arrays, []), *extras)
+
+
+def _bytes(arrays):
+    """Of arrays read or written once, if every group is busy."""
+    return sum(a.size * jnp.dtype(a.dtype).itemsize for a in arrays)
+
+
+def _rows_spec(x, sizes, columns, whole):
+    """A tile of rows: all of them (`whole`), or the columns of the result's tile."""
+    parts, _, width = x.shape
+    if whole or width == 1:
+        return pl.BlockSpec((parts, sizes.rows, width), lambda j, i, g, t, *_: (0, t[i], 0))
+    return pl.BlockSpec((parts, sizes.rows, columns), lambda j, i, g, t, *_: (0, t[i], j))
+
+
+def _result_and_contracted(weight, transposed):
+    rows, columns = weight.shape[-2:]
+    return (rows, columns) if transposed else (columns, rows)
+
+
+def _kernel(*refs, store, kinds, counts, transposed, rows, depth, contracted):
+    n_lhs, n_extras, n_outs = counts
+    _, tile, begin, end, count, *refs = refs
+    lhs, refs = refs[:n_lhs], refs[n_lhs:]
+    weights = []
+    for kind in kinds:
+        held = 1 if kind == "float" else 2
+        weights.append(refs[:held])
+        refs = refs[held:]
+    extras, outs, sums = refs[:n_extras], refs[n_extras:][:n_outs], refs[-len(kinds) :]
+    column, item = pl.program_id(0), pl.program_id(1)
+
+    @pl.when(item < count[0])
+    def _():
+        for total in sums:
+            total[...] = jnp.zeros_like(total)
+
+        def chunk(k, carry):
+            for n, (kind, weight) in enumerate(zip(kinds, weights, strict=True)):
+                x = lhs[n % n_lhs]
+                expand.add_product(sums[n], x, weight, kind, transposed, k, depth, column)
+            return carry
+
+        if depth == contracted:
+            chunk(0, None)
+        else:
+            jax.lax.fori_loop(0, contracted // depth, chunk, None)
+        row = tile[item] * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+        store(sums, (row >= begin[item]) & (row < end[item]), extras, outs)
+
+
+def _merge(out, part, mask, value):
+    """Stores the rows of the tile that belong to the item's group, and keeps the others."""
+    value = value.astype(out.dtype)
+    out[part] = jnp.where(jnp.broadcast_to(mask, value.shape), value, out[part])
+
+
+def _store(sums, mask, extras, outs):
+    for part in range(outs[0].shape[0]):
+        _merge(outs[0], part, mask, sums[0][part])
+
+
+def _store_sum(sums, mask, extras, outs):
+    for part in range(outs[0].shape[0]):
+        _merge(outs[0], part, mask, sums[0][part] + sums[1][part])
+
+
+def _store_up(sums, mask, extras, outs, *, limit, dtype):
+    a, b = (total[0].astype(dtype).astype(jnp.float32) for total in sums)
+    _merge(outs[0], 0, mask, swiglu.forward(a, b, extras[0][0], limit))
+
+
+def _store_up_gradient(sums, mask, extras, outs, *, limit, dtype):
+    a, b = (total[0].astype(dtype).astype(jnp.float32) for total in sums)
+    gate, dz = extras[0][0], extras[1][0].astype(jnp.float32)
+    z, dgate, da, db = swiglu.backward(a, b, gate, dz, limit)
+    _merge(outs[0], 0, mask, da)
+    _merge(outs[1], 0, mask, db)
+    lanes = outs[2].shape[-1]
+    partial = sum(dgate[:, n : n + lanes] for n in range(0, dgate.shape[1], lanes))
+    _merge(outs[2], 0, mask, partial)
+    if len(outs) > 3:
+        _merge(outs[3], 0, mask, z)
+
+
+def _weight_gradients(group_sizes_E, sizes, interpret, lhs, rhs_XN, dtype):
+    """For each lhs [X, M] the [E, M, N] of every group's lhs^T rhs; exact zeros if it is empty."""
+    rows, n = rhs_XN.shape
+    m = lhs[0].shape[1]
+    groups = group_sizes_E.shape[0]
+    work = work_items.tiles(group_sizes_E, rows, sizes.rows, empty=True)
+    tile_m, tile_n = sizes.columns_of(m, 1), sizes.columns_of(n, 1)
+    grid = (pl.cdiv(m, tile_m), pl.cdiv(n, tile_n), work.group_I.shape[0])
+    out_block = pl.BlockSpec((1, tile_m, tile_n), lambda j, k, i, g, *_: (g[i], j, k))
+    lhs_block = pl.BlockSpec((sizes.rows, tile_m), lambda j, k, i, g, t, *_: (t[i], j))
+    rhs_block = pl.BlockSpec((sizes.rows, tile_n), lambda j, k, i, g, t, *_: (t[i], k))
+    itemsize = rhs_XN.dtype.itemsize
+    return pl.pallas_call(
+        functools.partial(_weight_gradients_kernel, len(lhs), sizes.rows),
+        out_shape=[jax.ShapeDtypeStruct((groups, m, n), dtype)] * len(lhs),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(work),
+            grid=grid,
+            in_specs=[lhs_block] * len(lhs) + [rhs_block],
+            out_specs=[out_block] * len(lhs),
+            scratch_shapes=[pltpu.VMEM((tile_m, tile_n), jnp.float32)] * len(lhs),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=sizes.memory,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * len(lhs) * rows * m * n,
+            transcendentals=0,
+            bytes_accessed=len(lhs) * groups * m * n * jnp.dtype(dtype).itemsize
+            + rows * (n * grid[0] + len(lhs) * m * grid[1]) * itemsize,
+        ),
+        name="expert_weight_gradients",
+        interpret=interpret,
+    )(*work, *lhs, rhs_XN)
+
+
+def _weight_gradients_kernel(n_lhs, rows, group, tile, begin, end, count, *refs):
+    lhs, rhs, outs, sums = refs[:n_lhs], refs[n_lhs], refs[n_lhs + 1 :][:n_lhs], refs[-n_lhs:]
+    item = pl.program_id(2)
+    real = item < count[0]
+    first = (item == 0) | (group[item] != group[jnp.maximum(item - 1, 0)])
+    after = jnp.minimum(item + 1, pl.num_programs(2) - 1)
+    last = (item == count[0] - 1) | (group[item] != group[after])
+
+    @pl.when(real & first)
+    def _():
+        for total in sums:
+            total[...] = jnp.zeros_like(total)
+
+    @pl.when(real & (begin[item] < end[item]))
+    def _():
+        row = tile[item] * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+        mask = (row >= begin[item]) & (row < end[item])
+
+        def own(ref):
+            # Both operands: rows past the array's last may hold NaN, and 0 times NaN is NaN.
+            x = ref[...]
+            return jnp.where(jnp.broadcast_to(mask, x.shape), x, jnp.zeros_like(x))
+
+        y = own(rhs)
+        for total, x in zip(sums, lhs, strict=True):
+            total[...] += expand.dot(own(x), y, (0, 0))
+
+    @pl.when(real & last)
+    def _():
+        for out, total in zip(outs, sums, strict=True):
+            out[0] = total[...].astype(out.dtype)
+
+
+forward, backward = bind.functions(_Kernels, plan)

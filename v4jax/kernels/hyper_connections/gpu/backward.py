@@ -1,0 +1,335 @@
+"""mHC on a GPU, backward, in Pallas Triton.
+
+`pre`: inner products <du, h[i]> (a pass over the streams), the small numbers (a token a thread),
+then dh and d(fn) in one pass: a program keeps its channels of fn and d(fn) and walks over tokens.
+`post`: one pass; d(comb), M x M products of rows of a token, as 16 x 16 products of the rows of a
+few tokens at once, of which the blocks on the diagonal count.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from v4jax.kernels.hyper_connections import bind, packing
+from v4jax.kernels.hyper_connections.gpu import tiles
+from v4jax.kernels.hyper_connections.gpu.forward import exact, fn_parts
+from v4jax.kernels.hyper_connections.gpu.mixing import mixing_backward_kernel
+
+WARP = 32  # tokens: the buffer of Sinkhorn iterates needs a thread to each
+
+
+def post_pre_backward(
+    y_BTD,
+    h_BTMD,
+    post_BTM,
+    comb_BTMM,
+    new_BTMD,
+    fn_XV,
+    base_X,
+    scale_3,
+    mixed_XN,
+    norm_N,
+    grads,
+    *,
+    interpret,
+    **options,
+):
+    """Gradients of y, h, post, comb, fn, base, scale from those of (h', u, post', comb')."""
+    grad_BTMD, *grads = grads
+    arrays = (new_BTMD, fn_XV, base_X, scale_3, mixed_XN, norm_N, tuple(grads))
+    dnew_BTMD, *dweights = pre_backward(*arrays, grad_BTMD, interpret=interpret, **options)
+    arrays = (y_BTD, h_BTMD, post_BTM, comb_BTMM, dnew_BTMD)
+    return *post_backward(*arrays, interpret=interpret), *dweights
+
+
+@functools.partial(jax.jit, static_argnames=("options", "plan", "interpret"))
+def _pre_backward(
+    h_BTMD,
+    fn_XV,
+    base_X,
+    scale_3,
+    mixed_XN,
+    norm_N,
+    grads,
+    grad_BTMD=None,
+    *,
+    options,
+    plan,
+    interpret,
+):
+    """Gradients of h, fn, base, scale from those of (u, post, comb); `grad_BTMD` is added to dh."""
+    m, d = h_BTMD.shape[2:]
+    du_BTD, dpost_BTM, dcomb_BTMM = grads
+    h_NMD, du_ND = tiles.streams(h_BTMD, plan), tiles.rows(du_BTD, plan)
+    dsmall_XN = tiles.small(packing.rows_of_tokens(dpost_BTM, dcomb_BTMM), plan)
+    dpre_MN = inner_products(h_NMD, du_ND, plan, interpret)
+    mixed, norm = tiles.small(mixed_XN, plan), tiles.small(norm_N[None], plan)
+    dweights_XN = jnp.concatenate([dpre_MN, dsmall_XN])
+    weights = (base_X, packing.row_scale(scale_3, m))
+    small = (mixed, norm, dweights_XN, *weights)
+    dlogits_XN, coefficient_XN = mix_backward(*small, d, options, plan, interpret)
+    grad_NMD = None if grad_BTMD is None else tiles.streams(grad_BTMD, plan)
+    parts = fn_parts(fn_XV, m, plan.d, h_BTMD.dtype)
+    dh_NMD, dfn = stream_grads(h_NMD, du_ND, coefficient_XN, parts, grad_NMD, plan, interpret)
+    x = base_X.shape[0]
+    dfn_XV = dfn.sum(0)[:x].reshape(x, m, -1)[..., :d].reshape(x, m * d)
+    dbase_X, dscale_3 = packing.logit_grads(dlogits_XN, mixed, m)
+    return tiles.unstreams(dh_NMD, h_BTMD), dfn_XV, dbase_X, dscale_3
+
+
+def inner_products(h_NMD, du_ND, plan, interpret):
+    """<du, h[i]> of every token: [M, N]."""
+    n, m, d = h_NMD.shape
+    channels = min(d & -d, 512 if m <= 4 else 256)
+    tokens = 4
+    return pl.pallas_call(
+        functools.partial(_inner_kernel, channels=channels),
+        grid=(n // tokens,),
+        in_specs=[
+            pl.BlockSpec((tokens, m, d), lambda t: (t, 0, 0)),
+            pl.BlockSpec((tokens, d), lambda t: (t, 0)),
+        ],
+        out_specs=pl.BlockSpec((m, tokens), lambda t: (0, t)),
+        out_shape=jax.ShapeDtypeStruct((m, n), jnp.float32),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="mhc_inner_products",
+    )(h_NMD, du_ND)
+
+
+def _inner_kernel(h_ref, du_ref, out_ref, *, channels):
+    tokens, m, d = h_ref.shape
+
+    def step(k, totals):
+        cols = pl.ds(k * channels, channels)
+        du = du_ref[:, cols].astype(jnp.float32)
+        return tuple(
+            total + du * h_ref[:, i, cols].astype(jnp.float32) for i, total in enumerate(totals)
+        )
+
+    zero = jnp.zeros((tokens, channels), jnp.float32)
+    totals = jax.lax.fori_loop(0, d // channels, step, (zero,) * m)
+    for i, total in enumerate(totals):
+        out_ref[i, :] = jnp.sum(total, axis=1)
+
+
+def mix_backward(mixed, norm, dweights, base_X, scale_X, d, options, plan, interpret):
+    """d(logits) [X, N] and the rows [M + 1 + X, N] that `stream_grads` takes."""
+    x, n = mixed.shape
+    m = next(m for m in range(1, 9) if (2 + m) * m == x)
+    vector = plan.vector(m)
+
+    def rows(count):
+        return pl.BlockSpec((count, vector), lambda t: (0, t))
+
+    iterates = (options[0], m, m, n)
+    dlogits, coefficient, _ = pl.pallas_call(
+        functools.partial(mixing_backward_kernel, m=m, d=d, options=options),
+        grid=(n // vector,),
+        in_specs=[rows(x), rows(1), rows(x), tiles.whole(base_X), tiles.whole(scale_X)],
+        out_specs=(
+            rows(x),
+            rows(m + 1 + x),
+            pl.BlockSpec((*iterates[:3], vector), lambda t: (0, 0, 0, t)),
+        ),
+        out_shape=tuple(
+            jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((x, n), (m + 1 + x, n), iterates)
+        ),
+        compiler_params=plan.vector_params(m),
+        interpret=interpret,
+        name="mhc_mix_backward",
+    )(mixed, norm, dweights, base_X, scale_X)
+    return dlogits, coefficient
+
+
+def stream_grads(h_NMD, du_ND, coefficient_XN, parts_PXV, grad_NMD, plan, interpret):
+    """dh and, for each split of the tokens, d(fn) [S, X', M*D]."""
+    n, m, d = h_NMD.shape
+    count, x, _ = parts_PXV.shape
+    # As many streams a program as d(fn)'s rows leave registers for: du is then read once.
+    group = m if x * m <= 128 else 1
+    tokens, channels = plan.tokens, plan.channels
+    tiles_of_channels = d // channels * (m // group)
+    split = tiles.splits(tiles_of_channels, n // tokens * 4)
+    while n // tokens % split:
+        split //= 2
+    per_split = n // tokens // split
+    rows = per_split * tokens
+    draw = _draw_parts(coefficient_XN[m + 1 :], x, h_NMD.dtype)
+    streams = pl.BlockSpec((rows, group, channels), lambda c, g, s: (s, g, c))
+    fn_spec = pl.BlockSpec((count, x, group, channels), lambda c, g, s: (0, 0, g, c))
+    operands = [h_NMD, du_ND, coefficient_XN[: m + 1], draw, parts_PXV.reshape(count, x, m, d)]
+    specs = [
+        streams,
+        pl.BlockSpec((rows, channels), lambda c, g, s: (s, c)),
+        pl.BlockSpec((m + 1, rows), lambda c, g, s: (0, s)),
+        pl.BlockSpec((count, rows, x), lambda c, g, s: (0, s, 0)),
+        fn_spec,
+    ]
+    if grad_NMD is not None:
+        operands, specs = [*operands, grad_NMD], [*specs, streams]
+    dh_NMD, dfn = pl.pallas_call(
+        functools.partial(_stream_grads_kernel, steps=per_split, plan=plan),
+        grid=(d // channels, m // group, split),
+        in_specs=specs,
+        out_specs=(
+            streams,
+            pl.BlockSpec((None, x, group, channels), lambda c, g, s: (s, 0, g, c)),
+        ),
+        out_shape=(
+            jax.ShapeDtypeStruct(h_NMD.shape, h_NMD.dtype),
+            jax.ShapeDtypeStruct((split, x, m, d), jnp.float32),
+        ),
+        compiler_params=plan.params(2),
+        interpret=interpret,
+        name="mhc_stream_grads",
+    )(*operands)
+    return dh_NMD, dfn.reshape(split, x, m * d)
+
+
+def _draw_parts(draw_XN, x, dtype):
+    """draw as [parts, N, X'], in bfloat16 parts where the streams are bfloat16."""
+    draw_NX = jnp.pad(draw_XN, ((0, x - draw_XN.shape[0]), (0, 0))).T
+    parts = packing.float_parts(draw_NX, 2) if dtype == jnp.bfloat16 else [draw_NX]
+    return jnp.stack(parts).astype(dtype)
+
+
+def _stream_grads_kernel(h_ref, du_ref, coefficient_ref, draw_ref, fn_ref, *refs, steps, plan):
+    *grad_ref, dh_ref, dfn_ref = refs
+    group, tokens = h_ref.shape[1], plan.tokens
+    first = pl.program_id(1) * group
+    count, x = fn_ref.shape[:2]
+    m = coefficient_ref.shape[0] - 1
+    # High times high, high times low, low times high.
+    pairs = [(p, q) for p in range(count) for q in range(count) if p + q < count]
+
+    def step(k, dfn):
+        rows = pl.ds(k * tokens, tokens)
+        du = du_ref[rows, :].astype(jnp.float32)
+        shrink = coefficient_ref[m, rows]
+        draw = [draw_ref[p, rows, :] for p in range(count)]
+        out = []
+        for i in range(group):
+            h = h_ref[rows, i, :]
+            out.append(
+                sum((plt.dot(d, h, trans_a=True, allow_tf32=exact(h)) for d in draw), dfn[i])
+            )
+            dh = coefficient_ref[first + i, rows][:, None] * du
+            dh = dh - shrink[:, None] * h.astype(jnp.float32)
+            for p, q in pairs:
+                dh = dh + plt.dot(draw[p], fn_ref[q, :, i, :], allow_tf32=exact(h))
+            for ref in grad_ref:
+                dh = dh + ref[rows, i, :].astype(jnp.float32)
+            dh_ref[rows, i, :] = dh.astype(dh_ref.dtype)
+        return tuple(out)
+
+    zero = jnp.zeros((x, plan.channels), jnp.float32)
+    dfn = jax.lax.fori_loop(0, steps, step, (zero,) * group)
+    for i in range(group):
+        dfn_ref[:, i, :] = dfn[i]
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "interpret"))
+def _post_backward(y_BTD, h_BTMD, post_BTM, comb_BTMM, grad_BTMD, *, plan, interpret):
+    batch, length, m, _ = h_BTMD.shape
+    coefficient = tiles.small(packing.rows_of_tokens(post_BTM, comb_BTMM), plan)
+    h_NMD, grad_NMD = tiles.streams(h_BTMD, plan), tiles.streams(grad_BTMD, plan)
+    n, _, d = h_NMD.shape
+    tokens = tiles.FEWEST // m
+    channels = min(d & -d, 256)
+    streams = pl.BlockSpec((tokens, m, d), lambda t: (t, 0, 0))
+    stacked = pl.BlockSpec((tokens * m, d), lambda t: (t, 0))
+    vector = pl.BlockSpec((tokens, d), lambda t: (t, 0))
+    small = pl.BlockSpec((m + m * m, tokens), lambda t: (0, t))
+    dy_ND, dh_NMD, dpost_MN, dcomb = pl.pallas_call(
+        functools.partial(_post_kernel, channels=channels),
+        grid=(n // tokens,),
+        in_specs=[streams, stacked, stacked, vector, small],
+        out_specs=(
+            vector,
+            streams,
+            pl.BlockSpec((m, tokens), lambda t: (0, t)),
+            pl.BlockSpec((tokens * m, tiles.FEWEST), lambda t: (t, 0)),
+        ),
+        out_shape=(
+            jax.ShapeDtypeStruct((n, d), y_BTD.dtype),
+            jax.ShapeDtypeStruct(h_NMD.shape, h_BTMD.dtype),
+            jax.ShapeDtypeStruct((m, n), jnp.float32),
+            jax.ShapeDtypeStruct((n * m, tiles.FEWEST), jnp.float32),
+        ),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="mhc_post_backward",
+    )(
+        grad_NMD,
+        grad_NMD.reshape(n * m, d),
+        h_NMD.reshape(n * m, d),
+        tiles.rows(y_BTD, plan),
+        coefficient,
+    )
+    count = batch * length
+    dpost_BTM = dpost_MN[:, :count].T.reshape(batch, length, m)
+    dcomb_BTMM = _diagonal_blocks(dcomb, m)[:count].reshape(batch, length, m, m)
+    return tiles.unrows(dy_ND, y_BTD), tiles.unstreams(dh_NMD, h_BTMD), dpost_BTM, dcomb_BTMM
+
+
+def _diagonal_blocks(products, m):
+    """[N, M, M]: of every 16 x 16 product of rows the blocks of a token with itself."""
+    tokens = tiles.FEWEST // m
+    blocks = products.reshape(-1, tokens, m, tokens, m)
+    # Term by term, so that no gather is needed.
+    return jnp.stack([blocks[:, t, :, t] for t in range(tokens)], axis=1).reshape(-1, m, m)
+
+
+def _post_kernel(
+    grad_ref,
+    grad_rows_ref,
+    h_rows_ref,
+    y_ref,
+    coefficient_ref,
+    dy_ref,
+    dh_ref,
+    dpost_ref,
+    dcomb_ref,
+    *,
+    channels,
+):
+    tokens, m, d = grad_ref.shape
+
+    def step(k, carry):
+        products, along = carry
+        cols = pl.ds(k * channels, channels)
+        h = h_rows_ref[:, cols]
+        g = grad_rows_ref[:, cols]
+        if h.dtype != g.dtype:
+            h, g = h.astype(jnp.float32), g.astype(jnp.float32)
+        products = products + plt.dot(h, g, trans_b=True, allow_tf32=exact(h))
+        y = y_ref[:, cols].astype(jnp.float32)
+        g = [grad_ref[:, j, cols].astype(jnp.float32) for j in range(m)]
+        dy_ref[:, cols] = _weighted(coefficient_ref, range(m), g).astype(dy_ref.dtype)
+        for i in range(m):
+            rows = range(m + i * m, m + (i + 1) * m)
+            dh_ref[:, i, cols] = _weighted(coefficient_ref, rows, g).astype(dh_ref.dtype)
+        return products, tuple(a + x * y for a, x in zip(along, g, strict=True))
+
+    zeros = (jnp.zeros((tokens, channels), jnp.float32),) * m
+    products = jnp.zeros((tiles.FEWEST, tiles.FEWEST), jnp.float32)
+    products, along = jax.lax.fori_loop(0, d // channels, step, (products, zeros))
+    dcomb_ref[...] = products
+    for j in range(m):
+        dpost_ref[j, :] = jnp.sum(along[j], axis=1)
+
+
+def _weighted(coefficient_ref, rows, g):
+    """sum_j coefficient[rows[j]] * g[j]."""
+    return sum(coefficient_ref[r, :][:, None] * x for r, x in zip(rows, g, strict=True))
+
+
+# Gradients of the arguments of api's functions from those of their results.
+pre_backward = bind.backward(_pre_backward, 0, lambda h_BTMD, dtype: tiles.plan(h_BTMD, WARP))
+post_backward = bind.backward(
+    _post_backward, 1, lambda h_BTMD, dtype: tiles.plan(h_BTMD), numbers=()
+)
