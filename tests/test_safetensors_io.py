@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from v4jax.errors import InputError
+from v4jax.files.atomic import write_atomically
 from v4jax.files.safetensors import (
     INDEX_NAME,
     NUMPY_DTYPES,
@@ -16,7 +17,6 @@ from v4jax.files.safetensors import (
     SafetensorsFile,
     SafetensorsFolder,
     bytes_of,
-    write_atomically,
     write_index,
     write_safetensors,
 )

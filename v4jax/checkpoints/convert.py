@@ -26,7 +26,8 @@ from v4jax.checkpoints.orbax import MANIFEST_NAME
 from v4jax.checkpoints.source import JOURNAL_NAME, converting, planned_items
 from v4jax.checkpoints.target import TARGETS, OfficialTarget, OrbaxTarget, config_json, copy_item
 from v4jax.errors import InputError
-from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME, bytes_of, write_atomically
+from v4jax.files.atomic import write_atomically
+from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME, bytes_of
 from v4jax.files.threads import run_all
 from v4jax.sharding import processes
 from v4jax.weights import expanded_config

@@ -13,7 +13,7 @@ import shutil
 
 from v4jax.checkpoints.source import JOURNAL_NAME
 from v4jax.errors import InputError
-from v4jax.files.safetensors import sync_directory, write_atomically
+from v4jax.files.atomic import sync_directory, write_atomically
 
 
 class Journal:

@@ -34,8 +34,9 @@ import numpy as np
 from v4jax.checkpoints.source import Read, fit, read_config
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
+from v4jax.files.atomic import sync_directory, write_atomically
 from v4jax.files.regions import whole
-from v4jax.files.safetensors import bytes_of, sync_directory, write_atomically
+from v4jax.files.safetensors import bytes_of
 from v4jax.files.threads import run_all
 from v4jax.files.zarr import ZarrArray
 from v4jax.sharding import processes

@@ -12,13 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from v4jax.checkpoints import orbax as orbax_io
 from v4jax.checkpoints.source import CONFIG_NAME, Read, converting
 from v4jax.config import ModelConfig
-from v4jax.files.safetensors import (
-    NewTensor,
-    SafetensorsFile,
-    write_atomically,
-    write_index,
-    write_safetensors,
-)
+from v4jax.files.atomic import write_atomically
+from v4jax.files.safetensors import NewTensor, SafetensorsFile, write_index, write_safetensors
 from v4jax.weights import TensorSpec
 
 TARGETS = ("official", "orbax")

@@ -6,8 +6,8 @@ Progress goes to stderr, one summary line to stdout. Several processes share the
 from absl import flags
 
 from v4jax.checkpoints.convert import convert
+from v4jax.cli import process_flags
 from v4jax.errors import InputError
-from v4jax.sharding import processes
 
 FLAGS = flags.FLAGS
 
@@ -27,7 +27,7 @@ def define_flags():
     flags.DEFINE_boolean(
         "verify", False, "Compare every tensor with the source; alone if the target is there"
     )
-    processes.define_flags()
+    process_flags.define_flags()
 
 
 def run() -> int:
@@ -37,7 +37,7 @@ def run() -> int:
             raise InputError(f"--{name} is missing; expected {expected}")
     if FLAGS.to is None:
         raise InputError("--to is missing; expected official or orbax")
-    with processes.joined_by_flags():
+    with process_flags.joined_by_flags():
         report = convert(FLAGS.source, FLAGS.target, FLAGS.to, FLAGS.weights, FLAGS.verify)
         print(f"{report}: {FLAGS.target}")
     return 0

@@ -16,6 +16,7 @@ from absl import flags
 
 from v4jax.accounting import count_parameters
 from v4jax.checkpoints import load as checkpoint
+from v4jax.cli import process_flags
 from v4jax.errors import InputError
 from v4jax.infer.generate import Generation, generate
 from v4jax.infer.tokenizer import Tokenizer
@@ -60,13 +61,13 @@ def define_flags():
     flags.DEFINE_string(
         "mesh", None, "Run on many devices, as expert=4,sequence=2 (axes: data, fsdp, tensor too)"
     )
-    processes.define_flags()
+    process_flags.define_flags()
     flags.DEFINE_enum("format", "text", ["text", "json"], "json: one object on stdout")
 
 
 def run() -> int:
     """Loads, generates and prints; the exit status."""
-    with processes.joined_by_flags():
+    with process_flags.joined_by_flags():
         return _run()
 
 

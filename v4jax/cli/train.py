@@ -4,8 +4,8 @@ import re
 
 from absl import flags
 
+from v4jax.cli import process_flags
 from v4jax.errors import InputError
-from v4jax.sharding import processes
 
 FLAGS = flags.FLAGS
 TERMINATED = 143  # 128 + SIGTERM, as shells report it
@@ -18,7 +18,7 @@ def define_flags():
     flags.DEFINE_string("config", None, "Python file whose get_config() gives the run or a model")
     flags.DEFINE_string("workdir", None, "Directory of the run; running again goes on in it")
     flags.DEFINE_integer("steps", None, "Stop at this step; default: the config's", lower_bound=1)
-    processes.define_flags()
+    process_flags.define_flags()
 
 
 def prepare(args: list[str]) -> list[str]:
@@ -41,7 +41,7 @@ def run() -> int:
     for name, expected in (("config", "a Python file"), ("workdir", "a directory")):
         if not getattr(FLAGS, name):
             raise InputError(f"--{name} is missing; expected {expected}")
-    with processes.joined_by_flags():
+    with process_flags.joined_by_flags():
         return _train()
 
 

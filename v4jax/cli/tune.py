@@ -28,7 +28,7 @@ def run() -> int:
         raise InputError("--out is missing; expected a file")
     import tqdm
 
-    from v4jax.files.safetensors import write_atomically
+    from v4jax.files.atomic import write_atomically
     from v4jax.kernels import blocks
     from v4jax.kernels.bench import tune
 

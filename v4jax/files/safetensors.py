@@ -5,7 +5,6 @@ data_offsets}}` and the tensors' bytes. A checkpoint is one `model.safetensors`,
 with `model.safetensors.index.json`, whose `weight_map` names the file of each key.
 """
 
-import contextlib
 import json
 import math
 import mmap
@@ -21,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from v4jax.errors import InputError
+from v4jax.files.atomic import replacing, write_at, write_atomically
 from v4jax.files.regions import Region, read_region, whole
 from v4jax.files.threads import run_all
 
@@ -230,13 +230,13 @@ def write_safetensors(
         out = np.empty(tensor.shape, NUMPY_DTYPES[tensor.dtype])
         fill(tensor.key, out)
         raw = bytes_of(out)
-        _write_at(fd, raw, offsets[tensor.key])
+        write_at(fd, raw, offsets[tensor.key])
         if progress is not None:
             progress(raw.nbytes)
         return tensor.key, zlib.crc32(raw)
 
     with replacing(path) as fd:
-        _write_at(fd, np.frombuffer(header, np.uint8), 0)
+        write_at(fd, np.frombuffer(header, np.uint8), 0)
         return dict(run_all(pool, lambda tensor: write_one(fd, tensor), tensors))
 
 
@@ -246,41 +246,6 @@ def write_index(directory: str | os.PathLike, weight_map: dict[str, str], total_
     write_atomically(
         os.path.join(directory, INDEX_NAME), json.dumps(index, indent=2).encode() + b"\n"
     )
-
-
-def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a whole small file, or leaves what was there."""
-    with replacing(path) as fd:
-        _write_at(fd, np.frombuffer(content, np.uint8), 0)
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A file descriptor whose file gets the name `path` once the body is done and on disk."""
-    directory, name = os.path.split(os.fspath(path))
-    temporary = os.path.join(directory, f".{name}.tmp")
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        try:
-            yield fd
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    sync_directory(directory)
-
-
-def sync_directory(path: str | os.PathLike) -> None:
-    """Makes names created or renamed in a directory survive a power cut."""
-    fd = os.open(path or ".", os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def bytes_of(array: np.ndarray) -> np.ndarray:
@@ -381,10 +346,3 @@ def _new_header(tensors):
     base = 8 + len(text)
     offsets = {t.key: base + fields[t.key]["data_offsets"][0] for t in tensors}
     return struct.pack("<Q", len(text)) + text, offsets
-
-
-def _write_at(fd, raw, offset):
-    view = memoryview(raw)
-    done = 0
-    while done < len(view):
-        done += os.pwrite(fd, view[done:], offset + done)

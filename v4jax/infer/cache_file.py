@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
 from v4jax.errors import InputError
-from v4jax.files.safetensors import write_atomically
+from v4jax.files.atomic import write_atomically
 from v4jax.model.cache import Cache
 
 FORMAT = "v4jax-cache-1"

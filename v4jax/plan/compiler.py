@@ -21,7 +21,7 @@ from collections.abc import Mapping
 
 import jax
 
-from v4jax.plan import hlo, program
+from v4jax.plan import hlo, steps
 from v4jax.plan.hlo import Collective
 from v4jax.plan.job import Job, shards_of
 from v4jax.plan.topology import Topology
@@ -77,7 +77,7 @@ def compile_job(job: Job, topology: Topology, sizes: Mapping[str, int]) -> Compi
     """
     started = time.perf_counter()
     shards = shards_of(job, sizes, topology.devices)
-    planned = program.build(job, shards)
+    planned = steps.build(job, shards)
     tpu = topology.chip.platform == "tpu"
     settled = _until_placed(job, topology, sizes) if tpu else _whole(planned)
     seconds = time.perf_counter() - started
@@ -223,7 +223,7 @@ def _compile(path):
     """The other process; prints why it stopped, if it gets so far."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     job, topology, sizes, folder = pickle.loads(pathlib.Path(path).read_bytes())
-    lowered = program.build(job, shards_of(job, sizes, topology.devices)).lower()
+    lowered = steps.build(job, shards_of(job, sizes, topology.devices)).lower()
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     try:
         lowered.compile(compiler_options=options)

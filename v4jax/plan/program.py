@@ -1,17 +1,11 @@
-"""The programs that are planned, with arguments that are shapes with shardings: nothing is there.
-
-Decoding: a step of the model and the likeliest token, the cache given back in place. Prefill: the
-whole context in one call. Training: the step of `v4jax.train`.
-"""
+"""A program that is planned: a function and its arguments as shapes with shardings."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -54,16 +48,6 @@ def _shard_bytes(leaf):
     return math.prod(shape) * np.dtype(leaf.dtype).itemsize
 
 
-def build(job: Job, shards: Shards) -> Program:
-    """The program of a job on a mesh."""
-    model = Transformer(job.config, dtype="bfloat16", sharding=shards, remat=job.mode == "train")
-    if job.mode == "train":
-        from v4jax.plan.training import build_step  # the training loop's imports
-
-        return build_step(job, model)
-    return _inference(job, model)
-
-
 def abstract_variables(job: Job, model: Transformer) -> dict[str, Any]:
     """The variables' shapes and types, each with its sharding."""
     tree = stored_variables(job.config, job.weights, model.min_repeats)
@@ -79,25 +63,6 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
         )
 
     return jax.tree.map(give, tree, shardings, is_leaf=lambda x: isinstance(x, QTensor))
-
-
-def _inference(job, model):
-    shards = model.sharding
-    whole = job.mode == "prefill"
-    cache = jax.eval_shape(functools.partial(model.init_cache, job.batch, job.context))
-    rows = NamedSharding(shards.mesh, shards.spec("batch"))
-    tokens = (job.batch, job.context if whole else 1)
-    arguments = {
-        "weights": abstract_variables(job, model),
-        "tokens": jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=rows),
-        "cache": with_shardings(cache, sharded.cache_shardings(shards, cache)),
-    }
-    return Program(functools.partial(_next_token, model), arguments, ("cache",))
-
-
-def _next_token(model, variables, tokens_BT, cache):
-    out = model.apply(variables, tokens_BT, cache=cache, logits="last")
-    return jnp.argmax(out.logits[:, 0], axis=-1), out.cache
 
 
 def everywhere(shards: Shards) -> NamedSharding:

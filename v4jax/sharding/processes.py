@@ -15,11 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
-from absl import flags
-
 from v4jax.errors import InputError
-
-FLAGS = flags.FLAGS
 
 WAIT_SECONDS = 120  # for all processes to come
 HEARTBEAT_SECONDS = 30  # a process that was silent for so long is dead
@@ -31,20 +27,6 @@ _meetings = itertools.count()  # a barrier's name may be used once; all processe
 
 class Disagreement(InputError):
     """Input on which processes differ: all of them find it, and the first one says so."""
-
-
-def define_flags() -> None:
-    """Declares the flags of a subcommand that many processes can run."""
-    flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, where all processes meet (default: found)"
-    )
-    flags.DEFINE_integer("num_processes", None, "How many processes there are (default: found)")
-    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 (default: found)")
-
-
-def joined_by_flags() -> contextlib.AbstractContextManager[None]:
-    """`joined` as the flags say."""
-    return joined(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
 
 
 @contextlib.contextmanager

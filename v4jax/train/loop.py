@@ -25,7 +25,7 @@ from tqdm import tqdm
 from v4jax.datasets import rows as rows_lib
 from v4jax.datasets.source import Source, open_source
 from v4jax.errors import InputError
-from v4jax.files.safetensors import write_atomically
+from v4jax.files.atomic import write_atomically
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import processes
 from v4jax.sharding.rules import Shards
