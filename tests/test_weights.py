@@ -6,9 +6,9 @@ import dataclasses
 import jax
 import pytest
 
-from tests.checkpoints import small_config, tensors
-from tests.selection import first
-from tests.tiny import VARIANTS, tiny_config
+from tests.support.checkpoints import small_config, tensors
+from tests.support.selection import first
+from tests.support.tiny import VARIANTS, tiny_config
 from v4jax.config import WINDOW, ModelConfig, segments
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer

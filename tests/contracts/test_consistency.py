@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import v4jax
-from tests.compiling import OPTIMIZED
-from tests.selection import first
-from tests.tiny import VARIANTS, tiny_model
+from tests.support.compiling import OPTIMIZED
+from tests.support.selection import first
+from tests.support.tiny import VARIANTS, tiny_model
 
 LENGTH = 300
 TOLERANCE = 1e-5

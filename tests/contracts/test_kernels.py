@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.selection import first
-from tests.tiny import tiny_config, tiny_model
+from tests.support.selection import first
+from tests.support.tiny import tiny_config, tiny_model
 from v4jax.model.transformer import Transformer
 
 KERNELS = ("pallas_tpu", "pallas_gpu")

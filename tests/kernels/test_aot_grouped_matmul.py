@@ -6,8 +6,8 @@ import itertools
 import jax.numpy as jnp
 import pytest
 
-from tests.kernels import aot
-from tests.selection import first
+from tests.support import aot
+from tests.support.selection import first
 from v4jax.kernels.grouped_matmul.api import Rounding
 from v4jax.kernels.grouped_matmul.cases import REAL, Case, specs
 from v4jax.kernels.grouped_matmul.gpu import matmul as pallas_gpu

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.kernels import aot
-from tests.selection import first
+from tests.support import aot
+from tests.support.selection import first
 from v4jax.kernels.hyper_connections import api, cases
 
 OPS = ("pre", "post", "post_pre")

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.kernels import aot
-from tests.selection import first
+from tests.support import aot
+from tests.support.selection import first
 from v4jax.kernels.indexer_topk import api, cases, stored_keys
 
 QUICK = {"flash_prefill_64k", "flash_decode_1m"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import v4jax
-from tests.kernels import aot
+from tests.support import aot
 from v4jax.model.attention import Attention
 from v4jax.model.context import place_tokens
 from v4jax.model.layers import Numerics

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.kernels import aot
-from tests.selection import first
+from tests.support import aot
+from tests.support.selection import first
 from v4jax.kernels.sparse_attention import api, cases, entries, stored
 
 TRAINED = [name for name in cases.REAL if "decode" not in name]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.selection import first
+from tests.support.selection import first
 from v4jax import quant
 from v4jax.kernels.grouped_matmul import api, formats, work_items
 from v4jax.kernels.grouped_matmul.cases import GROUPS, REAL, inputs, specs

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.selection import first
+from tests.support.selection import first
 from v4jax.kernels.hyper_connections import api, cases, refusals
 
 KERNELS = ("xla", "pallas_tpu", "pallas_gpu")

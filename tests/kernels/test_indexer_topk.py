@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.selection import first
+from tests.support.selection import first
 from v4jax.kernels import blocks, membership
 from v4jax.kernels.indexer_topk import api, cases, xla
 from v4jax.kernels.indexer_topk.gpu import choice as pallas_gpu

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.selection import first
+from tests.support.selection import first
 from v4jax.kernels import membership
 
 SIZES = (1, 31, 128, 129, 4096, 4097, 9000)

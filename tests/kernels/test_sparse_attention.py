@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.selection import first
+from tests.support.selection import first
 from v4jax.kernels import membership
 from v4jax.kernels.sparse_attention import api, cases, mass, reference, xla
 from v4jax.kernels.sparse_attention.plan import Places, Plan

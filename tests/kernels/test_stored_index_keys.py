@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.selection import first
+from tests.support.selection import first
 from v4jax import quant
 from v4jax.kernels.indexer_topk import api, cases, stored_keys
 

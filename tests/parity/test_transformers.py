@@ -7,7 +7,7 @@ import torch
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 import v4jax
-from tests.selection import first
+from tests.support.selection import first
 
 WINDOW, CSA, HCA = (
     "sliding_attention",

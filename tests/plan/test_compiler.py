@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 import v4jax
-from tests.kernels import aot
+from tests.support import aot
 from v4jax.config import CSA, HCA
 from v4jax.plan import compiler, steps, topology
 from v4jax.plan.job import Job, shards_of

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tests.kernels import aot
+from tests.support import aot
 from v4jax.plan import hlo, topology
 from v4jax.sharding.mesh import make_mesh
 

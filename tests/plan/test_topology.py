@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from tests.kernels import aot
+from tests.support import aot
 from v4jax import chips
 from v4jax.errors import InputError
 from v4jax.plan import topology

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tests.kernels import aot
-from tests.selection import first
-from tests.sharding import routing
+from tests.support import aot, routing
+from tests.support.selection import first
 from v4jax.plan import hlo, topology
 
 TOKENS, WIDTH, HIDDEN, EXPERTS, CHOICES = 2048, 512, 256, 16, 3

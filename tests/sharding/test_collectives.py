@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.sharding import meshes
+from tests.support import meshes
 from v4jax.plan import hlo
 from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL, TRAIN
 

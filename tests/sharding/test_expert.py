@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.selection import first
-from tests.sharding import routing
+from tests.support import routing
+from tests.support.selection import first
 from v4jax import quant
 from v4jax.errors import InputError
 from v4jax.plan import hlo

@@ -7,7 +7,8 @@
 import jax
 import pytest
 
-from tests.sharding import meshes, test_model
+from tests.sharding import test_model
+from tests.support import meshes
 from v4jax.infer.generate import generate
 from v4jax.sharding.rules import DECODE_LONG, PREFILL, TRAIN
 

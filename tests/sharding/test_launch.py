@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import synthetic
+from tests.support.checkpoints import synthetic
 
 LAUNCH = Path(__file__).resolve().parents[2] / "tools" / "launch"
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.sharding import meshes
+from tests.support import meshes
 from v4jax import get_config
 from v4jax.errors import InputError
 from v4jax.model import sharded

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.compiling import OPTIMIZED
-from tests.selection import first
-from tests.sharding import meshes
-from tests.sharding.meshes import LENGTH, MESHES, ROWS
+from tests.support import meshes
+from tests.support.compiling import OPTIMIZED
+from tests.support.meshes import LENGTH, MESHES, ROWS
+from tests.support.selection import first
 from v4jax.infer.generate import generate
 from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL, TRAIN, TRAIN_LONG
 

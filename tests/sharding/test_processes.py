@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from tests.checkpoints import synthetic
-from tests.selection import first
-from tests.sharding import spawn
+from tests.support import spawn
+from tests.support.checkpoints import synthetic
+from tests.support.selection import first
 from v4jax.checkpoints import convert as convert_lib
 from v4jax.checkpoints import load as checkpoint
 from v4jax.checkpoints.convert import convert
@@ -24,7 +24,7 @@ from v4jax.sharding.mesh import make_mesh
 from v4jax.sharding.rules import TRAIN
 from v4jax.train import placement
 
-WORKERS = "tests.sharding.workers:"
+WORKERS = "tests.support.workers:"
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from tests.compiling import OPTIMIZED
-from tests.sharding import meshes
-from tests.sharding.meshes import LENGTH, ROWS
+from tests.support import meshes
+from tests.support.compiling import OPTIMIZED
+from tests.support.meshes import LENGTH, ROWS
 from v4jax.sharding import mesh
 from v4jax.sharding.rules import PREFILL
 

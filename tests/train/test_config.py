@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import tiny_config
+from tests.support.tiny import tiny_config
 from v4jax.accounting import count_parameters
 from v4jax.errors import InputError
 from v4jax.train import config_file, sweep
@@ -92,7 +92,7 @@ def test_what_a_resumed_run_may_change():
 
 def test_a_file_that_gives_a_model_trains_it(tmp_path):
     path = tmp_path / "model.py"
-    path.write_text("from tests.tiny import tiny_config\nget_config = tiny_config\n")
+    path.write_text("from tests.support.tiny import tiny_config\nget_config = tiny_config\n")
     config = config_file.read(str(path), {"stages.0.steps": "200", "seed": "3"})
     assert config.model == tiny_config() and (config.steps, config.seed) == (200, 3)
 

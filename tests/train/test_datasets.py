@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import train_tiny
-from tests.tiny import tiny_config
+from tests.support.tiny import tiny_config
 from v4jax.datasets import files, rows, synthetic, tokenize
 from v4jax.datasets.config import DataConfig
 from v4jax.datasets.hash_table import hash_table

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from tests.tiny import tiny_config
+from tests.support.tiny import tiny_config
 from v4jax.datasets.config import DataConfig
 from v4jax.datasets.source import open_source
 from v4jax.train import evaluate

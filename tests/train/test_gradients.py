@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import v4jax
-from tests.checkpoints import transformers_model
+from tests.support.checkpoints import transformers_model
 from v4jax.train.batch import make_batch
 from v4jax.train.loss import LossWeights
 from v4jax.train.step import Rates, StepConfig, TrainState, accumulate

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.selection import first
-from tests.tiny import VARIANTS, tiny_config, unsettle
+from tests.support.selection import first
+from tests.support.tiny import VARIANTS, tiny_config, unsettle
 from v4jax.model import indexer_loss
 from v4jax.model.indexer_loss import SUMS, divergences
 from v4jax.model.transformer import Transformer

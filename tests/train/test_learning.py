@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.tiny import tiny_config, unsettle
-from tests.train.models import small_batch
+from tests.support.tiny import tiny_config, unsettle
+from tests.support.train_models import small_batch
 from v4jax.config import CSA
 from v4jax.model.transformer import Transformer
 from v4jax.train.loss import LossWeights

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import v4jax
-from tests.tiny import tiny_config
+from tests.support.tiny import tiny_config
 from v4jax.config import CSA, with_hash_routing
 from v4jax.datasets import rows
 from v4jax.datasets.config import DataConfig

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import v4jax
-from tests.tiny import VARIANTS, tiny_config
+from tests.support.tiny import VARIANTS, tiny_config
 from tests.train.test_loop import arrays
 from v4jax.config import CSA
 from v4jax.datasets.config import DataConfig

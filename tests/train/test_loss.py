@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.selection import first
-from tests.train.models import small_batch, small_model
+from tests.support.selection import first
+from tests.support.train_models import small_batch, small_model
 from v4jax.errors import InputError
 from v4jax.train.batch import make_batch
 from v4jax.train.loss import LossWeights, count, loss

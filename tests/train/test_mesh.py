@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.sharding import meshes
-from tests.tiny import unsettle
-from tests.train.models import small_batch
+from tests.support import meshes
+from tests.support.tiny import unsettle
+from tests.support.train_models import small_batch
 from v4jax.config import CSA, HCA, ModelConfig, with_hash_routing
 from v4jax.model.transformer import Transformer
 from v4jax.train import loop, placement

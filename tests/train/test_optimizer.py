@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.tiny import VARIANTS, tiny_config
+from tests.support.tiny import VARIANTS, tiny_config
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
 from v4jax.train.optimizer import (

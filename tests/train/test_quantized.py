@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import v4jax
-from tests.tiny import tiny_config, unsettle
-from tests.train.models import small_batch
+from tests.support.tiny import tiny_config, unsettle
+from tests.support.train_models import small_batch
 from v4jax import quant
 from v4jax.checkpoints import load as checkpoint
 from v4jax.config import CSA, HCA, WINDOW, with_hash_routing

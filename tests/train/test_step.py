@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from tests.tiny import VARIANTS, tiny_config
-from tests.train.models import small_batch, small_model
+from tests.support.tiny import VARIANTS, tiny_config
+from tests.support.train_models import small_batch, small_model
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
 from v4jax.train import step

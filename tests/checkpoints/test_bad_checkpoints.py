@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.checkpoints import (
+from tests.support.checkpoints import (
     add_tensors,
     change_config,
     rewrite,

@@ -306,7 +306,7 @@ def test_interruption(run, monkeypatch):
 
 def _run_alone(code):
     """Runs code in a new interpreter where `v4jax` is a bare package, its __init__ left out."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     bare = (
         f"import sys, types; v = types.ModuleType('v4jax'); v.__path__ = [{str(root / 'v4jax')!r}];"
     )

@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.test_tokenizer import byte_level
-from tests.toy_model import ToyModel, toy_config
+from tests.infer.test_tokenizer import byte_level
+from tests.support.toy_model import ToyModel, toy_config
 from v4jax.checkpoints import load as checkpoint
 from v4jax.cli import generate as cli_generate
 from v4jax.cli.main import main
@@ -239,13 +239,13 @@ def test_an_interrupt_before_the_first_token(run, monkeypatch):
 def test_a_closed_pipe_ends_it_quietly(directory):
     script = (
         "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
-        "from tests.test_cli_generate import MODEL, PARAMS\n"
-        "from v4jax import checkpoint\n"
+        "from tests.cli.test_generate import MODEL, PARAMS\n"
+        "from v4jax.checkpoints import load as checkpoint\n"
         "from v4jax.cli.main import main\n"
         "checkpoint.load = lambda path, **options: (MODEL, PARAMS)\n"
         "sys.exit(main(sys.argv))\n"
     )
-    command = [sys.executable, "-c", script, str(Path(__file__).parents[1]), "generate"]
+    command = [sys.executable, "-c", script, str(Path(__file__).parents[2]), "generate"]
     process = subprocess.Popen(
         [*command, f"--checkpoint={directory}", "--max_new_tokens=8"],
         stdout=subprocess.PIPE,

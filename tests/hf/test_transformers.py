@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.checkpoints import shapes, transformers_model
+from tests.support.checkpoints import shapes, transformers_model
 from v4jax.checkpoints.load import load, load_variables
 from v4jax.errors import InputError
 

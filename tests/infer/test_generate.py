@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.toy_model import ToyModel, toy_config
+from tests.support.toy_model import ToyModel, toy_config
 from v4jax.config import CSA, LayerSpec, with_hash_routing
 from v4jax.errors import InputError
 from v4jax.infer.generate import _bucket, _prefill_chunks, generate

@@ -18,7 +18,7 @@ from v4jax.infer.tokenizer import Tokenizer
 from v4jax.train import evaluate
 from v4jax.train.batch import make_batch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT = ROOT / "experiments" / "000_nano"
 LARGEST = 24_000_000
 SAMPLED_ROWS, LENGTH = 8, 512  # of held_out.json's "first_rows_nats_per_token"

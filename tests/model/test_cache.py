@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import v4jax
-from tests.tiny import tiny_config, tiny_model
+from tests.support.tiny import tiny_config, tiny_model
 from v4jax.model.context import document_starts
 from v4jax.model.transformer import Transformer
 

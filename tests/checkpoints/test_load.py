@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from tests.checkpoints import (
+from tests.support.checkpoints import (
     add_drafts,
     change_index,
     files,
@@ -20,7 +20,7 @@ from tests.checkpoints import (
     synthetic,
     tensors,
 )
-from tests.tiny import tiny_config
+from tests.support.tiny import tiny_config
 from v4jax import quant
 from v4jax.checkpoints.load import load, load_variables, save_official, save_orbax
 from v4jax.config import CSA, WINDOW, segments, with_hash_routing

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import v4jax
-from tests.selection import first
+from tests.support.selection import first
 from v4jax.model.transformer import Transformer
 
 

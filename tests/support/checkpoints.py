@@ -15,7 +15,7 @@ from v4jax.files.safetensors import INDEX_NAME, NUMPY_DTYPES, NewTensor, write_s
 from v4jax.named_configs import get_config
 from v4jax.quant import QTensor
 
-_TOOL = Path(__file__).resolve().parents[1] / "tools" / "make_synthetic_checkpoint.py"
+_TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_synthetic_checkpoint.py"
 
 
 def small_config(name: str = "flash_tiny", **changes) -> ModelConfig:

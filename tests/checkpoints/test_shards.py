@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.checkpoints import small_config, synthetic
+from tests.support.checkpoints import small_config, synthetic
 from v4jax.checkpoints import load as checkpoint
 from v4jax.checkpoints.convert import convert
 from v4jax.errors import InputError

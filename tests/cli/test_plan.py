@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.kernels import aot
+from tests.support import aot
 from v4jax.chips import CHIPS
 from v4jax.cli.main import main
 

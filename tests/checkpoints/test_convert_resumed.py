@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import files, rewrite, small_config, synthetic, tensors
+from tests.support.checkpoints import files, rewrite, small_config, synthetic, tensors
 from v4jax.checkpoints.convert import convert
 from v4jax.checkpoints.journal import Journal
 from v4jax.checkpoints.load import load_variables
@@ -102,7 +102,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(instruct, tmp_path, t
     target = tmp_path / "target"
     script = textwrap.dedent(KILLER)
     command = [sys.executable, "-W", "ignore", "-c", script, str(instruct), str(target), to]
-    path = str(Path(__file__).resolve().parents[1])
+    path = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
         [*command, *places],
         capture_output=True,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 _RUN = """
 import sys
-from tests.sharding import spawn
+from tests.support import spawn
 spawn.enter(*sys.argv[1:])
 """
 

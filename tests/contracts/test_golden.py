@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from tests.selection import first
+from tests.support.selection import first
 from v4jax.checkpoints import load as checkpoint
 from v4jax.config import layer_place, segments
 from v4jax.model.attention import Attention

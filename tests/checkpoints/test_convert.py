@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.checkpoints import (
+from tests.support.checkpoints import (
     add_drafts,
     change_config,
     files,
@@ -312,7 +312,7 @@ def test_mistakes_are_one_line_and_status_2(instruct, tmp_path, capfd, arguments
 
 
 def test_the_tool_is_the_command(instruct, tmp_path):
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, str(root / "tools" / "convert_weights.py"), "--source", str(instruct)],
         capture_output=True,

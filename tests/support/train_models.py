@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from tests.tiny import tiny_config, unsettle
+from tests.support.tiny import tiny_config, unsettle
 from v4jax.config import CSA, HCA, with_hash_routing
 from v4jax.model.transformer import Transformer
 from v4jax.train.batch import make_batch
