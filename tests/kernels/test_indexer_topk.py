@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies
 
 from tests.support.selection import first
 from v4jax.kernels import blocks, membership
@@ -84,6 +86,8 @@ BY_EYE = {
     ),
     "minus_infinity_ties": (-1, [INF, 2, INF, INF, INF, INF, INF, INF], 1, [1, 2, 3, 4]),
     "no_number_counts_as_minus_infinity": (1, [1, NAN, 2, NAN, 0, NAN, NAN, NAN], 0, [0, 1, 2, 4]),
+    "infinity_is_the_highest": (1, [1, INF, 2, 3, INF, 0, 4, -1], 0, [1, 3, 4, 6]),
+    "minus_infinity_of_a_key_counts_as_zero": (1, [-INF, 3, 2, 1, -INF, 0, 0, -1], 0, [0, 1, 2, 3]),
     "minus_zero_ties_with_zero": (-1, [-1, 0, -1, 0, -1, -1, -1, 5], 1, [1, 2, 3, 4]),
     "at_most_topk_visible": (1, [9, 8, 7, 6, 5, 4, 3, 2], 5, [5, 6, 7]),
     "nothing_visible": (1, [9, 8, 7, 6, 5, 4, 3, 2], 8, []),
@@ -99,6 +103,27 @@ def test_choices_by_eye(implementation, name):
     args = (q, jnp.full((1, 1, 1), float(weight)), keys, high * 0 + low, high)
     mask = choose(*args, topk=4, implementation=implementation)
     assert np.nonzero(mask[0, 0])[0].tolist() == chosen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@hypothesis.given(data=strategies.data())
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_any_ranges_and_any_values(implementation, data):
+    """Ranges in no order, empty ones among them; ties, infinities and no numbers in the keys."""
+    length, entries = 21, 140
+    number = strategies.integers(0, entries)
+    edges = np.array(data.draw(strategies.lists(number, min_size=2 * length, max_size=2 * length)))
+    low, high = (jnp.asarray(x[None], jnp.int32) for x in (edges[:length], edges[length:]))
+    value = strategies.sampled_from([0.0, -0.0, 1.0, 2.0, -1.0, INF, -INF, NAN])
+    values = data.draw(strategies.lists(value, min_size=entries, max_size=entries))
+    keys = jnp.asarray(values, jnp.float32)[None, :, None]
+    weight = data.draw(strategies.sampled_from([1.0, -1.0, 0.5]))
+    q = jnp.ones((1, length, 1, 1))
+    args = (q, jnp.full((1, length, 1), weight), keys, low, high)
+    topk = data.draw(strategies.sampled_from([1, 7, 60]))
+    mask = choose(*args, topk=topk, implementation=implementation)
+    np.testing.assert_array_equal(mask, stable_sort(args, topk))
 
 
 def test_order_of_scores_as_integers():

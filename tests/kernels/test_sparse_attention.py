@@ -3,10 +3,12 @@
 import functools
 import itertools
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies
 
 from tests.support.selection import first
 from v4jax.kernels import membership
@@ -24,6 +26,9 @@ QUICK = (
     "no_window",
     "no_visible_entry",
     "many_heads",
+    "packed",
+    "packed_short",
+    "packed_reversed",
 )
 
 
@@ -59,7 +64,11 @@ def weight_like(x):
 
 @pytest.mark.parametrize(("implementation", "case"), sweep(cases.SMALL, QUICK))
 def test_forward_and_gradients(implementation, case):
-    diff, other = cases.make(cases.SMALL[case])
+    check_against_the_reference(cases.SMALL[case], implementation)
+
+
+def check_against_the_reference(case, implementation):
+    diff, other = cases.make(case)
     static, arrays = split(other)
     weight = weight_like(diff["q_BTNH"])
     out, grads = value_and_gradients(diff, weight, arrays, implementation, **static)
@@ -68,6 +77,41 @@ def test_forward_and_gradients(implementation, case):
     for name, grad in grads.items():
         size = np.abs(wanted_grads[name]).max()
         np.testing.assert_allclose(grad, wanted_grads[name], atol=1e-5 * max(size, 1), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@hypothesis.given(data=strategies.data())
+@hypothesis.settings(max_examples=30, deadline=None)
+def test_any_documents(implementation, data):
+    """Documents of any lengths in batches of rows, their entries in either order."""
+    length, batch = data.draw(strategies.sampled_from([60, 260])), 2
+    longest = data.draw(strategies.sampled_from([3, 20, length]))
+
+    def row():
+        lengths, room = [], length
+        while room > 0 and len(lengths) < 80:
+            lengths.append(data.draw(strategies.integers(1, min(longest, room))))
+            room -= lengths[-1]
+        return tuple(lengths)
+
+    case = cases.Case(
+        length,
+        data.draw(strategies.sampled_from([1, 8, 24])),
+        1,
+        ratio=data.draw(strategies.sampled_from([1, 4, 128])),
+        choices=data.draw(strategies.sampled_from([0, 0, 3])),
+        documents=tuple(row() for _ in range(batch)),
+        reverse=data.draw(strategies.booleans()),
+    )
+    check_against_the_reference(case, implementation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_thousands_of_tiny_documents(implementation):
+    case = cases.Case(3000, 8, 1, documents=((1, 2, 3, 4) * 300, (5, 4) * 300), heads=1)
+    check_against_the_reference(case, implementation)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The whole loss against full logits, packed documents against documents apart, parts that add."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,10 +17,10 @@ from v4jax.train.loss import LossWeights, count, loss
 WEIGHTS = LossWeights(mtp=0.3, balance=1e-4, indexer=1.0)
 
 
-@functools.partial(jax.jit, static_argnames=("parts", "weights", "dense"))
-def noted(variables, batch, whole=None, parts=1, weights=WEIGHTS, dense=False):
+@functools.partial(jax.jit, static_argnames=("weights", "dense"))
+def noted(variables, batch, whole=None, weights=WEIGHTS, dense=False):
     model, _ = small_model()
-    counts = count(batch if whole is None else whole, parts)
+    counts = count(batch if whole is None else whole, model.config)
     return loss(model, variables, batch, weights, counts, dense=dense)[1]
 
 
@@ -81,12 +82,58 @@ def test_parts_of_a_batch_add_up(dense):
     whole = small_batch(rows=4)
     wanted = noted(variables, whole, dense=dense)
     halves = [jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], whole) for i in range(2)]
-    found = [noted(variables, half, whole, parts=2, dense=dense) for half in halves]
-    for name in ("loss", "mtp", "balance"):
+    found = [noted(variables, half, whole, dense=dense) for half in halves]
+    assert len(set(wanted) - {"load"}) == 5 + dense  # with the indexer's and its companions
+    for name in set(wanted) - {"load"}:
         np.testing.assert_allclose(found[0][name] + found[1][name], wanted[name], rtol=1e-5)
     for layer, load in wanted["load"].items():
         np.testing.assert_array_equal(found[0]["load"][layer] + found[1]["load"][layer], load)
         assert load.sum() == 4 * (64 - (layer == 2)) * 2  # layer 2 is the MTP block, a token short
+
+
+def ragged(documents, targets=None, ahead=2, seed=0):
+    """Rows of documents of given lengths, the rest of a row one more; only some are targets."""
+    length = 64 + ahead
+    tokens = np.random.default_rng(seed).integers(0, 331, (len(documents), length))
+    ids = np.stack(
+        [np.repeat(np.arange(len(d) + 1), [*d, length - sum(d)])[:length] for d in documents]
+    )
+    counts = np.ones(tokens.shape, np.float32)
+    for row, kept in enumerate(targets or ()):
+        counts[row] *= np.isin(ids[row], kept)
+    return make_batch(tokens, ids, counts, ahead)
+
+
+# Documents of 3 tokens close no block of a CSA layer of ratio 4: the parts' counts differ.
+RAGGED = {
+    "long_and_short": ragged([(66,), (3,) * 22]),
+    "no_targets_in_a_part": ragged([(66,), (10, 20)], [[9], [0, 2]]),
+    "no_entry_at_all": ragged([(3,) * 22, (2,) * 33]),
+    "fractions": dataclasses.replace(
+        small_batch(), weights_BTJ=small_batch().weights_BTJ * np.float32(0.001)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("dense", first([False], [False, True]))
+def test_parts_that_differ_add_up(name, dense):
+    """Every figure of a batch is the sum of its rows' shares, whatever a row holds."""
+    _, variables = small_model()
+    whole = RAGGED[name]
+    wanted = noted(variables, whole, dense=dense)
+    rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], whole) for i in range(2)]
+    found = [noted(variables, row, whole, dense=dense) for row in rows]
+    for key in set(wanted) - {"load"}:
+        assert np.isfinite(wanted[key])
+        np.testing.assert_allclose(found[0][key] + found[1][key], wanted[key], rtol=2e-5)
+
+
+def test_means_are_over_the_weights_of_targets():
+    _, variables = small_model()
+    wanted, found = noted(variables, small_batch()), noted(variables, RAGGED["fractions"])
+    for key in ("loss", "mtp"):
+        np.testing.assert_allclose(found[key], wanted[key], rtol=1e-5)
 
 
 def test_balance_loss_by_hand():
@@ -116,7 +163,9 @@ def test_weight_zero_leaves_the_indexer_without_gradient():
     def gradient(params, weight):
         weights = LossWeights(indexer=weight)
         buffers = {"buffers": variables["buffers"]}
-        value = lambda p: loss(model, buffers | {"params": p}, batch, weights, count(batch))[0]  # noqa: E731
+        value = lambda p: loss(
+            model, buffers | {"params": p}, batch, weights, count(batch, model.config)
+        )[0]  # noqa: E731
         return jax.grad(value)(params)["layers_0"]["block_0"]["attn"]["indexer"]
 
     assert all(bool(jnp.all(g == 0)) for g in jax.tree.leaves(gradient(variables["params"], 0.0)))

@@ -73,13 +73,13 @@ def test_gradients_are_those_at_the_rounded_weights(setting):
     @functools.partial(jax.grad, argnums=0)
     def gradient(params):
         v = variables | {"params": params}
-        return loss(model, v, batch, weights, count(batch))[0]
+        return loss(model, v, batch, weights, count(batch, model.config))[0]
 
     @jax.jit
     @functools.partial(jax.grad, argnums=0)
     def through(params):
         v = variables | {"params": quantized.straight_through(params, role_of)}
-        return loss(model, v, batch, weights, count(batch))[0]
+        return loss(model, v, batch, weights, count(batch, model.config))[0]
 
     at = jax.jit(functools.partial(quantized.straight_through, role_of=role_of))(
         variables["params"]

@@ -14,8 +14,10 @@ from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.model import sharded
+from v4jax.model.context import document_starts
 from v4jax.model.indexer_loss import SUMS
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import collectives
@@ -49,19 +51,32 @@ class LossWeights:
 class Counts:
     """What the sums are divided by: counts of a whole batch, all shards and parts together.
 
-    tokens_J: targets that count, a column each. rows: rows of the batch. parts: parts it is cut in.
+    tokens_J: weights of the targets, a column each. rows: rows of the batch. queries: for each
+    ratio of a CSA layer the queries that see a compressed entry.
     """
 
     tokens_J: Any
     rows: Any
-    parts: Any
+    queries: Any
 
 
-def count(batch: Batch, parts: int = 1) -> Counts:
-    """The counts of a whole batch that is computed in so many parts."""
-    tokens = jnp.sum(jnp.asarray(batch.weights_BTJ), axis=(0, 1))
-    rows = jnp.float32(batch.tokens_BT.shape[0])
-    return Counts(jnp.maximum(tokens, 1.0), rows, jnp.float32(parts))
+def count(batch: Batch, config: ModelConfig) -> Counts:
+    """The counts of a whole batch, in however many parts it is computed."""
+    tokens_J = jnp.sum(jnp.asarray(batch.weights_BTJ), axis=(0, 1))
+    rows, length = batch.tokens_BT.shape
+    position = jnp.arange(length, dtype=jnp.int32)[None]
+    if batch.segment_ids_BT is not None:
+        position = position - document_starts(jnp.asarray(batch.segment_ids_BT))
+    position = jnp.broadcast_to(position, (rows, length))
+    ratios = {layer.ratio for layer in config.layers if layer.attention == "csa"}
+    # A query sees an entry once the first block of its document has closed.
+    queries = {m: jnp.sum(position >= m - 1, dtype=jnp.float32) for m in sorted(ratios)}
+    return Counts(tokens_J, jnp.float32(rows), queries)
+
+
+def _mean(total, number):
+    """total / number; 0 where there is nothing to take the mean of."""
+    return jnp.where(number > 0, total / jnp.where(number > 0, number, 1.0), 0.0)
 
 
 def loss(
@@ -84,7 +99,7 @@ def loss(
     Returns:
       The loss, and by name: "loss" (nats a token), "mtp", "balance", "indexer" and its
       companions, and "load": {layer: [E] tokens an expert got}. Each is this part's share of the
-      batch's figure, so that parts add up.
+      batch's figure, so that parts add up. A mean over no target, or no query, is 0.
     """
     batch = jax.tree.map(jnp.asarray, batch)
     further = jnp.float32(weights.mtp if mtp_weight is None else mtp_weight)
@@ -121,7 +136,7 @@ def loss_local(model, weights, dense, variables, batch, counts, mtp_weight):
     )
     head = collectives.gather(variables["params"]["head"]["weight"], shards.gathered("embed"), 1)
     nats = [
-        _nats(y_BTD, head, batch, column, shards) / counts.tokens_J[column]
+        _mean(_nats(y_BTD, head, batch, column, shards), counts.tokens_J[column])
         for column, y_BTD in enumerate((out.normed, *out.mtp_normed))
     ]
     balance, load = _balance(model.config, out.aux["router_load"], counts, shards)
@@ -131,7 +146,7 @@ def loss_local(model, weights, dense, variables, batch, counts, mtp_weight):
         noted["mtp"] = sum(nats[1:]) / max(len(nats) - 1, 1)
         objective += mtp_weight * noted["mtp"]
     if "indexer_loss" in out.aux:
-        noted |= _indexer(out.aux["indexer_loss"], counts, shards, dense)
+        noted |= _indexer(model.config, out.aux["indexer_loss"], counts, shards, dense)
         objective += weights.indexer * noted["indexer"]
     return objective, noted
 
@@ -162,19 +177,20 @@ def _balance(config, loads, counts, shards):
         load[layer] = total(jnp.sum(picked, axis=0), shards.axes("batch"))
         if layer < len(config.layers) and config.layers[layer].routing != "score":
             continue
-        tokens = jnp.sum(picked, axis=-1, keepdims=True) / k
+        # An MTP block has no token of a row of one.
+        tokens = jnp.maximum(jnp.sum(picked, axis=-1, keepdims=True) / k, 1.0)
         uneven = jnp.sum(picked * (experts / k) / tokens * share / tokens)
         balance += total(uneven, shards.axes("batch")) / counts.rows
     return balance, load
 
 
-def _indexer(sums, counts, shards, dense):
-    """Means over the queries that see an entry, and over CSA layers."""
+def _indexer(config, sums, counts, shards, dense):
+    """Means over the whole batch's queries that see an entry, and over CSA layers."""
     means = []
-    for layer_sums in sums.values():
+    for layer, layer_sums in sums.items():
         whole = total(layer_sums, _everywhere(shards))
-        means.append(whole / jnp.maximum(whole[SUMS.index("queries")], 1.0))
-    mean = dict(zip(SUMS, sum(means) / (len(means) * counts.parts), strict=True))
+        means.append(_mean(whole, counts.queries[config.layers[layer].ratio]))
+    mean = dict(zip(SUMS, sum(means) / len(means), strict=True))
     noted = {"indexer": mean["kl"], "indexer_uniform": mean["uniform"]}
     if dense:  # else the mass is known of chosen entries alone
         noted["indexer_captured"] = mean["captured"]

@@ -96,7 +96,7 @@ def train_step(
 
 def accumulate(model, config: StepConfig, state: TrainState, batch: Batch, rates: Rates):
     """Gradients like params (0 where nothing is trained) and the loss's parts, of a whole batch."""
-    counts = count(batch, config.parts)
+    counts = count(batch, model.config)
     one = _gradient_of(model, config, state, counts, rates.mtp_weight)
     if config.parts == 1:
         return one(batch)

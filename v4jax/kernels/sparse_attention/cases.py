@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,7 +12,10 @@ class Case:
     """One call. `hidden` tokens and `older` window rows stand before the first query.
 
     choices: entries that a query chooses (0: it sees all visible ones). equal: all keys the same,
-    so that every score ties.
+    so that every score ties. documents: lengths of the documents packed in each row of the batch,
+    in order, the rest of a row one more; `hidden` and `older` do not go with it, and there are as
+    many entries as the rows' blocks, at least `entries`. reverse: the ranges of entries stand in
+    the order of the documents turned round, so that they decrease from one document to the next.
     """
 
     length: int
@@ -25,6 +29,8 @@ class Case:
     width: int = 16
     batch: int = 2
     equal: bool = False
+    documents: tuple[tuple[int, ...], ...] = ()
+    reverse: bool = False
 
 
 SMALL = {
@@ -42,6 +48,11 @@ SMALL = {
     "all_entries_chosen": Case(40, 8, 10, choices=10),
     "equal_scores": Case(33, 8, 8, choices=3, equal=True),
     "many_heads": Case(9, 8, 20, hidden=71, choices=5, heads=20),
+    # Tiles of queries that see no entry lie between those that do.
+    "packed": Case(600, 24, 1, ratio=128, documents=((200, 200), (1, 130, 40, 300))),
+    "packed_short": Case(90, 8, 1, documents=((3,) * 29, (2, 5, 1, 1, 40))),
+    "packed_chosen": Case(130, 8, 1, choices=3, documents=((50, 7), (2, 1, 90, 3))),
+    "packed_reversed": Case(150, 8, 1, documents=((40, 60), (9, 30, 2)), reverse=True),
 }
 
 # Heads, head width, choices and window of the released models.
@@ -77,25 +88,56 @@ def make(case: Case, dtype=jnp.float32, seed: int = 0) -> tuple[dict, dict]:
         return jax.random.normal(next(keys), shape).astype(dtype)
 
     batch, length = case.batch, case.length
-    position = case.hidden + jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
+    if case.documents:
+        first, low, high, entries = _packed(case)
+    else:
+        first, low, high, entries = _plain(case)
     diff = {"q_BTNH": normal(batch, length, case.heads, case.width)}
     diff["sink_N"] = jax.random.normal(next(keys), (case.heads,))
     other = {"scale": case.width**-0.5, "window": case.window}
     if case.window:
         diff["window_BSH"] = normal(batch, case.older + length, case.width)
-        # The last row of the batch may see fewer of the older rows.
-        first = jnp.where(jnp.arange(batch) == 0, 0, min(case.older, 2))
-        other["first_BT"] = jnp.broadcast_to(first[:, None], (batch, length))
-    if case.entries:
-        diff["entries_BCH"] = normal(batch, case.entries, case.width)
+        other["first_BT"] = first
+    if entries:
+        diff["entries_BCH"] = normal(batch, entries, case.width)
         if case.equal:
             diff["entries_BCH"] = jnp.ones_like(diff["entries_BCH"])
-        high = jnp.minimum((position + 1) // case.ratio, case.entries)
-        low = jnp.where(jnp.arange(batch)[:, None] == 1, jnp.minimum(high, 2), 0)
         other |= {"low_BT": low, "high_BT": high}
         if case.choices:
-            other["chosen_BTK"] = _choose(next(keys), low, high, case)
+            other["chosen_BTK"] = _choose(next(keys), low, high, entries, case.choices)
     return diff, other
+
+
+def _plain(case):
+    """first, low, high [B,T] and the number of entries, of a document a row."""
+    shape = (case.batch, case.length)
+    position = case.hidden + jnp.broadcast_to(jnp.arange(case.length)[None], shape)
+    # The last row of the batch may see fewer of the older rows.
+    first = jnp.where(jnp.arange(case.batch) == 0, 0, min(case.older, 2))
+    high = jnp.minimum((position + 1) // case.ratio, case.entries)
+    low = jnp.where(jnp.arange(case.batch)[:, None] == 1, jnp.minimum(high, 2), 0)
+    return jnp.broadcast_to(first[:, None], shape), low, high, case.entries
+
+
+def _packed(case):
+    """The same of rows that hold several documents, whose entries stand in one list."""
+    rows = [_packed_row(case, lengths) for lengths in case.documents]
+    first, low, high, entries = zip(*rows, strict=True)
+    return *(jnp.asarray(np.stack(x), jnp.int32) for x in (first, low, high)), max(*entries, 1)
+
+
+def _packed_row(case, lengths):
+    lengths = [*lengths, case.length - sum(lengths)]
+    blocks = [n // case.ratio for n in lengths]
+    # Where each document's entries begin in the list.
+    before = np.cumsum([0, *blocks[:-1]])
+    if case.reverse:
+        before = sum(blocks) - before - blocks
+    position = np.concatenate([np.arange(n) for n in lengths])
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    first = np.arange(case.length) - position
+    low = before[document]
+    return first, low, low + (position + 1) // case.ratio, max(sum(blocks), case.entries)
 
 
 def specs(case: Case, dtype=jnp.bfloat16) -> tuple[dict, dict]:
@@ -109,13 +151,13 @@ def _arrays_only(arguments):
     return diff, {name: x for name, x in other.items() if name not in ("scale", "window")}
 
 
-def _choose(key, low, high, case):
+def _choose(key, low, high, entries, choices):
     """Random distinct visible entries in ascending order, -1 where there are fewer."""
-    order = jax.random.uniform(key, (*low.shape, case.entries))
-    entry = jnp.arange(case.entries)[None, None]
+    order = jax.random.uniform(key, (*low.shape, entries))
+    entry = jnp.arange(entries)[None, None]
     visible = (entry >= low[..., None]) & (entry < high[..., None])
-    picked = jnp.argsort(jnp.where(visible, order, 2.0), axis=-1)[..., : case.choices]
+    picked = jnp.argsort(jnp.where(visible, order, 2.0), axis=-1)[..., :choices]
     count = (high - low)[..., None]
-    picked = jnp.where(jnp.arange(picked.shape[-1])[None, None] < count, picked, case.entries)
+    picked = jnp.where(jnp.arange(picked.shape[-1])[None, None] < count, picked, entries)
     picked = jnp.sort(picked, axis=-1)
-    return jnp.where(picked == case.entries, -1, picked).astype(jnp.int32)
+    return jnp.where(picked == entries, -1, picked).astype(jnp.int32)

@@ -72,7 +72,7 @@ def prepare(plan, sizes, q_BTNH, window_BSH, entries_BCH, places):
       The tiles, and: q; window rows and entries; bounds [B,T,128] (each query sees window rows
       [x0, x1) and entries [x2, x3)); the mask's words, int32; for each tile of queries its walk
       [B, count, 1, 4 + ...]; and for each key tile of window and of entries the tiles of queries
-      that meet it, [B, tiles, 1, 2 + ...].
+      to walk (`_meets`), [B, tiles, 1, 2 + ...].
     """
     batch, length, heads, width = q_BTNH.shape
     tiles = Tiles(
@@ -166,15 +166,28 @@ def _walk(plan, meets_window, meets_entries):
 
 
 def _meets(meets_BXY, listed):
-    """[first query tile, number, the next query tile of each ...] for each key tile."""
+    """The query tiles to walk for each key tile.
+
+    Listed: [first, number, the next of each ...]. Else [first, number] of neighbours, from the
+    first that meets the key tile to the last: in a packed row tiles of queries that see no entry
+    lie between, and add nothing under their mask.
+    """
     meets = jnp.swapaxes(meets_BXY, 1, 2)
+    if not listed:
+        return jnp.stack(_first_and_span(meets), axis=-1)[:, :, None]
     parts = jnp.stack(_first_and_count(meets), axis=-1)
-    if listed:
-        parts = jnp.concatenate([parts, _next(meets)], axis=-1)
-    return parts[:, :, None]
+    return jnp.concatenate([parts, _next(meets)], axis=-1)[:, :, None]
+
+
+def _first_and_span(meets):
+    """The first place where `meets` is true, and the number of places from it to the last."""
+    first, behind = (jnp.argmax(x, axis=-1) for x in (meets, jnp.flip(meets, axis=-1)))
+    span = jnp.where(meets.any(-1), meets.shape[-1] - behind - first, 0)
+    return first.astype(jnp.int32), span.astype(jnp.int32)
 
 
 def _first_and_count(meets):
+    """The first place where `meets` is true, and in how many it is."""
     return jnp.argmax(meets, axis=-1).astype(jnp.int32), meets.sum(-1, dtype=jnp.int32)
 
 

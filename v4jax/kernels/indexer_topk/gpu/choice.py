@@ -66,8 +66,10 @@ def _member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk, chain, sizes
     chunk, group = _chunks(batch, length, _width(entries), sizes)
     chunks = -(-length // chunk)
 
+    heads = q_BTIZ.shape[2]
+
     def one(args):
-        return _choose(*args, keys, group, topk, chain, sizes, interpret)
+        return _choose(*args, keys, group, heads, topk, chain, sizes, interpret)
 
     args = (q, weight, low_BT, high_BT)
     args = tuple(gpu_tiles.pad_to(x, 1, chunks * chunk) for x in args)
@@ -88,9 +90,9 @@ def _chunks(batch, length, width, sizes):
     return gpu_tiles.round_up(-(-length // chunks), group), group
 
 
-def _choose(q, weight, low, high, keys, group, topk, chain, sizes, interpret):
+def _choose(q, weight, low, high, keys, group, heads, topk, chain, sizes, interpret):
     """One chunk's packed mask, int32 [B, chunk, W]."""
-    batch, chunk, heads, channels = q.shape
+    batch, chunk, padded_heads, channels = q.shape
     entries = keys.shape[1]
     width = _width(entries)
     tile = sizes.keys if q.dtype == jnp.bfloat16 else min(sizes.keys, gpu_tiles.FLOAT32_KEYS)
@@ -117,12 +119,18 @@ def _choose(q, weight, low, high, keys, group, topk, chain, sizes, interpret):
     row = whole(chunk)
     order = call(
         functools.partial(
-            _order_kernel, group=group, tile=tile, rows=entries, chain=chain, interpret=interpret
+            _order_kernel,
+            group=group,
+            tile=tile,
+            rows=entries,
+            heads=heads,
+            chain=chain,
+            interpret=interpret,
         ),
         (chunk // group, -(-entries // tile), batch),
         [
-            whole(chunk, heads, channels),
-            whole(chunk, heads),
+            whole(chunk, padded_heads, channels),
+            whole(chunk, padded_heads),
             row,
             row,
             *(whole(*x.shape[1:]) for x in key_arrays),
@@ -167,6 +175,7 @@ def _order_kernel(
     group,
     tile,
     rows,
+    heads,
     chain,
     interpret,
 ):
@@ -187,7 +196,7 @@ def _order_kernel(
 
         def body(index, carry):
             t = first + index
-            scores = gpu_tiles.scores(keys, q_ref[t], weight_ref[t], chain, interpret)
+            scores = gpu_tiles.scores(keys, q_ref[t], weight_ref[t], heads, chain, interpret)
             order_ref[t, pl.ds(start, tile)] = _order_preserving(scores)
             return carry
 

@@ -50,7 +50,13 @@ def _forward(q_BTIZ, weight_BTI, keys_BCZ, *, sizes, chain, interpret):
     q, weight = gpu_tiles.pad_to(q, 1, padded), gpu_tiles.pad_to(weight, 1, padded)
     scores = pl.pallas_call(
         functools.partial(
-            _forward_kernel, group=group, tile=tile, rows=entries, chain=chain, interpret=interpret
+            _forward_kernel,
+            group=group,
+            tile=tile,
+            rows=entries,
+            heads=q_BTIZ.shape[2],
+            chain=chain,
+            interpret=interpret,
         ),
         out_shape=jax.ShapeDtypeStruct((batch, padded, width), jnp.float32),
         grid=(padded // group, width // tile, batch),
@@ -64,14 +70,14 @@ def _forward(q_BTIZ, weight_BTI, keys_BCZ, *, sizes, chain, interpret):
 
 
 def _forward_kernel(
-    q_ref, weight_ref, keys_ref, scores_ref, *, group, tile, rows, chain, interpret
+    q_ref, weight_ref, keys_ref, scores_ref, *, group, tile, rows, heads, chain, interpret
 ):
     first, start = pl.program_id(0) * group, pl.program_id(1) * tile
     keys = gpu_tiles.load_rows(keys_ref, start, tile, rows)
 
     def body(index, carry):
         t = first + index
-        scores = gpu_tiles.scores(keys, q_ref[t], weight_ref[t], chain, interpret)
+        scores = gpu_tiles.scores(keys, q_ref[t], weight_ref[t], heads, chain, interpret)
         scores_ref[t, pl.ds(start, tile)] = scores
         return carry
 

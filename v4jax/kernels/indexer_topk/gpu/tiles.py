@@ -49,7 +49,7 @@ def pad_to(x, axis, size):
 
 
 def prepared(q_BTIZ, weight_BTI, keys_BCZ):
-    """Heads and channels padded to powers of two: zeros change no score."""
+    """Heads and channels padded to powers of two; `scores` leaves the padded heads out."""
     heads, width = (power_of_two(size) for size in q_BTIZ.shape[2:])
     if isinstance(keys_BCZ, StoredKeys):
         weight = pad_to(weight_BTI.astype(jnp.float32), 2, heads)
@@ -98,12 +98,15 @@ def load_stored(codes_ref, scales_ref, start, count, keys, dtype):
     return jnp.where(inside, value, 0.0).astype(dtype)
 
 
-def scores(keys, q, weight, chain, interpret):
-    """[K, Z], [I, Z] and [I] -> [K].
+def scores(keys, q, weight, heads, chain, interpret):
+    """[K, Z], [I, Z] and [I] -> [K], the sum over the first `heads` of the I.
 
-    The keys are the rows of the matmul: its accumulators then hold a key's heads in four threads
+    Padded heads are left out by number: an infinite key times their zeros is no number. The keys
+    are the rows of the matmul: its accumulators then hold a key's heads in four threads
     of one warp, which sum them with two shuffles.
     """
     dots = rounded(matmul(keys, q, trans_b=True), chain, interpret)
+    if heads < q.shape[0]:
+        dots = jnp.where(lax.broadcasted_iota(jnp.int32, dots.shape, 1) < heads, dots, 0.0)
     terms = rounded(jax.nn.relu(dots) * weight[None, :], chain, interpret)
     return rounded(jnp.sum(terms, axis=1), chain, interpret)

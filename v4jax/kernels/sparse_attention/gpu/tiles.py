@@ -327,19 +327,15 @@ def _dq_kernel(
 def _range_gradient(plan, tile, interpret, row, low_BT, high_BT, keys):
     """The gradient of keys that queries see by position, float32 [B, keys, width].
 
-    low and high do not decrease along a row, so the queries of a key tile are neighbours. They are
-    cut into equal parts where there are few key tiles, and the parts' sums added.
+    A program walks from the first query that sees anything of its key tile to the last (`_spans`).
+    Where there are few key tiles the walk is cut into equal parts, and the parts' sums added.
     """
     q = row[0]
     batch, length, heads, width = q.shape
     count = keys.shape[1]
     size, tiles = tile.keys, pl.cdiv(count, tile.keys)
     keys = jnp.pad(keys, ((0, 0), (0, tiles * size - count), (0, 0)))
-    begin = size * jnp.arange(tiles, dtype=jnp.int32)
-    find = jax.vmap(functools.partial(jnp.searchsorted, side="right"), in_axes=(0, None))
-    first = find(high_BT, begin)
-    end = jax.vmap(jnp.searchsorted, in_axes=(0, None))(low_BT, begin + size)
-    span = jnp.stack([first, jnp.maximum(first, end)], axis=-1).astype(jnp.int32)
+    span = _spans(low_BT, high_BT, size * jnp.arange(tiles, dtype=jnp.int32), size)
     parts = max(1, min(length, PROGRAMS // (batch * tiles)))
 
     def whole(x):
@@ -364,6 +360,23 @@ def _range_gradient(plan, tile, interpret, row, low_BT, high_BT, keys):
         interpret=interpret,
     )(span, keys, low_BT, high_BT, *row)
     return dkeys.sum(0)[:, :count]
+
+
+def _spans(low_BT, high_BT, begin_J, size):
+    """[B,J,2]: the queries to walk for the keys [begin, begin + size), first to last plus one.
+
+    Ranges of queries may stand in any order. Of the queries so far the largest `high` and of those
+    still to come the smallest `low` do not decrease, whatever the ranges do, and say where the
+    first and the last query stand that can see the tile.
+    """
+    empty = high_BT <= low_BT
+    high = jax.lax.cummax(jnp.where(empty, 0, high_BT), axis=1)
+    low = jnp.where(empty, jnp.iinfo(jnp.int32).max, low_BT)
+    low = jax.lax.cummin(low, axis=1, reverse=True)
+    find = jax.vmap(functools.partial(jnp.searchsorted, side="right"), in_axes=(0, None))
+    first = find(high, begin_J)
+    end = jax.vmap(jnp.searchsorted, in_axes=(0, None))(low, begin_J + size)
+    return jnp.stack([first, jnp.maximum(first, end)], axis=-1).astype(jnp.int32)
 
 
 def _range_kernel(
