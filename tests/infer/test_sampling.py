@@ -1,7 +1,9 @@
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies
 
 from v4jax.errors import InputError
 from v4jax.infer import sampling
@@ -47,6 +49,23 @@ def test_greedy_takes_the_largest_and_of_equals_the_lowest_id():
     logits_BV = jnp.array([[0.0, 3.0, 3.0, 1.0], [2.0, 2.0, 2.0, 2.0], [-5.0, -4.0, -9.0, -1.0]])
     keys_B = row_keys(jax.random.key(0), 3, 0)
     assert sample(logits_BV, keys_B, Sampling()).tolist() == [1, 0, 3]
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+    temperature=strategies.sampled_from([0.0, 1e-300, 1e-46, 1e-40, 1.2e-38, 1e-20, 1.0, 1e39]),
+    top_k=strategies.sampled_from([0, 1, 2, 2**31 - 1]),
+    top_p=strategies.sampled_from([5e-324, 1e-46, 1e-40, 1e-38, 0.3, 1 - 1e-9, 1.0]),
+    min_p=strategies.sampled_from([0.0, 5e-324, 1e-46, 1e-38, 0.5, 1.0]),
+    best=strategies.integers(0, 4),
+)
+def test_extreme_settings_keep_the_likeliest_token(temperature, top_k, top_p, min_p, best):
+    """What leaves only the likeliest token draws it; no token of no probability is drawn."""
+    logits_BV = jnp.array([[1.0, 0.5, -2.0, 0.0, -jnp.inf]]).at[0, best].set(9.0)
+    setting = sampling.check(Sampling(temperature, top_k, top_p, min_p))
+    token = int(sample(logits_BV, row_keys(jax.random.key(0), 1, 0), setting)[0])
+    alone = temperature < 1e-19 or top_k == 1 or top_p < 0.1 or min_p == 1.0
+    assert token == best if alone else logits_BV[0, token] > -jnp.inf
 
 
 def test_greedy_ignores_the_filters():

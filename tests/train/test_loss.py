@@ -163,9 +163,11 @@ def test_weight_zero_leaves_the_indexer_without_gradient():
     def gradient(params, weight):
         weights = LossWeights(indexer=weight)
         buffers = {"buffers": variables["buffers"]}
-        value = lambda p: loss(
-            model, buffers | {"params": p}, batch, weights, count(batch, model.config)
-        )[0]  # noqa: E731
+        counts = count(batch, model.config)
+
+        def value(params):
+            return loss(model, buffers | {"params": params}, batch, weights, counts)[0]
+
         return jax.grad(value)(params)["layers_0"]["block_0"]["attn"]["indexer"]
 
     assert all(bool(jnp.all(g == 0)) for g in jax.tree.leaves(gradient(variables["params"], 0.0)))

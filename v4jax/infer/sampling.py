@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from v4jax.errors import InputError
 
@@ -18,7 +19,8 @@ class Sampling(NamedTuple):
     """How a token is drawn; a pytree, so that other values compile nothing anew.
 
     Attributes:
-      temperature: 0 takes the most likely token, whatever the filters.
+      temperature: 0 takes the most likely token, whatever the filters; so does one that float32
+        has no normal number for, below 1.2e-38.
       top_k: how many of the most likely tokens stay; 0 leaves all.
       top_p: the fewest most likely tokens whose mass reaches this stay; 1 leaves all.
       min_p: tokens less likely than this times the most likely one go; 0 leaves all.
@@ -41,7 +43,13 @@ def check(sampling: Sampling) -> Sampling:
         raise InputError(f"top_p is {top_p}; expected more than 0 and at most 1 (all tokens)")
     if not 0 <= min_p <= 1:
         raise InputError(f"min_p is {min_p}; expected 0 (all tokens) to 1")
-    return Sampling(float(temperature), int(top_k), float(top_p), float(min_p))
+    return Sampling(_temperature(temperature), int(top_k), float(top_p), float(min_p))
+
+
+def _temperature(value):
+    """A temperature that float32 can divide by; one too near 0 is 0, the limit: greedy."""
+    smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    return 0.0 if value < smallest else min(float(value), largest)
 
 
 def sample(logits_BV, keys_B, sampling: Sampling):
@@ -96,7 +104,9 @@ def filter_top_k(logits_BV, top_k):
 
 def filter_top_p(logits_BV, top_p):
     """Keeps the fewest most likely tokens whose mass is at least `top_p`, never fewer than one."""
-    return _filter(logits_BV, _heaviest(logits_BV, jax.nn.softmax(logits_BV), jnp.float32(top_p)))
+    # XLA flushes what is below float32's normal numbers to 0, a mass that no token at all reaches.
+    target = jnp.maximum(jnp.float32(top_p), jnp.finfo(jnp.float32).tiny)
+    return _filter(logits_BV, _heaviest(logits_BV, jax.nn.softmax(logits_BV), target))
 
 
 def filter_min_p(logits_BV, min_p):
