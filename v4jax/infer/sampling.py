@@ -48,8 +48,9 @@ def check(sampling: Sampling) -> Sampling:
 
 def _temperature(value):
     """A temperature that float32 can divide by; one too near 0 is 0, the limit: greedy."""
-    smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-    return 0.0 if value < smallest else min(float(value), largest)
+    smallest = float(np.finfo(np.float32).tiny)
+    # XLA may multiply by the reciprocal, which has to be a normal number too.
+    return 0.0 if value < smallest else min(float(value), 1 / smallest)
 
 
 def sample(logits_BV, keys_B, sampling: Sampling):
