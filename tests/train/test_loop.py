@@ -88,6 +88,9 @@ def test_what_a_run_leaves(whole):
         wanted = {"loss", "tokens_per_second", "grad_norm", "learning_rate", "mfu", "indexer"}
         assert wanted <= set(line) and all(np.isfinite(v) for v in line.values())
     assert [line["step"] for line in lines if "held_out" in line] == [4, 8]
+    # No step is counted as next to nothing, however its figures were read (on any machine).
+    seconds = sorted(line["seconds"] for line in lines)
+    assert seconds[0] > seconds[-1] / 200 and all(0 < line["mfu"] < 1 for line in lines)
     assert 0 <= lines[-1]["held_out_accuracy"] <= 1
     np.testing.assert_allclose([line["learning_rate"] for line in lines[:2]], [5e-3, 1e-2])
     assert lines[-1]["loss"] < lines[0]["loss"]

@@ -2,9 +2,14 @@
 
 import json
 import struct
+import time
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from tests.support.tiny import tiny_config
+from v4jax import accounting
 from v4jax.cli.main import main
 from v4jax.train import curves, metrics, sweep
 
@@ -66,6 +71,67 @@ def write_run(folder, losses):
         log.write(line(step, loss))
     log.close()
     return str(folder)
+
+
+def test_a_step_takes_from_the_end_of_the_one_before_to_its_own():
+    """Whenever its figures are read: those of the first two in one moment, behind both."""
+    clock = metrics.Clock(tokens=100, length=50, flops=1.0)
+
+    def step():
+        time.sleep(0.02)
+        ended = clock.watch(jnp.zeros(()))
+        ended.result()
+        return ended
+
+    ends = [step(), step()]
+    seconds = [clock.tick(ended)["seconds"] for ended in ends]
+    time.sleep(0.5)  # an evaluation, a checkpoint
+    clock.start()
+    seconds.append(clock.tick(step())["seconds"])
+    clock.close()
+    assert all(0.02 <= second < 0.4 for second in seconds)
+
+
+PARAMS = {
+    "layers_0": {"attn": {"indexer": {"wq_b": np.zeros((3, 2))}, "wq_a": np.zeros((2, 4))}},
+    "head": {"weight": np.zeros((2, 12))},
+}
+ADAPTER = {"a": np.zeros((1, 4)), "b": np.zeros((2, 1))}
+ADAPTERS = {"lora": {"layers_0": {"attn": {"wq_a": ADAPTER}}}}
+
+
+@pytest.mark.parametrize(
+    ("params", "trained", "indexer", "rest"),
+    [
+        (PARAMS, None, 3, 3),
+        (PARAMS, "/indexer/", 3, 1),
+        (PARAMS, "^(?!.*/indexer/)", 1, 3),
+        (PARAMS, "^head/", 1, 2.75),
+        (PARAMS | ADAPTERS, "^lora/", 1, 2),
+    ],
+)
+def test_operations_are_those_of_what_is_trained(params, trained, indexer, rest):
+    found = metrics.passes(params, trained)
+    assert (found.indexer, found.rest) == (indexer, rest)
+    config, (length, tokens) = tiny_config(), (64, 128)
+    parts = accounting.flops_per_token(config, length // 2, accounting.ONE_EACH)
+    wanted = indexer * parts["indexer"] + rest * (sum(parts.values()) - parts["indexer"])
+    assert metrics.step_flops(config, tokens, length, found) == tokens * wanted
+
+
+def test_dense_attention_is_counted_whole():
+    config = tiny_config(index_topk=2)
+    sparse, dense = (
+        metrics.step_flops(config, 1, 512, metrics.Passes(), dense) for dense in (False, True)
+    )
+    assert sparse < dense
+
+
+def test_a_batch_without_targets_has_no_loss_to_draw_or_average(tmp_path):
+    lines = [line(1, 2.0), line(2, None), line(3, None)]
+    assert curves.summary(lines)["step"] == 3 and "loss" not in curves.summary(lines[1:])
+    curves.draw({"a": [lines]}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_plot_draws_runs(tmp_path, capsys):

@@ -58,7 +58,13 @@ def _train():
     from v4jax.train import loop
 
     result = loop.train(config, FLAGS.workdir, FLAGS.steps)
-    loss = f", loss {result.last['loss']:.4f}" if result.last else ", nothing left to do"
+    loss = _loss(result.last)
     how = "stopped" if result.stopped else "trained"
     print(f"v4jax train: {how} at step {result.step}{loss}: {FLAGS.workdir}")
     return TERMINATED if result.stopped else 0
+
+
+def _loss(line):
+    if not line:
+        return ", nothing left to do"
+    return ", no targets" if line["loss"] is None else f", loss {line['loss']:.4f}"

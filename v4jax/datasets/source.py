@@ -101,6 +101,11 @@ def _documents(config):
 def _source(config, model, both, names=()):
     train, kept = both
     tokenize.check(train, model.vocab_size)
+    if not train.counts.any():
+        raise InputError(
+            f"{config.path}: none of its {train.ids.size} tokens is a target; expected some, in "
+            "conversations the assistant's words"
+        )
     digest = hashlib.sha256(repr((config.seed, config.packed, names)).encode())
     for array in train:
         digest.update(np.ascontiguousarray(array))

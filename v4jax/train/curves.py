@@ -55,7 +55,7 @@ def draw(runs: dict[str, list[list[dict[str, Any]]]], out: Path) -> None:
     for axis, (field, name, logarithmic) in zip(axes.flat, panels, strict=False):
         for number, (label, of_name) in enumerate(runs.items()):
             for lines in of_name:
-                found = [(line["step"], line[field]) for line in lines if field in line]
+                found = _points(lines, field)
                 if found:
                     mark = {"color": f"C{number % 10}", "marker": "." * (len(found) < 30)}
                     dashed = "--" if number >= 10 else "-"
@@ -76,14 +76,20 @@ def draw(runs: dict[str, list[list[dict[str, Any]]]], out: Path) -> None:
         plt.close(figure)
 
 
-def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """A run's end: loss over its last tenth, last held-out figures, speed."""
+def _points(lines, field):
+    """(step, value) of the lines that have one: a batch without targets has no loss."""
+    return [(line["step"], line[field]) for line in lines if line.get(field) is not None]
+
+
+def summary(lines: list[dict[str, Any]]) -> dict[str, float | int]:
+    """A run's end: loss over its last tenth (if that has targets), held-out figures, speed."""
     tail = lines[-max(1, len(lines) // 10) :]
-    found = {"loss": float(np.mean([line["loss"] for line in tail])), "step": lines[-1]["step"]}
+    found = {"step": lines[-1]["step"]}
+    if losses := [value for _, value in _points(tail, "loss")]:
+        found["loss"] = float(np.mean(losses))
     for name in ("held_out", "held_out_bits_per_byte"):
-        values = [line[name] for line in lines if name in line]
-        if values:
-            found[name] = values[-1]
+        if values := _points(lines, name):
+            found[name] = values[-1][1]
     found["tokens_per_second"] = float(np.median([line["tokens_per_second"] for line in lines]))
     found["minutes"] = sum(line["seconds"] for line in lines) / 60
     return found

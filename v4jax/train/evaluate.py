@@ -8,6 +8,7 @@ import numpy as np
 
 from v4jax.datasets.rows import TextRows, take
 from v4jax.datasets.source import Source
+from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import processes
 from v4jax.train import lora, placement
@@ -88,4 +89,9 @@ def _rows(config, stage, source):
         batch = make_batch(*rows, 1, config.data.packed)
         batch.weights_BTJ[config.evaluate_rows - first :] = 0  # rows beyond the last fill it up
         batches.append(batch)
+    if not any(batch.weights_BTJ.any() for batch in batches):
+        raise InputError(
+            f"none of the {config.evaluate_rows} held-out rows has a target; give more rows "
+            "(evaluate_rows), hold out other documents (data.held_out), or leave evaluate_every out"
+        )
     return batches

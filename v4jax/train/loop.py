@@ -175,15 +175,17 @@ def _steps_of(run: _Run, number: int, done: int):
     step is asked for, which the next one would use up.
     """
     config, stage = run.config, run.config.stages[number]
-    model = _model(config, stage)
+    model, options = _model(config, stage), step_config(config, stage)
     step = jax.jit(
-        functools.partial(train_step, model, run.optimizer, step_config(config, stage)),
+        functools.partial(train_step, model, run.optimizer, options),
         donate_argnums=0,
         out_shardings=(run.shardings, run.shardings.step),
     )
     evaluator = evaluate.evaluator(config, stage, model, run.source)
     rows = run.source.rows_of(stage.documents)
-    clock = metrics.Clock(config.model, stage.batch * stage.length, stage.length)
+    tokens, passes = stage.batch * stage.length, metrics.passes(run.state.params, options.trained)
+    flops = metrics.step_flops(config.model, tokens, stage.length, passes, options.dense)
+    clock = metrics.Clock(tokens, stage.length, flops)
     program, ahead = None, None
     while done < run.steps and config.place(done)[0] == number:
         batch = _load(config, rows, number, config.place(done)[1], model.sharding)
@@ -199,15 +201,17 @@ def _steps_of(run: _Run, number: int, done: int):
             clock.start()
         run.state, noted = program(run.state, *inputs)
         done += 1
-        before, ahead = ahead, (done, noted, batch)
+        before, ahead = ahead, (done, noted, batch, clock.watch(noted))
         if before is not None:
             yield _line(run, clock, *before)
         evaluates = config.evaluate_every and done % config.evaluate_every == 0
         if evaluates or _saves(config, done):
             yield _line(run, clock, *ahead, evaluator if evaluates else None)
             ahead = None
+            clock.start()  # behind the evaluation and what the reader of the line has done
     if ahead is not None:
         yield _line(run, clock, *ahead)
+    clock.close()
 
 
 def _saves(config, step):
@@ -215,14 +219,15 @@ def _saves(config, step):
     return step % config.checkpoint_every == 0
 
 
-def _line(run, clock, step, noted, batch, evaluator=None):
+def _line(run, clock, step, noted, batch, ended, evaluator=None):
     """What is known of a step once it is done; written down where it is to be."""
     noted = {k: float(v) for k, v in jax.device_get(noted).items()}
-    line = {"step": step, **noted, **clock.tick()}
+    line = {"step": step, **noted, **clock.tick(ended)}
     _check_finite(run, line, batch)
+    if not line["targets"]:
+        line["loss"] = None  # a mean over nothing is no 0
     if evaluator is not None:
         line |= evaluator(run.state)
-        clock.start()
     if run.metrics and (step % run.config.log_every == 0 or step == run.steps):
         run.metrics.write(line)
     return line
@@ -321,8 +326,9 @@ def _save(run, step):
 
 
 def _show(bar, line):
+    loss = "no targets" if line["loss"] is None else f"loss {line['loss']:.3f}"
     bar.set_postfix_str(
-        f"loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tokens/s, MFU {line['mfu']:.1%}",
+        f"{loss}, {line['tokens_per_second']:.0f} tokens/s, MFU {line['mfu']:.1%}",
         refresh=False,
     )
     bar.update(line["step"] - bar.n)

@@ -1,5 +1,7 @@
 """What a run notes down: DIR/metrics.jsonl, a TensorBoard file, and how fast the device is used."""
 
+import concurrent.futures
+import dataclasses
 import functools
 import json
 import math
@@ -14,6 +16,8 @@ import numpy as np
 
 from v4jax import accounting, chips
 from v4jax.config import ModelConfig
+from v4jax.train.lora import SUBTREE
+from v4jax.train.optimizer import joined, matches
 
 FILE = "metrics.jsonl"
 
@@ -123,35 +127,94 @@ def _crc_table():
 
 
 class Clock:
-    """How quickly steps of one size follow one another.
+    """How fast steps of one size follow one another.
+
+    A step ends when its figures are computed, not when they are read: a thread waits for each. It
+    begins where the one before ended or, after a pause for an evaluation, a checkpoint or the
+    compiler, where `start` says.
 
     Args:
-      tokens: of a step, in rows of `length`.
+      tokens: of a step, in rows of `length`. flops: operations of a step (`step_flops`).
     """
 
-    def __init__(self, config: ModelConfig, tokens: int, length: int):
+    def __init__(self, tokens: int, length: int, flops: float):
         self._tokens, self._length = tokens, length
         with jax.transfer_guard("allow"):
-            self._at_peak = step_flops(config, tokens, length) / peak_flops()[0]
+            self._at_peak = flops / peak_flops()[0]
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self.start()
 
     def start(self) -> None:
-        """A step begins now; without it, where the one before ended."""
+        """The next step begins now: a pause has ended."""
         self._begin = time.perf_counter()
 
-    def tick(self) -> dict[str, float]:
-        """Figures of the step that ends now."""
-        begin = self._begin
-        self.start()
-        seconds = self._begin - begin
+    def watch(self, noted: Any) -> concurrent.futures.Future:
+        """When the step ends that computes these arrays, for `tick`."""
+        return self._thread.submit(_time_of, noted)
+
+    def tick(self, ended: concurrent.futures.Future) -> dict[str, float]:
+        """Figures of the next step; every step is to be asked for, in order."""
+        end = ended.result()
+        seconds, self._begin = end - self._begin, end
         speed = {"tokens_per_second": self._tokens / seconds, "mfu": self._at_peak / seconds}
         return speed | {"seconds": seconds, "length": self._length}
 
+    def close(self) -> None:
+        self._thread.shutdown(wait=False)
 
-def step_flops(config: ModelConfig, tokens: int, length: int) -> float:
-    """Operations of a training step: forward and twice that backward, nothing computed again."""
+
+def _time_of(noted):
+    jax.block_until_ready(noted)
+    return time.perf_counter()
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """How often a step computes what one forward pass does: the indexer's share, and the rest's."""
+
+    indexer: float = 3.0
+    rest: float = 3.0
+
+
+def passes(params: Any, trained: str | None) -> Passes:
+    """The passes of a step that trains some of the parameters.
+
+    One is forward. Where anything is trained there is one more for the gradients of activations,
+    and for those of weights the trained ones' share of one (adapters of LoRA, thin, count for
+    none). The indexer counts apart: it has a loss of its own, through which nothing else learns.
+
+    Args:
+      params: a tree of arrays or shapes. trained: as `StepConfig.trained`.
+    """
+    leaves = [
+        (joined(path), math.prod(leaf.shape))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+
+    def of(group):
+        learns = any(trained is None or matches(trained, name) for name, _ in group)
+        own = [(name, size) for name, size in group if not name.startswith(SUBTREE + "/")]
+        whole = sum(size for _, size in own)
+        part = sum(size for name, size in own if trained is None or matches(trained, name))
+        return 1.0 + learns + (part / whole if whole else 0.0)
+
+    indexer = [leaf for leaf in leaves if "/indexer/" in leaf[0]]
+    return Passes(of(indexer), of([leaf for leaf in leaves if leaf not in indexer]))
+
+
+def step_flops(
+    config: ModelConfig, tokens: int, length: int, passes: Passes, dense: bool = False
+) -> float:
+    """Operations of a training step, of the main model; nothing computed again counts.
+
+    Args:
+      dense: CSA layers attend to every visible entry.
+    """
+    if dense:
+        config = dataclasses.replace(config, index_topk=None)
     parts = accounting.flops_per_token(config, length // 2, accounting.ONE_EACH)
-    return 3.0 * tokens * sum(parts.values())
+    indexer = parts.pop("indexer")
+    return tokens * (passes.indexer * indexer + passes.rest * sum(parts.values()))
 
 
 @functools.cache

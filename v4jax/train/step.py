@@ -84,6 +84,7 @@ def train_step(
     directions, moments = optimizer.update(gradients, state.moments, state.params)
     new = jax.tree.map(lambda w, d: w - rates.learning_rate * d, state.params, directions)
     load = noted.pop("load")
+    noted["targets"] = jnp.sum(batch.weights_BTJ[..., 0])
     noted |= {"grad_norm": norm, "learning_rate": rates.learning_rate, "load_cv": _spread(load)}
     state = TrainState(
         params=keep_untrained(config.trained, new, state.params),
