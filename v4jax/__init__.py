@@ -5,6 +5,8 @@ A name's module is imported when the name is first used, so that `v4jax --help` 
 
 import importlib
 
+__version__ = "0.1.0"
+
 _MODULES = {
     "Cache": "v4jax.model.cache",
     "InputError": "v4jax.errors",

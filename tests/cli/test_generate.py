@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ MAX_LENGTH = 32
 def directory(tmp_path, monkeypatch):
     """A checkpoint directory with a tokenizer; whatever is loaded is the toy model."""
     byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps(MODEL.config.to_hf()))
     monkeypatch.setattr(checkpoint, "load", lambda path, **options: (MODEL, PARAMS))
     return tmp_path
 
@@ -55,12 +57,51 @@ def test_one_prompt_and_its_continuation_go_to_stdout(run, directory):
     tokens = continuation(tokenizer, "héllo", max_new_tokens=9)
     assert status == 0
     assert out == "héllo" + tokenizer.decode(tokens) + "\n"
-    loaded, summary = err.splitlines()
+    loaded, compiling, summary = err.splitlines()
+    assert compiling == "compiling for these lengths ..."
     assert loaded.startswith(f"{directory}: ")
     assert "11 layers, stored as float32 in" in loaded
-    assert summary.startswith("6 prompt tokens, 9 new tokens, compiled in ")
-    assert "first token after " in summary
+    assert summary.startswith("6 prompt tokens, 9 new tokens, first token after ")
+    # What a person waited is compiling and reading the prompt together.
+    waited, compiled, read = map(float, re.findall(r"(\d+\.\d+) s", summary))
+    assert waited == pytest.approx(compiled + read, abs=0.02)
     assert summary.endswith(" tokens/s, finished: length")
+
+
+def test_texts_may_stand_without_a_flag(run):
+    bare = run("abc", "--max-new-tokens", "4")
+    assert bare[0] == 0 and bare[1] == run("--prompt=abc", "--max_new_tokens=4")[1]
+    two = run("abc", "--prompt=x", "--max_new_tokens=4")[1]
+    assert two == run("--prompt=abc", "--prompt=x", "--max_new_tokens=4")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--temperature=-1"], "temperature is -1.0; expected 0"),
+        (["--prompt="], "prompt 0 is empty"),
+        (["--prompt_ids="], "prompt 0 is empty"),
+        (["--prompt_ids=5,999"], "token 1 of prompt 0 is 999; expected 0 to 257"),
+        (["--max_new_tokens=0"], "max_new_tokens is 0; expected a whole number, 1 or more"),
+        (["--max_length=3", "--prompt=abcdef"], "prompt 0 has 6 tokens"),
+        (["--seed=-1"], "seed is -1"),
+        (["--stop_ids=300"], "a stop id is 300; expected a whole number, 0 to 257"),
+        (["--top_p=0"], "top_p is 0.0"),
+        (["--mesh=expert=--8"], "mesh"),
+        (["--mesh=expert=3"], "mesh"),
+        (["text", "--prompt_ids=1"], "a text and --prompt_ids are both given"),
+    ],
+)
+def test_what_is_wrong_is_said_before_weights_are_read(
+    directory, words, sentence, monkeypatch, capsys
+):
+    def load(path, **options):
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    assert main(["v4jax", "generate", f"--checkpoint={directory}", *words]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err and err.count("\n") == 1
 
 
 def test_the_default_prompt_is_python(run, directory):
@@ -81,16 +122,16 @@ def test_the_settings_reach_the_sampler(run, directory):
 
 
 def test_the_loader_gets_its_settings(run, directory, monkeypatch):
-    seen = {}
+    seen, short = {}, ("--prompt=a", "--max_new_tokens=1")
     monkeypatch.setattr(
         checkpoint, "load", lambda path, **options: seen.update(options) or (MODEL, PARAMS)
     )
-    run("--dtype=bfloat16", "--weights=float32", "--numerics=native", "--max_new_tokens=1")
+    run("--dtype=bfloat16", "--weights=float32", "--numerics=native", *short)
     asked = {"dtype": "bfloat16", "weights": "float32", "numerics": "native"}
     assert seen == asked | {"shards": ONE_DEVICE}
-    run("--max_new_tokens=1")
+    run(*short)
     assert seen == {"dtype": None, "weights": "stored", "numerics": None, "shards": ONE_DEVICE}
-    run("--mesh=expert=4,sequence=2", "--max_new_tokens=1")
+    run("--mesh=expert=4,sequence=2", *short)
     assert seen["shards"].mesh.shape["expert"] == 4 and seen["shards"].size("sequence") == 8
 
 
@@ -157,6 +198,7 @@ def test_the_models_end_token_stops_unless_told_otherwise(run, directory, monkey
     at = tokens.index(tokens[3])
     model = ToyModel(toy_config(vocab_size=258, eos_token_id=(257, tokens[3])))
     monkeypatch.setattr(checkpoint, "load", lambda path, **options: (model, PARAMS))
+    (directory / "config.json").write_text(json.dumps(model.config.to_hf()))
     command = ["--format=json", "--prompt=ab", "--max_new_tokens=6"]
     found = json.loads(run(*command)[1])
     assert (found["tokens"], found["finish_reason"]) == ([tokens[:at]], ["stop"])
@@ -168,7 +210,7 @@ def test_the_models_end_token_stops_unless_told_otherwise(run, directory, monkey
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--prompt=a", "--prompt_ids=1"], "--prompt and --prompt_ids are both given"),
+        (["--prompt=a", "--prompt_ids=1"], "a text and --prompt_ids are both given"),
         (["--prompt_ids=1,x"], "--prompt_ids is '1,x'; expected whole numbers between commas"),
         (["--prompt_ids=1,,2"], "--prompt_ids is '1,,2'"),
         (["--prompt_ids="], "prompt 0 is empty"),
@@ -216,7 +258,7 @@ def test_an_interrupt_leaves_what_there_is(form, run, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli_generate, "generate", interrupted)
-    status, out, err = run("--prompt_ids=1,2", f"--format={form}")
+    status, out, err = run("--prompt_ids=1,2", "--max_new_tokens=8", f"--format={form}")
     assert status == 130
     assert "2 prompt tokens, 3 new tokens" in err
     assert err.endswith("finished: interrupted\n")
@@ -231,7 +273,7 @@ def test_an_interrupt_before_the_first_token(run, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli_generate, "generate", interrupted)
-    status, _, err = run("--prompt=a")
+    status, _, err = run("--prompt=a", "--max_new_tokens=8")
     assert status == 130
     assert "1 prompt tokens, 0 new tokens" in err
 

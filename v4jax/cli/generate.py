@@ -18,7 +18,9 @@ from v4jax.accounting import count_parameters
 from v4jax.checkpoints import load as checkpoint
 from v4jax.cli import process_flags
 from v4jax.errors import InputError
-from v4jax.infer.generate import Generation, generate
+from v4jax.hf.config import from_hf
+from v4jax.infer.generate import Generation, check_request, generate
+from v4jax.infer.sampling import Sampling
 from v4jax.infer.tokenizer import Tokenizer
 from v4jax.quant import QTensor
 from v4jax.sharding import processes
@@ -37,7 +39,9 @@ DEMO = {"temperature": 0.9, "top_p": 0.95}
 def define_flags():
     """Declares the flags of this subcommand."""
     flags.DEFINE_string("checkpoint", "nano", "Checkpoint directory, or the name of a packaged one")
-    flags.DEFINE_multi_string("prompt", [], f"Text to continue (default: {DEFAULT_PROMPT!r})")
+    flags.DEFINE_multi_string(
+        "prompt", [], f"Text to continue, as TEXT itself (default: {DEFAULT_PROMPT!r})"
+    )
     flags.DEFINE_multi_string(
         "prompt_ids", [], "Token ids to continue, as 1,2,3, in place of --prompt"
     )
@@ -65,28 +69,33 @@ def define_flags():
     flags.DEFINE_enum("format", "text", ["text", "json"], "json: one object on stdout")
 
 
-def run() -> int:
+def run(*texts: str) -> int:
     """Loads, generates and prints; the exit status."""
     with process_flags.joined_by_flags():
-        return _run()
+        return _run([*texts, *FLAGS.prompt])
 
 
-def _run():
+def _run(texts):
+    # Whatever can be wrong without the weights is said before they are read.
     directory = _find_directory()
+    config = from_hf(directory)
     tokenizer = _find_tokenizer(directory)
-    prompts = _read_prompts(tokenizer)
-    stop_ids = None if FLAGS.stop_ids is None else _parse_ids("stop_ids", FLAGS.stop_ids)
+    prompts = _read_prompts(tokenizer, texts)
+    settings = _settings(config, demo=not (texts or FLAGS.prompt_ids))
+    _check(config, prompts, settings)
+    shards = _shards()
     model, params = checkpoint.load(
         directory,
         dtype=FLAGS.dtype,
         weights=FLAGS.weights,
         numerics=FLAGS.numerics,
-        shards=_shards(),
+        shards=shards,
     )
     _say(_describe(FLAGS.checkpoint, model, params))
+    _say("compiling for these lengths ...")
     report = _Report(tokenizer, prompts, FLAGS.format)
     try:
-        result = _generate(model, params, prompts, stop_ids, report.add)
+        result = generate(model, params, prompts, on_token=report.add, **settings)
     except KeyboardInterrupt:
         report.finish(report.so_far())
         raise
@@ -106,32 +115,24 @@ def _shards():
     return Shards(make_mesh(**parse_sizes(FLAGS.mesh)), PREFILL)
 
 
-def _generate(model, params, prompts, stop_ids, on_token):
+def _settings(config, demo):
+    """What `generate` is told; demo: a flag that is not given has the demonstration's value."""
+    stop_ids = FLAGS.stop_ids
     if stop_ids is None:
-        eos = model.config.eos_token_id
-        stop_ids = () if eos is None else eos
-    return generate(
-        model,
-        params,
-        prompts,
-        max_new_tokens=FLAGS.max_new_tokens,
-        temperature=_setting("temperature"),
-        seed=FLAGS.seed,
-        top_p=_setting("top_p"),
-        top_k=FLAGS.top_k,
-        min_p=FLAGS.min_p,
-        stop_ids=stop_ids,
-        max_length=FLAGS.max_length,
-        on_token=on_token,
-    )
+        stop_ids = () if config.eos_token_id is None else config.eos_token_id
+    else:
+        stop_ids = _parse_ids("stop_ids", stop_ids)
+    names = ("max_new_tokens", "temperature", "seed", "top_p", "top_k", "min_p", "max_length")
+    values = {name: getattr(FLAGS, name) for name in names}
+    if demo:
+        values |= {name: value for name, value in DEMO.items() if not FLAGS[name].present}
+    return values | {"stop_ids": stop_ids}
 
 
-def _setting(name):
-    """A flag's value; the demonstration's where neither a prompt nor the flag was given."""
-    flag = FLAGS[name]
-    if FLAGS.prompt or FLAGS.prompt_ids or flag.present:
-        return flag.value
-    return DEMO[name]
+def _check(config, prompts, settings):
+    settings = dict(settings)
+    sampling = Sampling(*(settings.pop(name) for name in Sampling._fields))
+    check_request(config, prompts, setting=sampling, **settings)
 
 
 class _Report:
@@ -204,9 +205,11 @@ class _Report:
 
 def _summary(result: Generation) -> str:
     new_tokens = sum(len(tokens) for tokens in result.tokens)
+    waited = result.compile_seconds + result.time_to_first_token
     return (
-        f"{sum(result.prompt_tokens)} prompt tokens, {new_tokens} new tokens, compiled in "
-        f"{result.compile_seconds:.2f} s, first token after {result.time_to_first_token:.3f} s, "
+        f"{sum(result.prompt_tokens)} prompt tokens, {new_tokens} new tokens, first token after "
+        f"{waited:.2f} s ({result.compile_seconds:.2f} s compiling, "
+        f"{result.time_to_first_token:.3f} s reading the prompt), "
         f"{result.tokens_per_second:.1f} tokens/s, finished: {', '.join(result.finish_reason)}"
     )
 
@@ -247,12 +250,12 @@ def _find_tokenizer(directory) -> Tokenizer | None:
     return Tokenizer(directory)
 
 
-def _read_prompts(tokenizer) -> list[list[int]]:
-    if FLAGS.prompt and FLAGS.prompt_ids:
-        raise InputError("--prompt and --prompt_ids are both given; expected one of them")
+def _read_prompts(tokenizer, texts) -> list[list[int]]:
+    if texts and FLAGS.prompt_ids:
+        raise InputError("a text and --prompt_ids are both given; expected one of them")
     if FLAGS.prompt_ids:
         return [_parse_ids("prompt_ids", ids) for ids in FLAGS.prompt_ids]
-    return [tokenizer.encode(text) for text in FLAGS.prompt or [DEFAULT_PROMPT]]
+    return [tokenizer.encode(text) for text in texts or [DEFAULT_PROMPT]]
 
 
 def _parse_ids(flag, text) -> list[int]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+import v4jax
 from v4jax.cli import cpu_settings
 from v4jax.errors import InputError
 
@@ -28,6 +29,7 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 class Subcommand:
     """What help says of a subcommand; `arguments` are those that are not flags.
 
+    An argument in brackets may be left out, and one that ends in dots be repeated.
     huge_pages: it runs a model's programs, which are quicker with them on a CPU.
     trains: some of those are training steps.
     """
@@ -44,7 +46,8 @@ SUBCOMMANDS = {
     "generate": Subcommand(
         "v4jax.cli.generate",
         "Continue a prompt with a checkpoint's model.",
-        'v4jax generate --prompt "def main():" --max_new_tokens 100',
+        'v4jax generate "def main():" --max_new_tokens 100',
+        ("[TEXT...]",),
         huge_pages=True,
     ),
     "inspect": Subcommand(
@@ -100,6 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("--help", "-h", "help"):
         print(_help())
         return 0
+    if name in ("--version", "version"):
+        print(f"v4jax {v4jax.__version__}")
+        return 0
     if name not in SUBCOMMANDS:
         expected = ", ".join(SUBCOMMANDS)
         return _complain("v4jax", f"there is no command {name!r}; expected one of {expected}")
@@ -122,7 +128,7 @@ def _run(name, args):
             if hasattr(module, "prepare"):  # flags that cannot be declared
                 args = module.prepare(args)
             try:
-                arguments = FLAGS([program, *args])[1:]
+                arguments = FLAGS([program, *_underscored(args)])[1:]
                 _check_count(command.arguments, arguments)
             except flags.Error as error:
                 return _complain(program, f"{_flag_error(error)}; see {program} --help")
@@ -153,10 +159,27 @@ def _flags_of(module):
             delattr(FLAGS, name)
 
 
+def _underscored(args):
+    """The arguments with declared flags in their own spelling: --max-new-tokens is fine too."""
+    spelt, value_follows = [], False
+    for number, arg in enumerate(args):
+        if arg == "--" and not value_follows:
+            return spelt + args[number:]
+        match = re.match(r"--?([A-Za-z][\w-]*)(=.*)?$", arg, re.DOTALL)
+        name = match[1].replace("-", "_") if match and not value_follows else ""
+        declared = name in FLAGS
+        if declared or name.removeprefix("no") in FLAGS:
+            arg = f"--{name}{match[2] or ''}"
+        spelt.append(arg)
+        value_follows = declared and match[2] is None and not FLAGS[name].boolean
+    return spelt
+
+
 def _check_count(expected, found):
-    if len(found) < len(expected):
-        raise flags.Error(f"{expected[len(found)]} is missing")
-    if len(found) > len(expected) and not (expected and expected[-1].endswith("...")):
+    needed = [name for name in expected if not name.startswith("[")]
+    if len(found) < len(needed):
+        raise flags.Error(f"{needed[len(found)]} is missing")
+    if len(found) > len(expected) and not (expected and "..." in expected[-1]):
         raise flags.Error(f"there is an argument too many, {found[len(expected)]!r}")
 
 
@@ -164,7 +187,7 @@ def _flag_error(error):
     """absl's error as the house writes them: what, found, expected."""
     text = " ".join(str(error).split())
     if match := re.match(r"Unknown command line flag '(\S+)'", text):
-        near = re.search(r"Did you mean: (\S+)", text)
+        near = re.search(r"Did you mean: (\w+)", text)
         return f"there is no flag --{match[1]}" + (f", maybe --{near[1]}" if near else "")
     if match := re.match(r"Missing value for flag -*(\S+)", text):
         return f"--{match[1]} has no value; expected {_expected(FLAGS[match[1]])}"
@@ -201,7 +224,7 @@ def _help():
             "Commands:",
             *lines,
             "",
-            "v4jax COMMAND --help says more.",
+            "v4jax COMMAND --help says more, v4jax --version which version this is.",
         ]
     )
 

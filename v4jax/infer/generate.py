@@ -12,6 +12,7 @@ import functools
 import operator
 import time
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,20 +91,63 @@ def generate(
     Raises:
       InputError: for prompts or settings out of range, and for logits that are not finite.
     """
+    request = check_request(
+        model.config,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        setting=sampling_lib.Sampling(temperature, top_k, top_p, min_p),
+        seed=seed,
+        stop_ids=stop_ids,
+        max_length=max_length,
+        prefill_chunk=prefill_chunk,
+    )
+    prompts, capacity = request.prompts, request.capacity
+    placement = Placement.of(model, len(prompts))
+    variables, key = placement.variables(params), placement.everywhere(jax.random.key(request.seed))
+    decoder = _Decoder(placement, variables, request.setting, key)
+    answers = _Answers(prompts, request.stop_ids, on_token)
+    cache = placement.prefill.init_cache(len(prompts), capacity)
+    chunks = _prefill_chunks(prompts, request.prefill_chunk, capacity)
+    return _run(decoder, chunks, cache, answers, request.max_new_tokens)
+
+
+class GenerationRequest(NamedTuple):
+    """The checked arguments of `generate`; capacity: tokens that the cache holds."""
+
+    prompts: list[np.ndarray]
+    max_new_tokens: int
+    setting: sampling_lib.Sampling
+    seed: int
+    stop_ids: frozenset[int]
+    capacity: int
+    prefill_chunk: int
+
+
+def check_request(
+    config,
+    prompts,
+    *,
+    max_new_tokens=64,
+    setting=sampling_lib.GREEDY,
+    seed=0,
+    stop_ids=(),
+    max_length=None,
+    prefill_chunk=None,
+) -> GenerationRequest:
+    """Checks what `generate` is given against a model's config: no weights are needed for it.
+
+    Raises:
+      InputError: prompts or settings out of range.
+    """
     max_new_tokens = _whole_number("max_new_tokens", max_new_tokens, 1)
     chunk = PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
     chunk = _whole_number("prefill_chunk", chunk, 1)
     seed = _whole_number("seed", seed, 0, 2**32 - 1)
-    setting = sampling_lib.check(sampling_lib.Sampling(temperature, top_k, top_p, min_p))
-    prompts = _read_prompts(prompts, model.config.vocab_size)
-    stop_ids = _read_stop_ids(stop_ids, model.config.vocab_size)
-    capacity = _cache_length(prompts, max_new_tokens, max_length, model.config)
-    placement = Placement.of(model, len(prompts))
-    variables, key = placement.variables(params), placement.everywhere(jax.random.key(seed))
-    decoder = _Decoder(placement, variables, setting, key)
-    answers = _Answers(prompts, stop_ids, on_token)
-    cache = placement.prefill.init_cache(len(prompts), capacity)
-    return _run(decoder, _prefill_chunks(prompts, chunk, capacity), cache, answers, max_new_tokens)
+    setting = sampling_lib.check(setting)
+    prompts = _read_prompts(prompts, config.vocab_size)
+    stop_ids = _read_stop_ids(stop_ids, config.vocab_size)
+    capacity = _cache_length(prompts, max_new_tokens, max_length, config)
+    return GenerationRequest(prompts, max_new_tokens, setting, seed, stop_ids, capacity, chunk)
 
 
 def _run(decoder, chunks, cache, answers, max_new_tokens) -> Generation:

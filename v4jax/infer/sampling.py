@@ -32,6 +32,9 @@ class Sampling(NamedTuple):
     min_p: float = 0.0
 
 
+GREEDY = Sampling()
+
+
 def check(sampling: Sampling) -> Sampling:
     """The same values as plain numbers, or an `InputError` that names the one out of range."""
     temperature, top_k, top_p, min_p = sampling

@@ -4,6 +4,7 @@ import collections
 from typing import Any
 
 from v4jax.errors import InputError
+from v4jax.extras import how_to_install
 from v4jax.plan.plan import Plan
 from v4jax.tables import percent, short, table
 
@@ -177,7 +178,7 @@ def draw(plan: Plan, name: str, path: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError(
-            "--picture needs matplotlib, which is not installed; pip install 'v4jax[plot]'"
+            "--picture needs matplotlib, which is not installed: " + how_to_install("plot")
         ) from error
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)

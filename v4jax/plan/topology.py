@@ -8,6 +8,7 @@ from typing import Any
 
 from v4jax.chips import CHIPS, Chip
 from v4jax.errors import InputError
+from v4jax.extras import how_to_install
 
 # What XLA:GPU and ptxas ask of a device, for an H100 SXM5.
 _H100 = """
@@ -103,5 +104,5 @@ def _check_compiler(name, platform):
     if not has_compiler(platform):
         raise InputError(
             f"topology {name} needs {_COMPILERS[platform][0]} to compile for it, which is not "
-            "installed; pip install 'v4jax[aot]'"
+            f"installed: {how_to_install('aot')}"
         )

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from v4jax.errors import InputError
+from v4jax.extras import how_to_install
 from v4jax.train import metrics
 
 # (field, name on the axis, logarithmic); drawn where some run has it.
@@ -41,7 +42,7 @@ def draw(runs: dict[str, list[list[dict[str, Any]]]], out: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise InputError("drawing needs matplotlib: pip install 'v4jax[plot]'") from None
+        raise InputError(f"drawing needs matplotlib: {how_to_install('plot')}") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -1,0 +1,39 @@
+"""How to install what an extra of the package needs, from wherever the package came."""
+
+import json
+import re
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+
+def how_to_install(extra: str) -> str:
+    """The pip command for an extra: of the checkout, or of its packages by name."""
+    checkout, editable = _checkout()
+    if checkout is not None:
+        return f"pip install {'-e ' if editable else ''}'{checkout}[{extra}]'"
+    return "pip install " + " ".join(f"'{name}'" for name in _packages(extra))
+
+
+def _checkout():
+    """The directory that the package was installed from, if it is still there, and how."""
+    beside = Path(__file__).resolve().parents[1]
+    if (beside / "pyproject.toml").is_file():
+        return beside, True
+    try:
+        text = metadata.distribution("v4jax").read_text("direct_url.json")
+        described = json.loads(text or "{}")
+    except (metadata.PackageNotFoundError, ValueError):
+        return None, False
+    url = urlparse(described.get("url", ""))
+    directory = Path(unquote(url.path))
+    if url.scheme != "file" or not (directory / "pyproject.toml").is_file():
+        return None, False
+    return directory, bool(described.get("dir_info", {}).get("editable"))
+
+
+def _packages(extra):
+    """The requirements that the installed package lists for an extra."""
+    listed = metadata.requires("v4jax") or []
+    mark = re.compile(rf"""extra\s*==\s*["']{re.escape(extra)}["']""")
+    return [line.split(";")[0].strip() for line in listed if mark.search(line)]
