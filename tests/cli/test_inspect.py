@@ -259,7 +259,7 @@ def test_damaged_checkpoints_are_refused(run, checkpoint, tmp_path, damage, mess
         (["inspect", "flash", "--check=maybe"], "--check is 'maybe'; expected true or false"),
         (["inspect", "flash", "--chek"], "there is no flag --chek, maybe --check"),
         (["inspekt"], "v4jax: there is no command 'inspekt'; expected one of generate, inspect"),
-        (["--version"], "there is no command '--version'"),
+        (["--versions"], "there is no command '--versions'"),
     ],
 )
 def test_mistakes_get_one_sentence(run, args, message):

@@ -51,18 +51,21 @@ _CHUNK = 64 << 20  # larger stacks of experts are cut into a file an expert
 class OrbaxSource:
     """A checkpoint in our Orbax format, opened for reading; see `sources`.
 
+    Args:
+      verify: hold every tensor that is read whole against its CRC-32 in the manifest.
+
     Raises:
       InputError: no or a foreign manifest, missing items, or tensors that are not the config's.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, verify: bool = True):
         self.path = os.fspath(path)
         manifest, text = _read_manifest(self.path)
-        found = {
-            key: (tensor["dtype"], tuple(tensor["shape"]))
-            for tensors in manifest["items"].values()
-            for key, tensor in tensors.items()
-        }
+        tensors = {k: t for item in manifest["items"].values() for k, t in item.items()}
+        found = {key: (tensor["dtype"], tuple(tensor["shape"])) for key, tensor in tensors.items()}
+        self._checksums = {key: _checksum(self.path, key, t) for key, t in tensors.items()}
+        self._shapes = {key: shape for key, (_, shape) in found.items()}
+        self._verify = verify
         self.config_text = read_config(self.path)
         config = ModelConfig.from_hf(self.path)
         self.config, self.items = fit(config, found, self.path)
@@ -82,16 +85,45 @@ class OrbaxSource:
             with self.open_parts(name) as read:
                 yield read
             return
-        yield reader(load_item(self.path, name, self.items[name]), self.items[name])
+        specs = self._as_saved(name)
+        read = reader(load_item(self.path, name, specs), specs)
+        yield functools.partial(self._read_whole, read, {spec.key: spec for spec in specs})
+
+    def _as_saved(self, name):
+        """An item's tensors in the shapes that they have on disk."""
+        return [spec._replace(shape=self._shapes[spec.key]) for spec in self.items[name]]
+
+    def _read_whole(self, read, specs, key, out):
+        """Reads a tensor whole and holds its bytes against the manifest."""
+        spec = specs[key]
+        same = out.shape == spec.shape
+        array = out if same else np.empty(spec.shape, spec.dtype)
+        read(key, array)
+        if self._verify and zlib.crc32(bytes_of(array)) != self._checksums[key]:
+            raise InputError(
+                f"{self.path}: the bytes of {key} are not those that were written (their CRC-32 "
+                f"is not the manifest's {self._checksums[key]}); the disk or a copy damaged them: "
+                "copy or convert the checkpoint again"
+            )
+        if not same:
+            out[...] = array[tuple(slice(n) for n in out.shape)]  # a hash table's first columns
 
     @contextlib.contextmanager
     def open_parts(self, name: str) -> Iterator[Read]:
         """Reads regions straight from the item's Zarr files, without Orbax."""
-        specs = {spec.key: spec for spec in self.items[name]}
-        tree, _ = empty_tree(self.items[name])  # memory that nobody touches
+        specs = {spec.key: spec for spec in self._as_saved(name)}
+        wanted = {spec.key: spec.shape for spec in self.items[name]}
+        tree, _ = empty_tree(list(specs.values()))  # memory that nobody touches
         path = item_path(self.path, name)
 
         def read(key, out, region=None):
+            spec = specs[key]
+            if region in (None, whole(spec.shape)) and wanted[key] == spec.shape:
+                self._read_whole(part, specs, key, out)
+            else:
+                part(key, out, whole(wanted[key]) if region is None else region)
+
+        def part(key, out, region=None):
             spec = specs[key]
             names = spec.path if spec.part == "array" else (*spec.path, spec.part)
             leaf = functools.reduce(dict.__getitem__, names, tree)
@@ -102,8 +134,22 @@ class OrbaxSource:
 
         yield read
 
+    def file_key(self, key: str) -> str:
+        """The manifest has official keys."""
+        return key
+
     def close(self) -> None:
         """Nothing is kept open."""
+
+
+def _checksum(path, key, tensor):
+    value = tensor.get("crc32")
+    if type(value) is not int or not 0 <= value < 1 << 32:
+        raise InputError(
+            f"{path}: {MANIFEST_NAME} gives {key} the crc32 {str(value)[:200]!r}; expected a whole "
+            "number of 32 bits, so the manifest is damaged: copy or convert the checkpoint again"
+        )
+    return value
 
 
 def item_path(directory: str, name: str) -> str:
