@@ -62,6 +62,7 @@ class FolderSource:
         entries = self._folder.entries
         found = {key: (entry.dtype, entry.shape) for key, entry in entries.items()}
         text = read_config(self.path)
+        found = self._without_buffers(found)
         config, layout = ModelConfig.from_hf(self.path), layout_of(found, self.path)
         if layout in ("transformers", "modules"):  # which have no MTP
             config = dataclasses.replace(config, mtp_layers=(), draft_layers=0)
@@ -74,15 +75,17 @@ class FolderSource:
         self.config_text = None if changed else text
         self.fingerprint = self._fingerprint(text)
 
-    def _officially(self, config, layout, found):
-        """What was found under official keys, and where the files hold it if elsewhere."""
+    def _without_buffers(self, found):
         ignored = [key for key in found if LEFT_OUT.search(key)]
         if ignored:
             logging.warning(
                 "%s: %d tensors are left out (first %s): the config says what they hold",
                 self.path, len(ignored), ignored[0],
             )  # fmt: skip
-        found = {key: entry for key, entry in found.items() if not LEFT_OUT.search(key)}
+        return {key: entry for key, entry in found.items() if key not in ignored}
+
+    def _officially(self, config, layout, found):
+        """What was found under official keys, and where the files hold it if elsewhere."""
         if layout == "official":
             return found, {}
         if layout == "prefixed":
