@@ -78,7 +78,9 @@ def parse_json(
     except RecursionError:
         raise InputError(_too_deep(where)) from None
     except ValueError as error:
-        raise InputError(f"{where}: not valid JSON ({_cut(str(error))}); correct it") from None
+        raise InputError(
+            f"{where}: is not valid JSON ({_cut(str(error))}); correct it or get it again"
+        ) from None
     _check_depth(value, where)
     if watched is None and _SURROGATE.search(text):
         _check_strings(value, where)
