@@ -139,7 +139,7 @@ def test_a_json_file_that_is_no_records_is_text_like_any_other(tmp_path):
         ("[1, 2]", r'a.json:1: this entry of the list is 1; expected an object with "text"'),
         ('[{"text": "a"}, "b"]', 'a.json:2: this entry of the list is "b"'),
         ('[{"texts": "a"}]', 'a.json:1: has no "text"'),
-        ('[{"text": "a"}, {', "a.json: is not valid JSON"),
+        ('[{"text": "a"}, {', "a.json: not valid JSON"),
         ("[" * DEEP, "nested deeper"),
         ("[]", "a.json: is an empty data file"),
     ],

@@ -14,6 +14,8 @@ import shutil
 from v4jax.checkpoints.source import JOURNAL_NAME
 from v4jax.errors import InputError
 from v4jax.files.atomic import sync_directory, write_atomically
+from v4jax.files.json_reader import Fields, parse_json
+from v4jax.files.regular import read_regular
 
 
 class Journal:
@@ -97,15 +99,17 @@ class Journal:
 def _read(path):
     """What was begun, and the items that are finished."""
     try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().split("\n")
-        entries = [json.loads(line) for line in lines[1:-1]]
-        return json.loads(lines[0]), {entry["item"]: entry["crc32"] for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        first, *lines = read_regular(path).decode().split("\n")
+        begun = Fields(parse_json(first, path), path).of_strings()
+        entries = [Fields(parse_json(line, path), path) for line in lines[:-1]]
+        done = {entry.string("item"): entry.object("crc32").of_integers(low=0) for entry in entries}
+    except (InputError, UnicodeDecodeError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
         raise InputError(
-            f"{path}: cannot be understood ({error!r}); remove the directory and start the "
+            f"{path}: cannot be understood ({reason}); remove the directory and start the "
             "conversion again"
         ) from None
+    return begun, done
 
 
 def _line(item, checksums):

@@ -79,7 +79,7 @@ def parse_json(
         raise InputError(_too_deep(where)) from None
     except ValueError as error:
         raise InputError(
-            f"{where}: is not valid JSON ({_cut(str(error))}); correct it or get it again"
+            f"{where}: not valid JSON ({_cut(str(error))}); correct it or get it again"
         ) from None
     _check_depth(value, where)
     if watched is None and _SURROGATE.search(text):
