@@ -47,8 +47,8 @@ def load_cache(path: str | os.PathLike, like: Cache) -> Cache:
     Raises:
       InputError: no such file, a damaged one, or one of another model or size.
     """
-    check_regular(path, "save_cache writes one")
     try:
+        check_regular(path, "save_cache writes one")
         with safe_open(path, "flax") as file:
             about = file.metadata() or {}
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
