@@ -121,6 +121,11 @@ def test_ranges_and_nested_names():
         Fields({"a": 10**10000}, "f").number("a")
 
 
+def test_names_of_keys_stay_on_one_line():
+    with pytest.raises(InputError, match=r'f: "a\\nb".c is 1; expected a string$'):
+        Fields({"a\nb": {"c": 1}}, "f").object("a\nb").string("c")
+
+
 def test_quotes_are_short_and_made_fast():
     assert quote({"a": [1, True, None, "é"]}) == '{"a": [1, true, null, "\\u00e9"]}'
     for value in ("x" * 10**7, [0] * 10**6, {str(i): [0] * 100 for i in range(10**4)}):

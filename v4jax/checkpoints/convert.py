@@ -190,7 +190,8 @@ class _Conversion:
     def _check_journal(self, done):
         """Refuses what no earlier run of this conversion has noted down."""
         for name, checksums in done.items():
-            if checksums.keys() != {spec.key for spec in self.items.get(name, ())}:
+            expected = {spec.key for spec in self.items.get(name, ())}
+            if not expected or checksums.keys() != expected:
                 raise InputError(
                     f"{self.path}: {JOURNAL_NAME} names other tensors of {quote(name)} than this "
                     "conversion writes; remove the directory and start the conversion again"

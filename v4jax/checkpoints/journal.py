@@ -14,7 +14,7 @@ import shutil
 from v4jax.checkpoints.source import JOURNAL_NAME
 from v4jax.errors import InputError
 from v4jax.files.atomic import sync_directory, write_atomically
-from v4jax.files.json_reader import Fields, parse_json
+from v4jax.files.json_reader import Fields, parse_json, word
 from v4jax.files.regular import read_regular
 
 
@@ -87,10 +87,11 @@ class Journal:
         begun, self.done = _read(self._path)
         if begun != purpose:
             changed = [name for name in purpose if begun.get(name) != purpose[name]]
+            source, to, weights = (word(str(begun.get(n))) for n in ("source", "to", "weights"))
             raise InputError(
-                f"{directory}: holds the unfinished conversion of {begun.get('source')} to "
-                f"{begun.get('to')} with weights {begun.get('weights')}; this one differs in "
-                f"{' and '.join(changed)}, so finish that one or remove the directory"
+                f"{directory}: holds the unfinished conversion of {source} to {to} with weights "
+                f"{weights}; this one differs in {' and '.join(changed)}, so finish that one or "
+                "remove the directory"
             )
         self.take_in()
         _remove_temporaries(directory)

@@ -28,7 +28,7 @@ from absl import logging
 from v4jax.checkpoints.expand import check_scales, expand
 from v4jax.config import WINDOW, ModelConfig
 from v4jax.errors import InputError
-from v4jax.files.json_reader import quote
+from v4jax.files.json_reader import quote, word
 from v4jax.files.regions import shape_of, slices
 from v4jax.files.regular import read_regular
 from v4jax.files.safetensors import SafetensorsFolder
@@ -137,7 +137,7 @@ def matched(
     table = list(table)
     for spec in table:
         dtype, shape = found.get(spec.key, (None, None))
-        key = file_keys.get(spec.key, spec.key)[:200]
+        key = file_keys.get(spec.key, spec.key)
         expected = f"expected {' or '.join(spec.dtypes)} {list(spec.shape)}"
         if dtype is None:
             problems.append(f"{key} is missing ({expected})")
@@ -150,8 +150,8 @@ def matched(
     for key in found:
         if key not in known:
             dtype, shape = found[key]
-            name = key if key.isprintable() else quote(key)
-            problems.append(f"{name[:200]}, {dtype} {quote(shape)}, is not a tensor of this model")
+            found_as = f"{word(key)}, {dtype} {quote(shape)}"
+            problems.append(f"{found_as}, is not a tensor of this model")
     if problems:
         shown = "; ".join(problems[:4]) + ("; ..." if len(problems) > 4 else "")
         raise InputError(

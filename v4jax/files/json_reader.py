@@ -11,6 +11,7 @@ type, and says in one sentence which file, which key, what was expected and what
 Python's own reader recurses, takes NaN and the last of two equal keys, and guesses encodings.
 """
 
+import itertools
 import json
 import math
 import os
@@ -98,10 +99,10 @@ class Fields(Mapping):
       where: the file, or file and line. inside: the keys that led here, for nested objects.
     """
 
-    def __init__(self, values: Any, where: str, inside: str = ""):
+    def __init__(self, values: Any, where: str, inside: tuple[str, ...] = ()):
         self.where, self._inside = where, inside
-        if not isinstance(values, Mapping):
-            name = f"{inside} is" if inside else "holds"
+        if type(values) is not dict and not isinstance(values, Mapping):
+            name = f"{'.'.join(map(word, inside))} is" if inside else "holds"
             raise InputError(f"{where}: {name} {kind(values)} {quote(values)}; expected an object")
         self.values_by_key = values
 
@@ -116,7 +117,7 @@ class Fields(Mapping):
 
     def name(self, key: str) -> str:
         """The key with those that lead to it."""
-        return f"{self._inside}.{_cut(key)}" if self._inside else _cut(key)
+        return ".".join(map(word, (*self._inside, key)))
 
     def refuse(self, key: str, expected: str) -> InputError:
         """The error that says what was found under a key, to be raised."""
@@ -170,8 +171,8 @@ class Fields(Mapping):
         return value if value is default else tuple(value)
 
     def object(self, key: str, default: Any = _NEEDED) -> Any:
-        value = self._get(key, default, lambda v: isinstance(v, Mapping), "an object")
-        return value if value is default else Fields(value, self.where, self.name(key))
+        value = self._get(key, default, _is_object, "an object")
+        return value if value is default else Fields(value, self.where, (*self._inside, key))
 
     def objects(self, key: str, default: Any = _NEEDED) -> Any:
         """A list of objects."""
@@ -179,7 +180,8 @@ class Fields(Mapping):
         if found is default:
             return found
         return [
-            Fields(value, self.where, f"{self.name(key)}[{i}]") for i, value in enumerate(found)
+            Fields(value, self.where, (*self._inside, f"{key}[{i}]"))
+            for i, value in enumerate(found)
         ]
 
     def of_objects(self) -> dict[str, "Fields"]:
@@ -201,6 +203,10 @@ class Fields(Mapping):
         if not fits(value):
             raise self.refuse(key, expected)
         return value
+
+
+def _is_object(value):
+    return type(value) is dict or isinstance(value, Mapping)
 
 
 def is_number(value: Any) -> bool:
@@ -229,6 +235,11 @@ def kind(value: Any) -> str:
     if isinstance(value, int | float):
         return "the number"
     return "an object" if isinstance(value, Mapping) else names.get(type(value), "a value")
+
+
+def word(text: str, limit: int = QUOTED) -> str:
+    """A name for a sentence: cut short, and in quotes where it has odd characters."""
+    return _cut(text, limit) if text.isprintable() else quote(text, limit)
 
 
 def quote(value: Any, limit: int = QUOTED) -> str:
@@ -311,17 +322,16 @@ def _finite(text):
 
 
 def _check_depth(value, where):
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for each in level
-            if isinstance(each, dict | list)
-            for child in (each.values() if isinstance(each, dict) else each)
-        ]
         if not level:
             return
-    raise InputError(_too_deep(where))
+        children = itertools.chain.from_iterable(
+            each.values() if type(each) is dict else each for each in level
+        )
+        level = [child for child in children if type(child) is dict or type(child) is list]
+    if level:
+        raise InputError(_too_deep(where))
 
 
 def _too_deep(where):

@@ -21,7 +21,7 @@ import numpy as np
 
 from v4jax.errors import InputError
 from v4jax.files.atomic import replacing, write_at, write_atomically
-from v4jax.files.json_reader import Fields, parse_json, quote, read_fields
+from v4jax.files.json_reader import Fields, parse_json, quote, read_fields, word
 from v4jax.files.regions import Region, read_region, whole
 from v4jax.files.regular import open_regular
 from v4jax.files.threads import run_all
@@ -153,7 +153,7 @@ class SafetensorsFolder:
             file = self.files[name] = SafetensorsFile(os.path.join(self.path, name))
             for key, entry in file.entries.items():
                 if key in self.entries:
-                    raise InputError(f"{self.path}: {key[:200]} is in more than one file; drop one")
+                    raise InputError(f"{self.path}: {word(key)} is in more than one file; drop one")
                 self.entries[key] = entry
                 self._file_of[key] = file
         if weight_map is not None:
@@ -176,13 +176,13 @@ class SafetensorsFolder:
         for key, name in weight_map.items():
             if key not in self.files[name].entries:
                 raise InputError(
-                    f"{self.path}: {INDEX_NAME} says that {key[:200]} is in {name}, which does not "
+                    f"{self.path}: {INDEX_NAME} says that {word(key)} is in {name}, which does not "
                     "hold it; the index and the files are of different checkpoints"
                 )
         for key in self.entries:
             if key not in weight_map:
                 raise InputError(
-                    f"{self.path}: {os.path.basename(self._file_of[key].path)} holds {key[:200]}, "
+                    f"{self.path}: {os.path.basename(self._file_of[key].path)} holds {word(key)}, "
                     f"which {INDEX_NAME} does not name; index and files do not belong together"
                 )
 
@@ -283,17 +283,16 @@ def _read_header(fd, path):
 
 def _entry(key, field, base):
     dtype, shape, offsets = field.string("dtype"), field.array("shape"), field.array("data_offsets")
-    key = quote(key, 100)
     if dtype not in NUMPY_DTYPES:
-        raise InputError(f"{key} has the unknown dtype {dtype[:60]!r}")
+        raise InputError(f"{quote(key, 100)} has the unknown dtype {dtype[:60]!r}")
     numbers = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets))
     if not numbers or len(offsets) != 2:
-        raise InputError(
-            f"{key} has a bad shape {quote(shape, 60)} or bad offsets {quote(offsets, 60)}"
-        )
+        found = f"bad shape {quote(shape, 60)} or bad offsets {quote(offsets, 60)}"
+        raise InputError(f"{quote(key, 100)} has a {found}")
     start, stop = offsets
     if stop - start != math.prod(shape) * NUMPY_DTYPES[dtype].itemsize:
-        raise InputError(f"{key}: {dtype} {quote(shape, 60)} does not take {stop - start} bytes")
+        found = f"{dtype} {quote(shape, 60)} does not take {stop - start} bytes"
+        raise InputError(f"{quote(key, 100)}: {found}")
     return Entry(dtype, tuple(shape), base + start, base + stop)
 
 
@@ -302,7 +301,7 @@ def _check_layout(path, entries, base, size):
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:
             raise InputError(
-                f"{path}: corrupt safetensors header ({key[:200]} does not start at {end})"
+                f"{path}: corrupt safetensors header ({word(key)} does not start at {end})"
             )
         end = entry.stop
     if size < end:
