@@ -195,7 +195,7 @@ def test_held_out_documents_are_chosen_by_name():
         (None, {}, "no data file there"),
         (b"{}\n", {"name": "a.jsonl"}, 'a.jsonl:1: has no "text"'),
         (b"[\n", {"name": "a.jsonl"}, "a.jsonl:1: not valid JSON"),
-        (b"{}\n", {"name": "a.jsonl", "kind": "chat"}, "a.jsonl:1: has no messages; expected a list"),
+        (b"{}\n", {"name": "a.jsonl", "kind": "chat"}, "a.jsonl:1: has no messages; expected a"),
         (b"junk", {"name": "a.npy", "kind": "tokens"}, "is no .npy file"),
     ],
 )
