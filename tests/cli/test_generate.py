@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import subprocess
@@ -306,3 +307,32 @@ def test_help_names_every_flag(capsys):
     out = capsys.readouterr().out
     for flag in ("prompt_ids", "max_new_tokens", "temperature", "min_p", "stop_ids", "format"):
         assert f"--{flag}" in out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "ascii:surrogateescape", "latin-1", "utf-8"])
+@pytest.mark.parametrize("format", ["text", "json"])
+def test_a_terminal_of_another_encoding_gets_escapes(run, monkeypatch, encoding, format):
+    name, _, errors = encoding.partition(":")
+    raw, wrong = io.BytesIO(), io.BytesIO()
+    for stream, into in (("stdout", raw), ("stderr", wrong)):
+        wrapper = io.TextIOWrapper(into, name, errors or "strict")
+        monkeypatch.setattr(sys, stream, wrapper)
+    assert run("--prompt", "h\u00e9 \u65e5", "--max_new_tokens=2", f"--format={format}")[0] == 0
+    sys.stdout.flush()
+    shown = raw.getvalue().decode(name)
+    if format == "text":
+        expected = "h\u00e9 \u65e5".encode(name, "backslashreplace").decode(name)
+        assert shown.startswith(expected)
+    else:
+        assert json.loads(shown)["prompts"] == ["h\u00e9 \u65e5"]
+
+
+def test_special_tokens_of_a_prompt_are_text_unless_asked(run, directory):
+    prompt = "a<eos>b"
+    rows = [
+        json.loads(run("--prompt", prompt, "--max_new_tokens=1", "--format=json", *how)[1])
+        for how in ((), ("--special_tokens",))
+    ]
+    ids = [row["prompt_ids"][0] for row in rows]
+    assert 257 not in ids[0] and Tokenizer(directory).decode(ids[0]) == prompt
+    assert ids[1] == [64, 257, 65]

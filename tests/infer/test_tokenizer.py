@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -108,7 +109,8 @@ def test_the_first_token_that_the_config_asks_for(token, tmp_path):
     tokenizer = save(byte_level(), tmp_path, {"add_bos_token": True, "bos_token": token})
     plain = save(byte_level(), tmp_path, {"add_bos_token": False, "bos_token": token}).encode("ab")
     assert tokenizer.encode("ab") == [256, *plain]
-    assert tokenizer.encode("<bos>ab") == [256, *plain]
+    assert tokenizer.encode("<bos>ab", special_tokens=True) == [256, *plain]
+    assert tokenizer.encode("<bos>ab")[0] == 256 and 256 not in tokenizer.encode("<bos>ab")[1:]
     assert tokenizer.encode("") == [256]
 
 
@@ -120,14 +122,59 @@ def test_a_missing_tokenizer_names_the_way_round(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"model": {"type": "Nonsense"}}'])
 def test_a_broken_tokenizer_is_named(content, tmp_path):
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(InputError, match=r"tokenizer.json cannot be read as a tokenizer"):
+    with pytest.raises(InputError, match=r"tokenizer.json: cannot be read as a tokenizer"):
         Tokenizer(tmp_path)
 
 
 def test_a_broken_tokenizer_config_is_named(tmp_path):
     save(byte_level(), tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"tokenizer_config.json is not valid JSON"):
+    with pytest.raises(InputError, match=r"tokenizer_config.json: not valid JSON"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        [],
+        "x",
+        7,
+        None,
+        {"add_bos_token": "yes"},
+        {"add_bos_token": 1},
+        {"add_bos_token": True, "bos_token": ["<bos>"]},
+        {"add_bos_token": True, "bos_token": {"text": "<bos>"}},
+        {"add_bos_token": True, "bos_token": {"content": None}},
+        {"add_bos_token": True, "bos_token": {"content": "\ud83d"}},
+        {"add_bos_token": True, "bos_token": "x" * 10**5},
+    ],
+)
+def test_a_tokenizer_config_of_the_wrong_kind_is_named(config, tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="tokenizer_config.json.*(expected|half of)") as caught:
+        Tokenizer(tmp_path)
+    assert len(str(caught.value)) < 600
+    (tmp_path / "tokenizer_config.json").write_text('{"a": ' * 10**5)
+    with pytest.raises(InputError, match="tokenizer_config.json: is JSON nested deeper"):
+        Tokenizer(tmp_path)
+
+
+def test_special_tokens_spelt_out_are_text_unless_asked_otherwise(tmp_path):
+    tokenizer = save(byte_level(), tmp_path)
+    text = "a<eos>b<bos>"
+    assert tokenizer.encode(text, special_tokens=True) == [64, 257, 65, 256]
+    assert max(tokenizer.encode(text)) < 256
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_pipe_in_place_of_a_tokenizer(name, tmp_path):
+    save(byte_level(), tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name}: is a pipe; expected a regular file"):
         Tokenizer(tmp_path)
 
 

@@ -194,8 +194,8 @@ def test_held_out_documents_are_chosen_by_name():
         (b"\xff\xfe", {}, "is not UTF-8 text"),
         (None, {}, "no data file there"),
         (b"{}\n", {"name": "a.jsonl"}, 'a.jsonl:1: has no "text"'),
-        (b"[\n", {"name": "a.jsonl"}, "a.jsonl:1: is not JSON"),
-        (b"{}\n", {"name": "a.jsonl", "kind": "chat"}, "a message has role None"),
+        (b"[\n", {"name": "a.jsonl"}, "a.jsonl:1: not valid JSON"),
+        (b"{}\n", {"name": "a.jsonl", "kind": "chat"}, "a.jsonl:1: has no messages; expected a"),
         (b"junk", {"name": "a.npy", "kind": "tokens"}, "is no .npy file"),
     ],
 )

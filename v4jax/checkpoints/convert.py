@@ -27,6 +27,8 @@ from v4jax.checkpoints.source import JOURNAL_NAME, converting, planned_items
 from v4jax.checkpoints.target import TARGETS, OfficialTarget, OrbaxTarget, config_json, copy_item
 from v4jax.errors import InputError
 from v4jax.files.atomic import write_atomically
+from v4jax.files.json_reader import quote
+from v4jax.files.regular import read_regular
 from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME, bytes_of
 from v4jax.files.threads import run_all
 from v4jax.sharding import processes
@@ -181,8 +183,19 @@ class _Conversion:
         if not os.path.exists(os.path.join(self.path, JOURNAL_NAME)):
             self._check_space(self.items)
         journal = Journal(self.path, self.purpose)
+        self._check_journal(journal.done)
         self._check_space([name for name in self.items if name not in journal.done])
         return journal
+
+    def _check_journal(self, done):
+        """Refuses what no earlier run of this conversion has noted down."""
+        for name, checksums in done.items():
+            expected = {spec.key for spec in self.items.get(name, ())}
+            if not expected or checksums.keys() != expected:
+                raise InputError(
+                    f"{self.path}: {JOURNAL_NAME} names other tensors of {quote(name)} than this "
+                    "conversion writes; remove the directory and start the conversion again"
+                )
 
     def _resumed(self, journal):
         """Checksums of the items that an earlier run has written."""
@@ -211,9 +224,8 @@ class _Conversion:
     def _finish(self, checksums):
         for name in COMPANIONS:
             path = os.path.join(self.source.path, name)
-            if os.path.isfile(path):
-                with open(path, "rb") as file:
-                    write_atomically(os.path.join(self.path, name), file.read())
+            if os.path.exists(path):
+                write_atomically(os.path.join(self.path, name), read_regular(path))
         text = self.source.config_text if self.weights == "stored" else None
         self.target.finish(text or config_json(self.config), self.weights, checksums)
 

@@ -14,6 +14,8 @@ import shutil
 from v4jax.checkpoints.source import JOURNAL_NAME
 from v4jax.errors import InputError
 from v4jax.files.atomic import sync_directory, write_atomically
+from v4jax.files.json_reader import Fields, parse_json, word
+from v4jax.files.regular import read_regular
 
 
 class Journal:
@@ -85,10 +87,11 @@ class Journal:
         begun, self.done = _read(self._path)
         if begun != purpose:
             changed = [name for name in purpose if begun.get(name) != purpose[name]]
+            source, to, weights = (word(str(begun.get(n))) for n in ("source", "to", "weights"))
             raise InputError(
-                f"{directory}: holds the unfinished conversion of {begun.get('source')} to "
-                f"{begun.get('to')} with weights {begun.get('weights')}; this one differs in "
-                f"{' and '.join(changed)}, so finish that one or remove the directory"
+                f"{directory}: holds the unfinished conversion of {source} to {to} with weights "
+                f"{weights}; this one differs in {' and '.join(changed)}, so finish that one or "
+                "remove the directory"
             )
         self.take_in()
         _remove_temporaries(directory)
@@ -97,15 +100,17 @@ class Journal:
 def _read(path):
     """What was begun, and the items that are finished."""
     try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().split("\n")
-        entries = [json.loads(line) for line in lines[1:-1]]
-        return json.loads(lines[0]), {entry["item"]: entry["crc32"] for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        first, *lines = read_regular(path).decode().split("\n")
+        begun = Fields(parse_json(first, path), path).of_strings()
+        entries = [Fields(parse_json(line, path), path) for line in lines[:-1]]
+        done = {entry.string("item"): entry.object("crc32").of_integers(low=0) for entry in entries}
+    except (InputError, UnicodeDecodeError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
         raise InputError(
-            f"{path}: cannot be understood ({error!r}); remove the directory and start the "
+            f"{path}: cannot be understood ({reason}); remove the directory and start the "
             "conversion again"
         ) from None
+    return begun, done
 
 
 def _line(item, checksums):

@@ -35,8 +35,10 @@ from v4jax.checkpoints.source import Read, fit, read_config
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.files.atomic import sync_directory, write_atomically
+from v4jax.files.json_reader import MAX_BYTES, Fields, parse_json
 from v4jax.files.regions import whole
-from v4jax.files.safetensors import bytes_of
+from v4jax.files.regular import check_regular_below, read_regular
+from v4jax.files.safetensors import NUMPY_DTYPES, bytes_of
 from v4jax.files.threads import run_all
 from v4jax.files.zarr import ZarrArray
 from v4jax.sharding import processes
@@ -60,10 +62,9 @@ class OrbaxSource:
 
     def __init__(self, path: str | os.PathLike, verify: bool = True):
         self.path = os.fspath(path)
-        manifest, text = _read_manifest(self.path)
-        tensors = {k: t for item in manifest["items"].values() for k, t in item.items()}
-        found = {key: (tensor["dtype"], tuple(tensor["shape"])) for key, tensor in tensors.items()}
-        self._checksums = {key: _checksum(self.path, key, t) for key, t in tensors.items()}
+        tensors, text = _read_manifest(self.path)
+        found = {key: (dtype, shape) for key, (dtype, shape, _) in tensors.items()}
+        self._checksums = {key: checksum for key, (_, _, checksum) in tensors.items()}
         self._shapes = {key: shape for key, (_, shape) in found.items()}
         self._verify = verify
         self.config_text = read_config(self.path)
@@ -142,16 +143,6 @@ class OrbaxSource:
         """Nothing is kept open."""
 
 
-def _checksum(path, key, tensor):
-    value = tensor.get("crc32")
-    if type(value) is not int or not 0 <= value < 1 << 32:
-        raise InputError(
-            f"{path}: {MANIFEST_NAME} gives {key} the crc32 {str(value)[:200]!r}; expected a whole "
-            "number of 32 bits, so the manifest is damaged: copy or convert the checkpoint again"
-        )
-    return value
-
-
 def item_path(directory: str, name: str) -> str:
     return os.path.join(directory, "items", name)
 
@@ -199,6 +190,7 @@ def load_item(directory: str, name: str, specs: list[TensorSpec]) -> dict:
     tree, _ = empty_tree(specs)
     wanted = _map_leaves(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     path = item_path(directory, name)
+    check_regular_below(path)
     _check_sizes(path, tree, ())
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -343,19 +335,27 @@ def _check_same(path, expected, found, names):
 
 
 def _read_manifest(directory):
+    """Dtype, shape and CRC-32 of each tensor, and the manifest's text."""
     path = os.path.join(directory, MANIFEST_NAME)
+    text = read_regular(path, MAX_BYTES)
     try:
-        with open(path, "rb") as file:
-            text = file.read()
-        manifest = json.loads(text)
-        kind, version = manifest["format"], manifest["version"]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a manifest of ours ({error!r}); get it again") from None
-    if (kind, version) != (FORMAT, VERSION):
-        raise InputError(
-            f"{path}: has format {kind!r}, version {version}; this v4jax reads {FORMAT!r}, "
-            f"version {VERSION}, so use the version that wrote it"
-        )
-    return manifest, text
+        manifest = Fields(parse_json(text, path), path)
+        kind, version = manifest.string("format"), manifest.integer("version")
+        if (kind, version) == (FORMAT, VERSION):
+            items = manifest.object("items").of_objects()
+            return {key: _tensor(item, key) for item in items.values() for key in item}, text
+    except InputError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise InputError(f"{path}: not a manifest of ours ({reason}); get it again") from None
+    raise InputError(
+        f"{path}: has format {kind[:60]!r}, version {version}; this v4jax reads {FORMAT!r}, "
+        f"version {VERSION}, so use the version that wrote it"
+    )
+
+
+def _tensor(item, key):
+    tensor = item.object(key)
+    if tensor.string("dtype") not in NUMPY_DTYPES:
+        raise tensor.refuse("dtype", f"one of {', '.join(NUMPY_DTYPES)}")
+    checksum = tensor.integer("crc32", low=0, high=2**32 - 1)
+    return tensor["dtype"], tensor.integers("shape"), checksum

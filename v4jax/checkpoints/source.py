@@ -29,8 +29,11 @@ from absl import logging
 from v4jax.checkpoints.expand import check_scales, expand
 from v4jax.config import WINDOW, ModelConfig
 from v4jax.errors import InputError
+from v4jax.files.json_reader import quote, word
 from v4jax.files.regions import shape_of, slices, whole
+from v4jax.files.regular import read_regular
 from v4jax.files.safetensors import SafetensorsFolder
+from v4jax.hf.config import MAX_CONFIG
 from v4jax.hf.layouts import LEFT_OUT, Stored, layout_of, stored
 from v4jax.weights import (
     BLOCK,
@@ -45,6 +48,7 @@ from v4jax.weights import (
 JOURNAL_NAME = ".incomplete"  # there while a conversion into the directory is under way
 CONFIG_NAME = "config.json"
 
+_CARRIED = re.compile(r"mtp\.\d{1,4}(\.\w{1,80}){1,8}", re.ASCII)
 Read = Callable[..., None]  # (key, out), or of parts (key, out, region)
 Found = Mapping[str, tuple[str, tuple[int, ...]]]  # key -> dtype, shape
 
@@ -190,7 +194,7 @@ def fit(
     form = stored_form(config, None if sample is None else sample[0])
     table = tensor_table(config, form=form, plain_items=_plain_blocks(config, form, found))
     found = _with_narrow_tables(table, found, where)
-    carried = _carried(found) if config.draft_layers else []
+    carried = _carried(found, where) if config.draft_layers else []
     specs = matched([*table, *carried], found, where, file_keys)
     return config, by_item(specs)
 
@@ -238,7 +242,7 @@ def matched(
         if dtype is None:
             problems.append(f"{key} is missing ({expected})")
         elif dtype not in spec.dtypes or shape != spec.shape:
-            problems.append(f"{key} is {dtype} {list(shape)} ({expected})")
+            problems.append(f"{key} is {dtype} {quote(shape)} ({expected})")
         elif spec.dtypes != (dtype,):
             spec = spec._replace(dtypes=(dtype,))
         specs.append(spec)
@@ -246,7 +250,8 @@ def matched(
     for key in found:
         if key not in known:
             dtype, shape = found[key]
-            problems.append(f"{key}, {dtype} {list(shape)}, is not a tensor of this model")
+            found_as = f"{word(key)}, {dtype} {quote(shape)}"
+            problems.append(f"{found_as}, is not a tensor of this model")
     if problems:
         shown = "; ".join(problems[:4]) + ("; ..." if len(problems) > 4 else "")
         raise InputError(
@@ -354,19 +359,17 @@ def _check_table(key, table, experts):
 
 def read_config(path: str) -> bytes:
     """The text of a checkpoint's config.json."""
-    try:
-        with open(os.path.join(path, CONFIG_NAME), "rb") as file:
-            return file.read()
-    except OSError as error:
+    where = os.path.join(path, CONFIG_NAME)
+    if not os.path.exists(where):
         raise InputError(
-            f"{path}: {CONFIG_NAME} cannot be read ({error.strerror}); it belongs beside the "
-            "weights"
-        ) from None
+            f"{path}: {CONFIG_NAME} cannot be read (no such file); it belongs beside the weights"
+        )
+    return read_regular(where, MAX_CONFIG)
 
 
 def _count_blocks(config, found, where):
     """The config with as many MTP or draft blocks as there are keys of them."""
-    numbers = {int(m[1]) for key in found if (m := re.match(r"mtp\.(\d+)\.", key))}
+    numbers = {int(m[1]) for key in found if (m := re.match(r"mtp\.(\d{1,9})\.", key))}
     count = len(numbers)
     if not count and config.draft_layers:
         raise InputError(
@@ -375,7 +378,8 @@ def _count_blocks(config, found, where):
         )
     if numbers != set(range(count)):
         raise InputError(
-            f"{where}: has blocks mtp.{sorted(numbers)}; expected them to count from 0 without gaps"
+            f"{where}: has blocks mtp.{quote(sorted(numbers))}; expected them to count from 0 "
+            "without gaps"
         )
     drafts = any(re.match(r"mtp\.\d+\.main_(proj|norm)\.", key) for key in found)
     if drafts:
@@ -396,8 +400,14 @@ def _count_blocks(config, found, where):
     return dataclasses.replace(config, mtp_layers=config.mtp_layers[:count])
 
 
-def _carried(found):
+def _carried(found, where):
     for key, (dtype, shape) in found.items():
         if key.startswith("mtp."):
+            # Carried tensors are files by that name in our Orbax format.
+            if not _CARRIED.fullmatch(key):
+                raise InputError(
+                    f"{where}: holds the tensor {quote(key)}; expected a name such as "
+                    "mtp.0.attn.wq_a.weight, of letters, digits and _ between dots"
+                )
             item = f"carried_{key.split('.')[1]}"
             yield TensorSpec(key, shape, (dtype,), item, ("carried", key), role="carried")

@@ -45,6 +45,9 @@ def define_flags():
     flags.DEFINE_multi_string(
         "prompt_ids", [], "Token ids to continue, as 1,2,3, in place of --prompt"
     )
+    flags.DEFINE_bool(
+        "special_tokens", False, "Special tokens spelt out in --prompt become their ids, not text"
+    )
     flags.DEFINE_integer("max_new_tokens", 64, "Tokens to make for each prompt, at most")
     flags.DEFINE_float(
         "temperature", 0.0, "0 takes the most likely token (default without a prompt: 0.9)"
@@ -245,7 +248,7 @@ def _find_directory() -> Path:
 
 def _find_tokenizer(directory) -> Tokenizer | None:
     """The checkpoint's tokenizer; None if there is none and the prompts are ids."""
-    if FLAGS.prompt_ids and not (directory / "tokenizer.json").is_file():
+    if FLAGS.prompt_ids and not (directory / "tokenizer.json").exists():
         return None
     return Tokenizer(directory)
 
@@ -255,7 +258,7 @@ def _read_prompts(tokenizer, texts) -> list[list[int]]:
         raise InputError("a text and --prompt_ids are both given; expected one of them")
     if FLAGS.prompt_ids:
         return [_parse_ids("prompt_ids", ids) for ids in FLAGS.prompt_ids]
-    return [tokenizer.encode(text) for text in texts or [DEFAULT_PROMPT]]
+    return [tokenizer.encode(text, FLAGS.special_tokens) for text in texts or [DEFAULT_PROMPT]]
 
 
 def _parse_ids(flag, text) -> list[int]:

@@ -20,7 +20,7 @@ from v4jax.checkpoints.source import CONFIG_NAME, JOURNAL_NAME
 from v4jax.cli.inspect_text import as_text
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
-from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME
+from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME, read_index
 from v4jax.named_configs import config_names, get_config
 from v4jax.weights import TensorSpec, tensor_table
 
@@ -83,8 +83,7 @@ def _count_files(path):
     """How many files hold tensors; 0 where they are not safetensors files."""
     index = os.path.join(path, INDEX_NAME)
     if os.path.isfile(index):
-        with open(index, encoding="utf-8") as file:
-            return len(set(json.load(file)["weight_map"].values()))
+        return len(set(read_index(index).values()))
     return int(os.path.isfile(os.path.join(path, SINGLE_NAME)))
 
 

@@ -95,6 +95,7 @@ SUBCOMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; `argv` starts with the program's name."""
+    _print_anything()
     args = list(sys.argv if argv is None else argv)[1:]
     if not args:
         print(_help(), file=sys.stderr)
@@ -114,6 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and SUBCOMMANDS[name].huge_pages:
         cpu_settings.start_again_with_huge_pages()
     return _run(name, rest)
+
+
+def _print_anything():
+    """Has the streams escape characters that their encoding lacks, which would end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        strict = getattr(stream, "errors", None) in ("strict", "surrogateescape")
+        if strict and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(name, args):

@@ -14,14 +14,17 @@ class DataConfig:
 
     Attributes:
       kind: "text" (each file a document; of .jsonl each line's "text", a string or a list of
-        [string, weight as targets]), "chat" (.jsonl lines with "messages"; only what the assistant
-        says is a target), "tokens" (.npy files of ids),
+        [string, weight as targets]; a .json file that is a list of such objects, or has one in each
+        line, is read as they are, any other as text), "chat" (.jsonl lines with "messages"; only
+        what the assistant says is a target), "tokens" (.npy files of ids),
         "python" (the standard library's sources, on every machine), or synthetic: "copy", "recall"
         (associative recall) and "needle".
       path: file, directory or glob, of the kinds that read files.
       tokenizer: "bytes", "train" (byte-level BPE of `tokenizer_size` ids, learnt from the text) or
         a directory with a tokenizer.json.
       tokenizer_size: ids of a learnt tokenizer; None for the model's vocabulary.
+      special_tokens: special tokens that a text spells out, such as "<|eos|>", become their ids;
+        otherwise text is text, whatever it says.
       packed: attention stays inside documents.
       documents: so many of them at most, the first ones; None for all.
       held_out: part of the documents, chosen by a hash of their names, kept for evaluation.
@@ -36,6 +39,7 @@ class DataConfig:
     documents: int | None = None
     held_out: float = 0.0
     seed: int = 0
+    special_tokens: bool = False
 
     def __post_init__(self):
         if self.kind not in KINDS:

@@ -68,23 +68,34 @@ def open_source(config: DataConfig, model: ModelConfig, tokenizer_at: Path | Non
         arrays = files.token_arrays(config.path)
         train = {k: v for k, v in arrays.items() if not files.is_held_out(k, config.held_out)}
         kept = {k: v for k, v in arrays.items() if k not in train}
-        return _source(config, model, [tokenize.join(_some(a), _eos(model)) for a in (train, kept)])
+        if not train:
+            raise _nothing_left(config)
+        both = [tokenize.join(_some(a), _eos(model), model.vocab_size) for a in (train, kept)]
+        return _source(config, model, both)
     documents = _documents(config)
     kept = [d for d in documents if files.is_held_out(d.name, config.held_out)]
     train = [d for d in documents if not files.is_held_out(d.name, config.held_out)]
     if not train:
-        raise InputError(f"data.held_out {config.held_out} leaves no document to train on")
+        raise _nothing_left(config)
     tokenizer = _tokenizer(config, model, train, tokenizer_at)
     marks = (model.bos_token_id, _eos(model))
     keep_at = None if tokenizer_at is None else tokenizer_at.parent
     both = [
-        tokenize.encode_once(part, tokenizer, *marks, keep_at) if part else None
+        tokenize.encode_once(part, tokenizer, *marks, keep_at, config.special_tokens)
+        if part
+        else None
         for part in (train, kept)
     ]
-    nbytes = sum(len(text.encode()) for d in kept for text, _ in d.pieces)
+    nbytes = sum(len(text.encode()) for d in kept for text, *_ in d.pieces)
     names = tuple(d.name for d in train)
     source = _source(config, model, both, names)
     return dataclasses.replace(source, tokenizer=tokenizer, held_out_bytes=nbytes)
+
+
+def _nothing_left(config):
+    return InputError(
+        f"data.held_out {config.held_out} leaves no document to train on; lower it or give more"
+    )
 
 
 def _some(arrays):
@@ -100,7 +111,9 @@ def _documents(config):
 
 def _source(config, model, both, names=()):
     train, kept = both
-    tokenize.check(train, model.vocab_size)
+    for part in both:
+        if part is not None:
+            tokenize.check(part, model.vocab_size)
     if not train.counts.any():
         raise InputError(
             f"{config.path}: none of its {train.ids.size} tokens is a target; expected some, in "
@@ -118,7 +131,7 @@ def _source(config, model, both, names=()):
 def _tokenizer(config, model, documents, at):
     if config.tokenizer not in ("bytes", "train"):
         return tokenize.load(config.tokenizer)
-    if at is not None and at.is_file():
+    if at is not None and at.exists():
         return tokenize.load(str(at.parent))
     size = tokenize.BYTES
     if config.tokenizer == "train":

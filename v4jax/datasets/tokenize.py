@@ -1,7 +1,7 @@
 """Documents to one array of ids, with the tokenizer that the run keeps beside its checkpoints."""
 
 import hashlib
-import zipfile
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from v4jax.datasets.files import Document
 from v4jax.errors import InputError
+from v4jax.files.regular import check_regular
+from v4jax.files.tokenizer_json import of_text, read_tokenizer
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 BYTES = 258  # every byte, a begin and an end
@@ -39,21 +41,17 @@ def learn(documents: list[Document], size: int) -> tokenizers.Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = (text for document in documents for text, _ in document.pieces)
+    texts = (text for document in documents for text, *_ in document.pieces)
     tokenizer.train_from_iterator(texts if size > BYTES else [], trainer)
     return tokenizer
 
 
 def load(directory: str) -> tokenizers.Tokenizer:
     """The tokenizer.json of a directory."""
-    path = Path(directory) / "tokenizer.json"
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for whatever it dislikes
-        raise InputError(
-            f"{path}: cannot be read as a tokenizer ({error}); data.tokenizer is 'bytes', 'train' "
-            "or a directory with a tokenizer.json"
-        ) from None
+    return read_tokenizer(
+        Path(directory) / "tokenizer.json",
+        "data.tokenizer is 'bytes', 'train' or a directory with a tokenizer.json",
+    )
 
 
 def encode_once(
@@ -62,48 +60,97 @@ def encode_once(
     bos: int | None,
     eos: int | None,
     directory: Path | None = None,
+    special_tokens: bool = False,
 ) -> Tokens:
     """`encode`, whose result is kept in a directory for the next start."""
     if directory is None:
-        return encode(documents, tokenizer, bos, eos)
-    digest = hashlib.sha256(tokenizer.to_str().encode() + repr((bos, eos)).encode())
+        return encode(documents, tokenizer, bos, eos, special_tokens)
+    about = (bos, eos, "special_tokens", special_tokens)
+    digest = hashlib.sha256(tokenizer.to_str().encode() + repr(about).encode())
     for document in documents:
         digest.update(repr(document).encode())
     path = directory / f"tokens_{digest.hexdigest()[:16]}.npz"
-    try:
-        with np.load(path) as kept:
-            return Tokens(*(kept[name] for name in Tokens._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # not there, or cut off
-    tokens = encode(documents, tokenizer, bos, eos)
+    kept = _kept(path)
+    if kept is not None:
+        return kept
+    tokens = encode(documents, tokenizer, bos, eos, special_tokens)
     np.savez(path, **tokens._asdict())
     return tokens
 
 
+def _kept(path):
+    """What an earlier start has encoded; None where it is not there, cut off or damaged."""
+    if not os.path.lexists(path):
+        return None
+    check_regular(path)
+    try:
+        with np.load(path) as kept:
+            tokens = Tokens(*(kept[name] for name in Tokens._fields))
+        whole = tokens.ids.shape == tokens.counts.shape and tokens.starts[-1] < tokens.ids.size
+    except Exception:  # numpy and zipfile raise whatever the damage leads to
+        return None
+    return tokens if whole else None
+
+
 def encode(
-    documents: list[Document], tokenizer: tokenizers.Tokenizer, bos: int | None, eos: int | None
+    documents: list[Document],
+    tokenizer: tokenizers.Tokenizer,
+    bos: int | None,
+    eos: int | None,
+    special_tokens: bool = False,
 ) -> Tokens:
-    """All documents, each between its marks of begin and end (those that there are)."""
+    """All documents, each between its marks of begin and end (those that there are).
+
+    Args:
+      special_tokens: whether special tokens that the texts spell out become their ids, as markers
+        always do; otherwise they are text like any other.
+    """
     ids, counts, starts, at = [], [], [], 0
-    texts = [text for document in documents for text, _ in document.pieces]
-    whole = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    ids_of = iter(_encoded_pieces(documents, tokenizer, special_tokens))
     for document in documents:
-        encoded = [next(whole) for _ in document.pieces]
-        says = [target for _, target in document.pieces]
+        encoded = [next(ids_of) for _ in document.pieces]
+        says = [piece.weight for piece in document.pieces]
         parts = [[bos]] if bos is not None else []
         marks = [[False]] if bos is not None else []
-        parts += [e.ids for e in encoded] + ([[eos]] if eos is not None else [])
-        marks += [[t] * len(e.ids) for t, e in zip(says, encoded, strict=True)]
+        parts += encoded + ([[eos]] if eos is not None else [])
+        marks += [[t] * len(e) for t, e in zip(says, encoded, strict=True)]
         marks += [[says[-1]]] if eos is not None else []
-        ids.append(np.concatenate([np.asarray(part, np.int32) for part in parts]))
+        ids.append(_narrow(np.concatenate([np.asarray(part, np.int64) for part in parts])))
         counts.append(np.concatenate([np.asarray(mark, np.float32) for mark in marks]))
         starts.append(at)
         at += ids[-1].size
     return Tokens(np.concatenate(ids), np.array(starts, np.int64), np.concatenate(counts))
 
 
-def join(arrays: dict[str, np.ndarray], eos: int | None) -> Tokens:
-    """Arrays of ids; a document ends with each `eos`, and with its array."""
+def _encoded_pieces(documents, tokenizer, special_tokens):
+    """The ids of each piece of all documents."""
+    pieces = [piece for document in documents for piece in document.pieces]
+    reader = tokenizer if special_tokens else of_text(tokenizer)
+    texts = [piece.text for piece in pieces if not piece.marker]
+    of_texts = iter(reader.encode_batch_fast(texts, add_special_tokens=False))
+    markers = {piece.text for piece in pieces if piece.marker}
+    of_markers = {text: tokenizer.encode(text, add_special_tokens=False).ids for text in markers}
+    for piece in pieces:
+        yield of_markers[piece.text] if piece.marker else next(of_texts).ids
+
+
+def _narrow(ids):
+    if ids.size and int(ids.max()) >= 2**31:
+        raise InputError(
+            f"the tokenizer gives the id {int(ids.max())}; expected ids below 2**31, so correct "
+            "its tokenizer.json"
+        )
+    return ids.astype(np.int32)
+
+
+def join(arrays: dict[str, np.ndarray], eos: int | None, vocab_size: int) -> Tokens:
+    """Arrays of ids, of any integer type; a document ends with each `eos`, and with its array.
+
+    Raises:
+      InputError: ids that the model does not have, in the type in which they are stored.
+    """
+    for name, array in arrays.items():
+        _check_ids(array, vocab_size, f"{name}: ")
     ids = np.concatenate([np.asarray(array, np.int32) for array in arrays.values()])
     lengths = np.cumsum([0, *(array.size for array in arrays.values())])[:-1]
     ends = np.flatnonzero(ids == eos) + 1 if eos is not None else np.array([], np.int64)
@@ -121,9 +168,15 @@ def select(tokens: Tokens, kept: Bool[np.ndarray, " d"]) -> Tokens:
 
 def check(tokens: Tokens, vocab_size: int) -> None:
     """Refuses ids that the model does not have."""
-    low, high = int(tokens.ids.min()), int(tokens.ids.max())
+    _check_ids(tokens.ids, vocab_size)
+
+
+def _check_ids(ids, vocab_size, where=""):
+    low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
     if low < 0 or high >= vocab_size:
+        first = int(np.argmax((ids < 0) | (ids >= vocab_size)))
         raise InputError(
-            f"the data has token ids from {low} to {high}; expected ids from 0 to below the "
-            f"model's vocab_size {vocab_size}"
+            f"{where}the data has token ids from {low} to {high}; expected ids from 0 to below the "
+            f"model's vocab_size {vocab_size} (the first other one is {int(ids[first])}, at "
+            f"{first})"
         )

@@ -21,7 +21,9 @@ import numpy as np
 
 from v4jax.errors import InputError
 from v4jax.files.atomic import replacing, write_at, write_atomically
+from v4jax.files.json_reader import Fields, parse_json, quote, read_fields, word
 from v4jax.files.regions import Region, read_region, whole
+from v4jax.files.regular import open_regular
 from v4jax.files.threads import run_all
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -47,6 +49,7 @@ NUMPY_DTYPES = {
 }
 STORED_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 
+_FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 _MAX_HEADER = 100 << 20  # the format's own limit
 
 
@@ -79,12 +82,7 @@ class SafetensorsFile:
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         self._map = None
-        try:
-            self._fd = os.open(self.path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise InputError(f"{self.path}: no such file; download or copy it again") from None
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+        self._fd = open_regular(self.path)
         self.close = weakref.finalize(self, os.close, self._fd)
         try:
             self.header, self.entries = _read_header(self._fd, self.path)
@@ -142,7 +140,7 @@ class SafetensorsFolder:
         self.path = os.fspath(path)
         weight_map = _weight_map(self.path)
         names = [SINGLE_NAME] if weight_map is None else sorted(set(weight_map.values()))
-        absent = [name for name in names if not os.path.isfile(os.path.join(self.path, name))]
+        absent = [name for name in names if not os.path.exists(os.path.join(self.path, name))]
         if absent:
             raise InputError(
                 f"{self.path}: {len(absent)} of {len(names)} files named by {INDEX_NAME} are "
@@ -155,7 +153,7 @@ class SafetensorsFolder:
             file = self.files[name] = SafetensorsFile(os.path.join(self.path, name))
             for key, entry in file.entries.items():
                 if key in self.entries:
-                    raise InputError(f"{self.path}: {key} is in more than one file; drop one")
+                    raise InputError(f"{self.path}: {word(key)} is in more than one file; drop one")
                 self.entries[key] = entry
                 self._file_of[key] = file
         if weight_map is not None:
@@ -178,14 +176,14 @@ class SafetensorsFolder:
         for key, name in weight_map.items():
             if key not in self.files[name].entries:
                 raise InputError(
-                    f"{self.path}: {INDEX_NAME} says that {key} is in {name}, which does not hold "
-                    "it; the index and the files are of different checkpoints"
+                    f"{self.path}: {INDEX_NAME} says that {word(key)} is in {name}, which does not "
+                    "hold it; the index and the files are of different checkpoints"
                 )
         for key in self.entries:
             if key not in weight_map:
                 raise InputError(
-                    f"{self.path}: {os.path.basename(self._file_of[key].path)} holds {key}, which "
-                    f"{INDEX_NAME} does not name; the index and the files do not belong together"
+                    f"{self.path}: {os.path.basename(self._file_of[key].path)} holds {word(key)}, "
+                    f"which {INDEX_NAME} does not name; index and files do not belong together"
                 )
 
 
@@ -270,32 +268,41 @@ def _read_header(fd, path):
         )
     header = os.pread(fd, length, 8)
     try:
-        fields = json.loads(header)
-        fields.pop("__metadata__", None)
-        entries = {key: _entry(field, 8 + length) for key, field in fields.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: corrupt safetensors header ({error}); get it again") from None
+        fields = Fields(parse_json(header, path), path)
+        entries = {
+            key: _entry(key, fields.object(key), 8 + length)
+            for key in fields
+            if key != "__metadata__"
+        }
+    except InputError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise InputError(f"{path}: corrupt safetensors header ({reason}); get it again") from None
     _check_layout(path, entries, 8 + length, size)
     return header, entries
 
 
-def _entry(field, base):
-    dtype, shape = field["dtype"], tuple(field["shape"])
-    start, stop = field["data_offsets"]
+def _entry(key, field, base):
+    dtype, shape, offsets = field.string("dtype"), field.array("shape"), field.array("data_offsets")
     if dtype not in NUMPY_DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}")
-    if any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
-        raise ValueError(f"bad shape {shape} or offsets {start}, {stop}")
+        raise InputError(f"{quote(key, 100)} has the unknown dtype {dtype[:60]!r}")
+    numbers = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets))
+    if not numbers or len(offsets) != 2:
+        found = f"bad shape {quote(shape, 60)} or bad offsets {quote(offsets, 60)}"
+        raise InputError(f"{quote(key, 100)} has a {found}")
+    start, stop = offsets
     if stop - start != math.prod(shape) * NUMPY_DTYPES[dtype].itemsize:
-        raise ValueError(f"{dtype} {shape} does not take {stop - start} bytes")
-    return Entry(dtype, shape, base + start, base + stop)
+        found = f"{dtype} {quote(shape, 60)} does not take {stop - start} bytes"
+        raise InputError(f"{quote(key, 100)}: {found}")
+    return Entry(dtype, tuple(shape), base + start, base + stop)
 
 
 def _check_layout(path, entries, base, size):
     end = base
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:
-            raise InputError(f"{path}: corrupt safetensors header ({key} does not start at {end})")
+            raise InputError(
+                f"{path}: corrupt safetensors header ({word(key)} does not start at {end})"
+            )
         end = entry.stop
     if size < end:
         raise InputError(
@@ -313,20 +320,28 @@ def _weight_map(directory):
     path = os.path.join(directory, INDEX_NAME)
     if not os.path.isdir(directory):
         raise InputError(f"{directory}: no such directory; expected a checkpoint's directory")
-    if not os.path.isfile(path):
-        if os.path.isfile(os.path.join(directory, SINGLE_NAME)):
+    if not os.path.exists(path):
+        if os.path.exists(os.path.join(directory, SINGLE_NAME)):
             return None
         raise InputError(
             f"{directory}: no checkpoint: neither {INDEX_NAME}, {SINGLE_NAME} nor v4jax.json there"
         )
-    try:
-        with open(path, encoding="utf-8") as file:
-            weight_map = json.load(file)["weight_map"]
-        ok = all(re.fullmatch(r"[^/\\]+\.safetensors", name) for name in weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not an index of safetensors files ({error!r})") from None
-    if not weight_map or not ok:
-        raise InputError(f"{path}: its weight_map must name .safetensors files beside it")
+    return read_index(path)
+
+
+def read_index(path: str | os.PathLike) -> dict[str, str]:
+    """The weight_map of an index: which file beside it holds each tensor.
+
+    Raises:
+      InputError: no such file, no index, or it names files elsewhere.
+    """
+    weight_map = read_fields(path).object("weight_map").of_strings()
+    bad = [name for name in weight_map.values() if not _FILE_NAME.fullmatch(name)]
+    if bad or not weight_map:
+        found = f"names {quote(bad[0])}" if bad else "is empty"
+        raise InputError(
+            f"{path}: its weight_map {found}; expected .safetensors files beside it: get it again"
+        )
     return weight_map
 
 

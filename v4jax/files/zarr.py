@@ -1,14 +1,17 @@
 """Regions of the uncompressed Zarr arrays that our Orbax format is made of."""
 
 import itertools
-import json
 import math
 import os
 
 import numpy as np
 
 from v4jax.errors import InputError
+from v4jax.files.json_reader import quote, read_fields
 from v4jax.files.regions import Region, read_region, slices
+from v4jax.files.regular import open_regular
+
+MAX_DESCRIPTION = 1 << 20  # bytes of .zarray
 
 
 class ZarrArray:
@@ -21,22 +24,19 @@ class ZarrArray:
     def __init__(self, folder: str, shape: tuple[int, ...]):
         self.folder, self.shape = folder, shape
         path = os.path.join(folder, ".zarray")
-        try:
-            with open(path, "rb") as file:
-                described = json.load(file)
-            self._chunks = tuple(described["chunks"])
-            found, plain = tuple(described["shape"]), described["compressor"] is None
-            self._separator = described.get("dimension_separator", ".")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        described = read_fields(path, MAX_DESCRIPTION)
+        self._chunks = described.integers("chunks", low=1)
+        self._separator = described.string("dimension_separator", ".")
+        found, compressor = described.integers("shape"), described.get("compressor")
+        fits = found == shape and len(self._chunks) == len(shape)
+        if not fits or compressor is not None or described.get("order") != "C":
             raise InputError(
-                f"{path}: cannot be understood ({error!r}); the checkpoint is damaged, so copy or "
-                "convert it again"
-            ) from None
-        if found != shape or not plain or described.get("order") != "C":
-            raise InputError(
-                f"{folder}: is {list(found)} with compressor {described['compressor']}; expected "
-                f"{list(shape)} without one, as v4jax.json says"
+                f"{folder}: is {quote(found)} in chunks of {quote(self._chunks)}, order "
+                f"{quote(described.get('order'))}, compressor {quote(compressor)}; expected "
+                f"{list(shape)} in C order without compressor, as v4jax.json says"
             )
+        if self._separator not in (".", "/"):
+            raise described.refuse("dimension_separator", "'.' or '/'")
 
     def read_into(self, out: np.ndarray, region: Region) -> None:
         """Fills `out` with a region, reading nothing else."""
@@ -65,10 +65,7 @@ class ZarrArray:
         name = self._separator.join(map(str, index)) or "0"
         path = os.path.join(self.folder, name)
         needed = math.prod(self._chunks) * out.dtype.itemsize
-        try:
-            fd = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
+        fd = open_regular(path)
         try:
             if os.fstat(fd).st_size != needed:
                 raise InputError(

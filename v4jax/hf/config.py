@@ -12,13 +12,13 @@ with the fields of `LayerSpec` for each layer.
 
 import copy
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from v4jax.config import CSA, HCA, WINDOW, LayerSpec, ModelConfig, Yarn, with_hash_routing
 from v4jax.errors import InputError
+from v4jax.files.json_reader import read_json
 from v4jax.hf.keys import (
     CONSTANT_KEYS,
     DRAFT_PREFIX,
@@ -28,8 +28,9 @@ from v4jax.hf.keys import (
     TRANSFORMERS_KEYS,
 )
 from v4jax.hf.transformers import in_official_words
-from v4jax.hf.values import integer, is_one_of, number, short, string
+from v4jax.hf.values import integer, is_one_of, named, number, short, string
 
+MAX_CONFIG = 4 << 20  # bytes; that of the largest released model has 4 KB
 FIELDS = dataclasses.fields(ModelConfig)
 INTEGERS = tuple(f.name for f in FIELDS if f.type is int and f.name != "draft_layers")
 NUMBERS = tuple(f.name for f in FIELDS if f.type is float)
@@ -89,17 +90,7 @@ def _read(source):
     path = os.fspath(source)
     if os.path.isdir(path):
         path = os.path.join(path, "config.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            keys = json.load(file)
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; expected a config.json or a folder with one"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
+    keys = read_json(path, MAX_CONFIG, cure="expected a config.json or a folder with one")
     if not isinstance(keys, dict):
         raise InputError(f"{path}: holds a JSON {type(keys).__name__}; expected an object")
     return path, keys
@@ -134,7 +125,7 @@ def _check_keys(keys):
         known = name in FIELD_KEYS or name in IMPLEMENTED or name in HARMLESS
         if not known and not name.startswith(DRAFT_PREFIX):
             raise InputError(
-                f"the key {name!r} (= {short(value)}) is unknown and may change the model's "
+                f"the key {named(name)} (= {short(value)}) is unknown and may change the model's "
                 "numbers; remove it if it does not, otherwise this model is not supported"
             )
     required = [*INTEGERS, *NUMBERS, "num_hidden_layers", "scoring_func", "index_topk"]
@@ -208,7 +199,8 @@ def _own_layers(entries):
                 "optionally 'ratio', 'overlap' and 'routing'"
             )
         for name, value in entry.items():
-            if type(value) is not types[name]:
+            too_long = isinstance(value, str) and len(value) > 60
+            if type(value) is not types[name] or too_long:
                 raise InputError(
                     f"v4jax_layers[{i}] has {name} = {short(value)}; expected a value of type "
                     f"{types[name].__name__}"
@@ -230,8 +222,8 @@ def _blocks_after(keys, num_layers):
     tail = list(keys["compress_ratios"])[num_layers:]
     if any(ratio != 0 for ratio in tail):
         raise InputError(
-            f"compress_ratios ends in {tail} after the {num_layers} layers; MTP and draft blocks "
-            "have a window only, so expected zeros"
+            f"compress_ratios ends in {short(tail)} after the {num_layers} layers; MTP and draft "
+            "blocks have a window only, so expected zeros"
         )
     drafts = any(name.startswith(DRAFT_PREFIX) and keys[name] for name in keys)
     if tail and (drafts or (len(tail) == 3 and claimed != 3)):
@@ -317,8 +309,8 @@ def _yarn(keys):
     for name, value in scaling.items():
         if name not in names and not is_one_of(value, allowed.get(name, ())):
             raise InputError(
-                f"rope_scaling has {name} = {short(value)}, which is not implemented; expected "
-                f"type yarn and {', '.join(names)}"
+                f"rope_scaling has {name[:60]} = {short(value)}, which is not implemented; "
+                f"expected type yarn and {', '.join(names)}"
             )
     if "type" not in scaling and "rope_type" not in scaling:
         raise InputError("rope_scaling has no 'type'; expected 'yarn'")
@@ -360,8 +352,8 @@ def _quantization(quantization):
     )
     if unknown:
         raise InputError(
-            f"quantization_config has the unknown key {min(unknown)!r}; remove it if the tensors "
-            "are stored as in the official checkpoints"
+            f"quantization_config has the unknown key {named(min(unknown))}; remove it if the "
+            "tensors are stored as in the official checkpoints"
         )
     return {k: copy.deepcopy(v) for k, v in quantization.items() if k != "expert_dtype"}
 
@@ -370,7 +362,7 @@ def _dtype(keys):
     names = [name for name in ("torch_dtype", "dtype") if keys.get(name) is not None]
     values = {string(keys, name) for name in names}
     if len(values) > 1:
-        raise InputError(f"torch_dtype and dtype are {sorted(values)}; keep the right one")
+        raise InputError(f"torch_dtype and dtype are {short(sorted(values))}; keep the right one")
     return values.pop() if values else "bfloat16"
 
 
@@ -380,8 +372,8 @@ def _expert_dtype(keys):
     outer = keys.get("expert_dtype", inner)
     if inner is not None and inner != outer:
         raise InputError(
-            f"expert_dtype is {outer!r} and quantization_config's is {inner!r}; they contradict "
-            "each other, so drop the wrong one"
+            f"expert_dtype is {named(outer)} and quantization_config's is {named(inner)}; they "
+            "contradict each other, so drop the wrong one"
         )
     if not is_one_of(outer, ("fp4", "fp8", None)):
         raise InputError(f"expert_dtype is {short(outer)}; expected 'fp4', 'fp8' or null")

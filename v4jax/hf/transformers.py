@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from v4jax.errors import InputError
 from v4jax.hf.keys import CONSTANT_KEYS, TRANSFORMERS_KEYS
-from v4jax.hf.values import integer, number, short
+from v4jax.hf.values import integer, named, number, short
 
 
 def in_official_words(keys):
@@ -38,12 +38,12 @@ def _transformers_layers(keys):
     for name, allowed in (("layer_types", attention), ("mlp_layer_types", routing)):
         if not isinstance(keys[name], (list, tuple)) or len(keys[name]) != count:
             raise InputError(
-                f"{name} is {short(keys[name])} and num_hidden_layers is {count}; expected a list "
-                "with one entry a layer"
+                f"{name} is {short(keys[name])} and num_hidden_layers is {short(count)}; expected "
+                "a list with one entry a layer"
             )
-        bad = [kind for kind in keys[name] if kind not in allowed]
+        bad = [kind for kind in keys[name] if not isinstance(kind, str) or kind not in allowed]
         if bad:
-            raise InputError(f"{name} holds {bad[0]!r}; expected {', '.join(allowed)}")
+            raise InputError(f"{name} holds {named(bad[0])}; expected {', '.join(allowed)}")
     if not isinstance(rates, Mapping):
         raise InputError(f"compress_rates is {short(rates)}; expected an object")
     layers = []
@@ -69,19 +69,19 @@ def _transformers_rope(keys):
     for label, entry in (("main", main), ("compress", compress)):
         if not isinstance(entry, Mapping):
             raise InputError(f"rope_parameters.{label} is {short(entry)}; expected an object")
-    rope_dim = int(integer(keys, "head_dim") * number(main, "partial_rotary_factor"))
+    rope_dim = _rotated(keys, main)
     for label, entry in (("main", main), ("compress", compress)):
-        dim = int(keys["head_dim"] * number(entry, "partial_rotary_factor"))
+        dim = _rotated(keys, entry)
         if dim != keys.get("qk_rope_head_dim", rope_dim):
             raise InputError(
                 f"rope_parameters.{label} rotates {dim} channels (partial_rotary_factor "
                 f"{entry['partial_rotary_factor']} of head_dim {keys['head_dim']}); expected "
-                f"{keys.get('qk_rope_head_dim', rope_dim)}"
+                f"{short(keys.get('qk_rope_head_dim', rope_dim))}"
             )
     if main.get("rope_type") != "default":
         raise InputError(
-            f"rope_parameters.main has rope_type {main.get('rope_type')!r}; expected 'default', "
-            "as window layers are not scaled"
+            f"rope_parameters.main has rope_type {named(main.get('rope_type'))}; expected "
+            "'default', as window layers are not scaled"
         )
     return {
         "qk_rope_head_dim": rope_dim,
@@ -91,13 +91,22 @@ def _transformers_rope(keys):
     }
 
 
+def _rotated(keys, entry):
+    """How many channels an entry rotates."""
+    part = number(entry, "partial_rotary_factor")
+    if not 0 <= part <= 1:
+        raise InputError(f"partial_rotary_factor is {part}; expected a part from 0 to 1")
+    return int(integer(keys, "head_dim") * part)
+
+
 def _transformers_yarn(compress):
     if compress.get("rope_type") == "default":
         return None
     # mscale only serves to derive attention_factor; without that key transformers would scale.
     if compress.get("attention_factor") != 1.0:
         raise InputError(
-            f"rope_parameters.compress has attention_factor {compress.get('attention_factor')}; "
+            f"rope_parameters.compress has attention_factor "
+            f"{short(compress.get('attention_factor'))}; "
             "only 1.0 is implemented (V4 does not scale the rotation)"
         )
     if compress.get("truncate", True) is not True:

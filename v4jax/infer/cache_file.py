@@ -5,11 +5,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.flax import save
 
 from v4jax.errors import InputError
 from v4jax.files.atomic import write_atomically
+from v4jax.files.json_reader import quote
+from v4jax.files.regular import check_regular
 from v4jax.model.cache import Cache
 
 FORMAT = "v4jax-cache-1"
@@ -46,17 +48,20 @@ def load_cache(path: str | os.PathLike, like: Cache) -> Cache:
       InputError: no such file, a damaged one, or one of another model or size.
     """
     try:
+        check_regular(path, "save_cache writes one")
         with safe_open(path, "flax") as file:
             about = file.metadata() or {}
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read a cache from {path}: {error}") from error
+    except Exception as error:  # the library and JAX raise whatever the damage leads to
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"cannot read a cache from {path}: {reason}") from error
     if about.get("format") != FORMAT:
-        raise InputError(f"{path} is not a cache file: its format is {about.get('format')!r}")
+        found = quote(about.get("format"))
+        raise InputError(f"{path} is not a cache file: its format is {found}; expected {FORMAT!r}")
     for name in ("max_length", "max_rollback"):
-        if int(about[name]) != getattr(like, name):
+        if about.get(name) != str(getattr(like, name)):
             raise InputError(
-                f"{path} was made with {name} {about[name]} and this cache has "
+                f"{path} was made with {name} {str(about.get(name))[:60]} and this cache has "
                 f"{getattr(like, name)}; make the cache with the same sizes"
             )
     _compare(path, stored, _leaves(like))
@@ -72,7 +77,7 @@ def _leaves(cache):
 def _compare(path, stored, expected):
     if set(stored) != set(expected):
         odd = sorted(set(stored) ^ set(expected))[0]
-        raise InputError(f"{path} is a cache of another model: they differ in {odd}")
+        raise InputError(f"{path} is a cache of another model: they differ in {quote(odd)}")
     for name, leaf in expected.items():
         found = stored[name]
         if found.shape != leaf.shape or jnp.dtype(found.dtype) != jnp.dtype(leaf.dtype):

@@ -1,13 +1,13 @@
 """Text to token ids and back, with the tokenizer.json that lies beside a checkpoint."""
 
-import json
 from pathlib import Path
-
-import tokenizers
 
 from v4jax.checkpoints.load import locate
 from v4jax.errors import InputError
+from v4jax.files.json_reader import bad_character, quote, read_fields
+from v4jax.files.tokenizer_json import of_text, read_tokenizer
 
+_WATCHED = frozenset({"add_bos_token", "bos_token", "content"})
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -23,30 +23,33 @@ class Tokenizer:
     def __init__(self, directory):
         directory = Path(locate(directory))
         path = directory / "tokenizer.json"
-        if not path.is_file():
+        if not path.exists():
             raise InputError(
                 f"there is no tokenizer at {path}; put the checkpoint's tokenizer.json there, or "
                 "give token ids with --prompt_ids"
             )
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception for whatever it dislikes
-            raise InputError(
-                f"{path} cannot be read as a tokenizer ({error}); fetch the file again, or give "
-                "token ids with --prompt_ids"
-            ) from error
+        cure = "fetch the file again, or give token ids with --prompt_ids"
+        self._tokenizer = read_tokenizer(path, cure)
+        self._of_text = of_text(self._tokenizer)
         self._first_ids = self._read_first_ids(directory / "tokenizer_config.json")
 
     @property
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:  # bytes of a command line that are no UTF-8
-            raise InputError(f"the text {text!r} is not valid Unicode; give it as UTF-8") from error
-        ids = self._tokenizer.encode(text).ids
+    def encode(self, text: str, special_tokens: bool = False) -> list[int]:
+        """The ids of a text.
+
+        Args:
+          special_tokens: whether special tokens that the text spells out, such as "<|eos|>", become
+            their ids; otherwise they are text like any other.
+
+        Raises:
+          InputError: half of a surrogate pair: bytes of a command line that are no UTF-8.
+        """
+        if bad_character(text) is not None:
+            raise InputError(f"the text {quote(text)} is not valid Unicode; give it as UTF-8")
+        ids = (self._tokenizer if special_tokens else self._of_text).encode(text).ids
         if ids[: len(self._first_ids)] != self._first_ids:
             ids = self._first_ids + ids
         return ids
@@ -59,21 +62,21 @@ class Tokenizer:
         return TextStream(self)
 
     def _read_first_ids(self, path):
-        if not path.is_file():
+        if not path.exists():
             return []
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is not valid JSON ({error}); fetch the file again") from error
-        if not config.get("add_bos_token"):
+        config = read_fields(path, watched=_WATCHED, cure="fetch the file again")
+        if not config.boolean("add_bos_token", False):
             return []
         token = config.get("bos_token")
-        token = token["content"] if isinstance(token, dict) else token
+        if isinstance(token, dict):
+            token = config.object("bos_token").string("content")
+        elif token is not None:
+            token = config.string("bos_token")
         token_id = None if token is None else self._tokenizer.token_to_id(token)
         if token_id is None:
             raise InputError(
-                f"{path} sets add_bos_token with the bos_token {token!r}, which tokenizer.json "
-                "does not have; expected one of its tokens: correct either file"
+                f"{path} sets add_bos_token with the bos_token {quote(token)}, which "
+                "tokenizer.json does not have; expected one of its tokens: correct either file"
             )
         return [token_id]
 

@@ -7,7 +7,6 @@ V4JAX_BLOCKS names the file that is in force.
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,9 @@ from pathlib import Path
 import jax
 
 from v4jax import chips
+from v4jax.files.json_reader import read_fields
+
+MAX_TABLE = 1 << 20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +165,9 @@ def read(path: Path) -> dict[str, Blocks]:
       ValueError: not such a table; the message names what is wrong.
     """
     try:
-        rows = json.loads(path.read_text())
+        rows = read_fields(path, MAX_TABLE).of_objects()
         return {_known_chip(name): _row(row) for name, row in rows.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path} is no table of block sizes ({error}); write one with v4jax tune --out {path}"
         ) from error
@@ -173,7 +175,7 @@ def read(path: Path) -> dict[str, Blocks]:
 
 def _known_chip(name):
     if name not in TABLE:
-        raise ValueError(f"unknown chip {name!r}, expected one of {sorted(TABLE)}")
+        raise ValueError(f"unknown chip {name[:60]!r}, expected one of {sorted(TABLE)}")
     return name
 
 
@@ -181,5 +183,14 @@ def _row(row):
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Blocks)}
     unknown = sorted(set(row) - set(kinds))
     if unknown:
-        raise ValueError(f"unknown operation {unknown[0]!r}, expected one of {sorted(kinds)}")
-    return Blocks(**{op: kinds[op](**sizes) for op, sizes in row.items()})
+        found = unknown[0][:60]
+        raise ValueError(f"unknown operation {found!r}, expected one of {sorted(kinds)}")
+    return Blocks(**{op: _sizes(kinds[op], sizes) for op, sizes in row.of_objects().items()})
+
+
+def _sizes(kind, sizes):
+    known = [field.name for field in dataclasses.fields(kind)]
+    unknown = sorted(set(sizes) - set(known))
+    if unknown:
+        raise ValueError(f"unknown size {unknown[0][:60]!r}, expected some of {known}")
+    return kind(**{name: sizes.integer(name, low=0, high=1 << 30) for name in sizes})

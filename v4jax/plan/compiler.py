@@ -130,8 +130,8 @@ def _until_placed(job, topology, sizes):
         argument = peak = failure = None
         text = ""
         if error is None:
-            argument, peak = placed(next(path.glob(BUFFERS)).read_text())
-            text = next(path.glob(_PROGRAM)).read_text()
+            argument, peak = placed(next(path.glob(BUFFERS)).read_text("utf-8", "replace"))
+            text = next(path.glob(_PROGRAM)).read_text("utf-8", "replace")
         else:
             failure = _no_room(error)
     processor = usage.ru_utime + usage.ru_stime

@@ -289,7 +289,9 @@ def _one_voice():
     """
     sys.stdout.flush()
     with contextlib.ExitStack() as stack:
-        own = stack.enter_context(open(os.dup(1), "w", buffering=1))
+        # As main() has made stdout: what its encoding lacks is escaped.
+        form = {"encoding": getattr(sys.stdout, "encoding", None), "errors": "backslashreplace"}
+        own = stack.enter_context(open(os.dup(1), "w", buffering=1, **form))
         nowhere = stack.enter_context(open(os.devnull, "w"))
         os.dup2(nowhere.fileno(), 1)
         stack.callback(lambda: os.dup2(own.fileno(), 1))

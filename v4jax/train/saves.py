@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4jax.errors import InputError
+from v4jax.files.json_reader import Fields
 from v4jax.train.step import TrainState
 
 FOLDER = "checkpoints"
@@ -67,7 +68,11 @@ class Checkpoints:
         """What `save` got as `run`."""
         args = self._ocp.args
         with self._sentence(f"of step {step} cannot be read"):
-            return self._manager.restore(step, args=args.Composite(run=args.JsonRestore())).run
+            run = self._manager.restore(step, args=args.Composite(run=args.JsonRestore())).run
+        where = str(self._folder / str(step) / "run")
+        fields = Fields(run, where)
+        fields.object("config"), fields.string("data")
+        return run
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step, laid out as `like` (shapes, types, shardings), on any mesh."""

@@ -47,7 +47,7 @@ def sweep(folder: Path, runs: Path, steps: int | None = None, jobs: int = 1) -> 
     }
     table = _table(results)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "table.md").write_text(table + "\n")
+    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
     curves.draw(found, folder / "curves.png")
     return table
 
