@@ -1,6 +1,8 @@
 """Documents to one array of ids, with the tokenizer that the run keeps beside its checkpoints."""
 
 import hashlib
+import os
+import uuid
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from v4jax.datasets.files import Document
 from v4jax.errors import InputError
+from v4jax.files.atomic import replacing
+from v4jax.files.writing import writing
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 BYTES = 258  # every byte, a begin and an end
@@ -76,8 +80,17 @@ def encode_once(
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not there, or cut off
     tokens = encode(documents, tokenizer, bos, eos)
-    np.savez(path, **tokens._asdict())
+    _keep(path, tokens)
     return tokens
+
+
+def _keep(path, tokens):
+    # A name of its own first: other processes of the run may be writing the same at the same time.
+    own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    with writing(path):
+        with replacing(own) as fd, os.fdopen(os.dup(fd), "wb") as file:
+            np.savez(file, **tokens._asdict())
+        os.replace(own, path)
 
 
 def encode(
