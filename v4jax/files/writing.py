@@ -38,7 +38,7 @@ def refused(path: str | os.PathLike, error: OSError, also: str = "") -> InputErr
       also: what the reader should know besides, such as what is safe.
     """
     also = f"{also}, so " if also else ""
-    return InputError(f"{path}: cannot be written ({_reason(error)}); {also}{_CURE}")
+    return InputError(f"{str(path)[:200]}: cannot be written ({_reason(error)}); {also}{_CURE}")
 
 
 @contextlib.contextmanager

@@ -30,7 +30,9 @@ def lines_of(workdir: Path) -> list[dict[str, Any]]:
     """
     lines = metrics.read(workdir)
     if not lines:
-        raise InputError(f"{workdir}: holds no {metrics.FILE} of a run; give directories of runs")
+        raise InputError(
+            f"{str(workdir)[:200]}: holds no {metrics.FILE} of a run; give directories of runs"
+        )
     return lines
 
 

@@ -68,7 +68,7 @@ class Result:
 
 def train(
     config: TrainConfig,
-    workdir: Path,
+    workdir: str | Path,
     steps: int | None = None,
     change: bool = False,
     given: Collection[str] = (),
@@ -195,8 +195,8 @@ def _run(run: _Run) -> Result:
     """Steps until the end or a signal; the last one's checkpoint is on disk when it returns."""
     done, saved = int(jax.device_get(run.state.step)), run.checkpoints.latest
     last: dict[str, Any] = {}
-    shown = {"unit": "step", "dynamic_ncols": True, "disable": None}  # no bars into pipes
-    with tqdm(total=run.steps, initial=done, **shown) as bar:
+    shown = {"initial": done, "unit": "step", "dynamic_ncols": True}
+    with tqdm(total=run.steps, disable=None, **shown) as bar:  # None: not into pipes
         while done < run.steps and not run.signals.stop:
             stage, _ = run.config.place(done)
             for line in _steps_of(run, stage, done):

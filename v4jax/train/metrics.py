@@ -74,15 +74,16 @@ def read(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _content(path):
+    name = str(path)[:200]
     try:
         if not path.exists():
             return b""
         if not path.is_file():
-            raise InputError(f"{path}: is no regular file; expected the metrics of a run")
+            raise InputError(f"{name}: is no regular file; expected the metrics of a run")
         return path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be read ({error.strerror}); mend that, or give another directory"
+            f"{name}: cannot be read ({error.strerror}); mend that, or give another directory"
         ) from error
 
 
