@@ -63,7 +63,7 @@ class Metrics:
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of a run so far: objects of numbers with a "step".
+    """The lines of a run so far: objects of numbers (or null: no such figure) with a "step".
 
     What a kill cut off or damage made of a line does not count.
 
@@ -100,15 +100,15 @@ def _lines(content):
 
 
 def _is_line(line):
-    if not isinstance(line, dict) or not all(map(_is_number, line.values())):
+    if not isinstance(line, dict) or not all(map(_is_figure, line.values())):
         return False
     return isinstance(line.get("step"), int) and line["step"] > 0
 
 
-def _is_number(value):
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return isinstance(value, float) or abs(value) < 2**63
+def _is_figure(value):
+    if value is None or isinstance(value, float):
+        return True
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 class EventFile:

@@ -34,8 +34,9 @@ def progress(line: dict[str, Any], steps: int) -> None:
         held_out = f", held-out loss {line['held_out']:.4f}"
         if "held_out_bits_per_byte" in line:
             held_out += f" ({line['held_out_bits_per_byte']:.3f} bits per byte)"
+    loss = "no targets" if line["loss"] is None else f"loss {line['loss']:.4f}"
     speed = f"{line['tokens_per_second']:,.0f} tokens/s"
-    say(f"step {line['step']} of {steps}: loss {line['loss']:.4f}{held_out}, {speed}")
+    say(f"step {line['step']} of {steps}: {loss}{held_out}, {speed}")
 
 
 def compiling(config: TrainConfig, number: int) -> None:
