@@ -33,6 +33,17 @@ def config_names() -> list[str]:
     return [name for name in names if name != "__init__" and not name.startswith("train_")]
 
 
+def config_file(name: str) -> Path | None:
+    """The file of a name, recipes train_*.py among them; None where there is none."""
+    found = {path.stem: path for path in _directory().glob("*.py")}
+    return None if name == "__init__" else found.get(name)
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes, train_*.py."""
+    return sorted(path.stem for path in _directory().glob("train_*.py"))
+
+
 def _directory():
     package = Path(__file__).parent
     installed = package / "configs"

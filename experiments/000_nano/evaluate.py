@@ -90,7 +90,7 @@ def bits_per_byte(run, variables, source, length):
     of = TextRows(source.held_out, 0)
     total = np.zeros(3)
     rows = (source.held_out.ids.size - length) // length
-    for number in tqdm(range(rows), desc=f"{length} tokens", unit="row"):
+    for number in tqdm(range(rows), desc=f"{length} tokens", unit="row", disable=None):
         batch = make_batch(*take(of, range(number, number + 1), 0, length, 1), 1)
         total += jax.device_get(run(variables, batch))
     targets = source.held_out.ids.size - source.held_out.starts.size
@@ -114,7 +114,7 @@ def needle(last, variables, source, tokenizer, length):
     rng = np.random.default_rng(length)
     words = [w for w in facts.WORDS if len(tokenizer.encode(f" {w}")) == 1]
     right = 0
-    for _ in tqdm(range(TRIALS), desc=f"needle in {length}", unit="trial"):
+    for _ in tqdm(range(TRIALS), desc=f"needle in {length}", unit="trial", disable=None):
         key, value = rng.choice(words, 2, replace=False)
         told = tokenizer.encode(f"\n{facts.remember(key, value)}\n")
         asked = tokenizer.encode(f"\n{facts.recall(key)}")

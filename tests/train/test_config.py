@@ -1,17 +1,24 @@
-"""Configs of runs: overrides by name, what a resumed run may change, config files, bad values."""
+"""Configs of runs: overrides by name, config files and names, bad values."""
 
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from tests.support.tiny import tiny_config
+from v4jax import named_configs
 from v4jax.accounting import count_parameters
 from v4jax.errors import InputError
 from v4jax.train import config_file, sweep
-from v4jax.train.config import Stage, TrainConfig, differences, flat, override, plain
+from v4jax.train.config import Stage, TrainConfig, flat, override
 from v4jax.train.schedule import Schedule
 
+ROOT = Path(__file__).resolve().parents[2]
 BASE = TrainConfig(
     model=tiny_config(),
     stages=(Stage(steps=5), Stage(steps=7, trained="/indexer/")),
@@ -54,6 +61,8 @@ def test_override(key, text, wanted):
         ("stages.0.parts", "3", "a stage's batch of 4 rows has 3 parts; expected a divisor"),
         ("stages.0.trained", "(", "no regular expression"),
         ("keep", "0", "keep is 0; expected 1 or more"),
+        ("mesh", "expert=--8", "mesh has 'expert=--8'; expected AXIS=N"),
+        ("mesh", "pipeline=2", "mesh axis 'pipeline' is unknown"),
     ],
 )
 def test_bad_overrides(key, text, sentence):
@@ -77,19 +86,6 @@ def test_places_of_steps():
     assert BASE.steps == 12
 
 
-def test_what_a_resumed_run_may_change():
-    stored = plain(BASE)
-    assert differences(BASE, stored) == []
-    for key, text in (("schedule.peak", "1e-3"), ("keep", "9"), ("stages.1.steps", "70")):
-        assert differences(override(BASE, {key: text}), stored) == []
-    assert differences(override(BASE, {"model.hidden_size": "96"}), stored) == [
-        "model.hidden_size is 96 and was 48"
-    ]
-    assert differences(override(BASE, {"stages.0.steps": "6"}), stored) == [
-        "stages.0.steps is 6 and was 5"
-    ]
-
-
 def test_a_file_that_gives_a_model_trains_it(tmp_path):
     path = tmp_path / "model.py"
     path.write_text("from tests.support.tiny import tiny_config\nget_config = tiny_config\n")
@@ -104,15 +100,72 @@ def test_a_file_that_gives_a_model_trains_it(tmp_path):
         ("x = 1\n", "has no get_config()"),
         ("def get_config(:\n", "config.py:1: "),
         ("def get_config(): return 5\n", "get_config() gives int; expected a TrainConfig"),
+        ("import no_such_module\n", "config.py:1: ModuleNotFoundError: No module named"),
+        ("def get_config():\n    return 1 / 0\n", "config.py:2: ZeroDivisionError"),
+        ("def get_config(needed): return 5\n", "config.py: TypeError: get_config() missing 1"),
+        (b"\xff = 1\n", "config.py:"),
+        (b"x = 1\0\n", "config.py"),
     ],
 )
 def test_bad_files(content, sentence, tmp_path):
     path = tmp_path / "config.py"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError) as caught:
         config_file.read(str(path))
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("/proc/self/mem", "/proc/self/mem: cannot be read (Input/output error)"),
+        ("/proc", "--config /proc: that is no file"),
+        ("x" * 5000, "cannot be read (File name too long)"),
+        ("nothing", "there is no such file; give a Python file, or one of train_small, train_tiny"),
+    ],
+)
+def test_paths_that_cannot_be_read(name, sentence):
+    with pytest.raises(InputError) as caught:
+        config_file.read(name)
+    assert sentence in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_config_by_its_name(tmp_path, monkeypatch):
+    wanted = config_file.read("configs/train_tiny.py")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train_tiny").mkdir()  # a run's directory has no say
+    assert config_file.read("train_tiny") == wanted
+    assert config_file.read("flash_tiny", {"stages.0.steps": "200"}).steps == 200
+    installed = tmp_path / "site-packages"
+    (installed / "v4jax" / "configs").mkdir(parents=True)
+    shutil.copy(ROOT / "configs" / "train_tiny.py", installed / "v4jax" / "configs")
+    monkeypatch.setattr(named_configs, "__file__", str(installed / "v4jax" / "named_configs.py"))
+    assert config_file.read("train_tiny") == wanted
+    assert named_configs.recipe_names() == ["train_tiny"]
+
+
+@pytest.mark.slow
+def test_a_config_by_its_name_from_an_installed_wheel(tmp_path):
+    source, wheels, target = (tmp_path / name for name in ("source", "wheels", "target"))
+    for name in ("v4jax", "configs", "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        source.mkdir(exist_ok=True)
+        copy(ROOT / name, source / name)
+    build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", f"-w{wheels}", source]
+    subprocess.run([sys.executable, *map(str, build)], check=True, capture_output=True)
+    (wheel,) = wheels.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(target)
+    code = "import v4jax.train.config_file as f; print(f.__file__, f.read('train_tiny').steps)"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(target)},
+    ).stdout
+    assert found == f"{target}/v4jax/train/config_file.py 60\n"
 
 
 @pytest.mark.parametrize("name", ["train_tiny", "train_small"])

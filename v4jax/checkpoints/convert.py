@@ -364,6 +364,6 @@ def _bar(what, total, initial, shown):
         initial=initial,
         unit="B",
         unit_scale=True,
-        disable=not shown,
+        disable=None if shown else True,  # None: not into pipes
         mininterval=0.5,
     )

@@ -74,7 +74,7 @@ SUBCOMMANDS = {
     "train": Subcommand(
         "v4jax.cli.train",
         "Train a model; run again, it goes on. --config.KEY=VALUE sets any field of the config.",
-        "v4jax train --config configs/train_tiny.py --workdir run --config.schedule.peak=3e-3",
+        "v4jax train --config train_tiny --workdir run --config.schedule.peak=3e-3",
         huge_pages=True,
         trains=True,
     ),

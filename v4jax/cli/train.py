@@ -6,6 +6,7 @@ from absl import flags
 
 from v4jax.cli import process_flags
 from v4jax.errors import InputError
+from v4jax.files.writing import writable_directory
 
 FLAGS = flags.FLAGS
 TERMINATED = 143  # 128 + SIGTERM, as shells report it
@@ -15,8 +16,23 @@ _overrides: dict[str, str] = {}
 
 def define_flags():
     """Declares the flags of this subcommand."""
-    flags.DEFINE_string("config", None, "Python file whose get_config() gives the run or a model")
-    flags.DEFINE_string("workdir", None, "Directory of the run; running again goes on in it")
+    flags.DEFINE_string(
+        "config",
+        None,
+        "Python file whose get_config() gives the run or a model, or a name such as train_tiny",
+    )
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Directory of the run; running again goes on in it, with the config that it was begun with",
+    )
+    flags.DEFINE_boolean(
+        "change",
+        False,
+        "Go on with the given schedule.*, evaluate_rows, and steps and learning_rate of the last "
+        "stage, not with those that the run was begun with. What changes no number (mesh, remat, "
+        "a stage's parts, keep, checkpoint_every, log_every, evaluate_every) needs no flag",
+    )
     flags.DEFINE_integer("steps", None, "Stop at this step; default: the config's", lower_bound=1)
     process_flags.define_flags()
 
@@ -49,15 +65,10 @@ def _train():
     from v4jax.train import config_file
 
     config = config_file.read(FLAGS.config, _overrides)
-    if FLAGS.steps is not None and FLAGS.steps < config.steps:
-        decay = config.steps - config.schedule.decay
-        print(
-            f"v4jax train: stops at step {FLAGS.steps} of a schedule of {config.steps} "
-            f"(warm-up to {config.schedule.warm_up}, decay from {decay})"
-        )
+    writable_directory(FLAGS.workdir, "--workdir")
     from v4jax.train import loop
 
-    result = loop.train(config, FLAGS.workdir, FLAGS.steps)
+    result = loop.train(config, FLAGS.workdir, FLAGS.steps, FLAGS.change, _overrides)
     loss = _loss(result.last)
     how = "stopped" if result.stopped else "trained"
     print(f"v4jax train: {how} at step {result.step}{loss}: {FLAGS.workdir}")
@@ -67,4 +78,6 @@ def _train():
 def _loss(line):
     if not line:
         return ", nothing left to do"
-    return ", no targets" if line["loss"] is None else f", loss {line['loss']:.4f}"
+    loss = ", no targets" if line["loss"] is None else f", loss {line['loss']:.4f}"
+    held_out = line.get("held_out")
+    return loss if held_out is None else f"{loss}, held-out loss {held_out:.4f}"

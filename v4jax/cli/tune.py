@@ -35,7 +35,7 @@ def run() -> int:
     platform = _platform()
     count = sum(len(tune.candidates(platform, op)[: FLAGS.most]) for op in FLAGS.op)
     ran = []
-    with tqdm.tqdm(total=count, unit="trial") as bar:
+    with tqdm.tqdm(total=count, unit="trial", disable=None) as bar:
 
         def report(trial):
             ran.append(trial)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +13,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from v4jax.datasets.files import Document
 from v4jax.errors import InputError
+from v4jax.files.atomic import replacing
 from v4jax.files.regular import check_regular
 from v4jax.files.tokenizer_json import of_text, read_tokenizer
+from v4jax.files.writing import writing
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 BYTES = 258  # every byte, a begin and an end
@@ -74,8 +77,17 @@ def encode_once(
     if kept is not None:
         return kept
     tokens = encode(documents, tokenizer, bos, eos, special_tokens)
-    np.savez(path, **tokens._asdict())
+    _keep(path, tokens)
     return tokens
+
+
+def _keep(path, tokens):
+    # A name of its own first: other processes of the run may be writing the same at the same time.
+    own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    with writing(path):
+        with replacing(own) as fd, os.fdopen(os.dup(fd), "wb") as file:
+            np.savez(file, **tokens._asdict())
+        os.replace(own, path)
 
 
 def _kept(path):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,17 +42,9 @@ def _whole(devices):
 
 def complete(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     """All five sizes, a -1 worked out, checked against the number of devices."""
-    unknown = sorted(set(sizes) - set(AXES))
-    if unknown:
-        raise InputError(f"mesh axis {unknown[0]!r} is unknown; expected some of {', '.join(AXES)}")
+    _check(sizes)
     full = {axis: sizes.get(axis, 1) for axis in AXES}
     free = [axis for axis, size in full.items() if size == -1]
-    wrong = [axis for axis, size in full.items() if size < 1 and size != -1]
-    if wrong or len(free) > 1:
-        given = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise InputError(
-            f"mesh {given}: expected sizes of 1 or more, and -1 (what remains) at most once"
-        )
     known = math.prod(size for size in full.values() if size != -1)
     if free and devices % known == 0:
         full[free[0]] = devices // known
@@ -66,18 +59,37 @@ def complete(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
 
 
 def parse_sizes(text: str) -> dict[str, int]:
-    """`data=2,fsdp=4` as sizes.
+    """`data=2,fsdp=4` as sizes, checked as far as that goes without devices.
 
     Raises:
-      InputError: text of another form.
+      InputError: text of another form, an unknown axis or one twice, or sizes that cannot be.
     """
-    sizes = {}
+    sizes: dict[str, int] = {}
     for part in filter(None, text.split(",")):
-        axis, equals, size = part.partition("=")
-        if not equals or not size.strip().lstrip("-").isdigit():
-            raise InputError(f"mesh has {part!r}; expected AXIS=N with AXIS of {', '.join(AXES)}")
-        sizes[axis.strip()] = int(size)
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(-?[0-9]{1,9})\s*", part)
+        if match is None:
+            raise InputError(
+                f"mesh has {part[:200]!r}; expected AXIS=N with AXIS of {', '.join(AXES)}"
+            )
+        axis, size = match[1], int(match[2])
+        if axis in sizes:
+            raise InputError(f"mesh has {axis[:200]} twice; expected each axis once at most")
+        sizes[axis] = size
+    _check(sizes)
     return sizes
+
+
+def _check(sizes):
+    unknown = sorted(set(sizes) - set(AXES))
+    if unknown:
+        raise InputError(
+            f"mesh axis {unknown[0][:200]!r} is unknown; expected some of {', '.join(AXES)}"
+        )
+    if any(size < 1 and size != -1 for size in sizes.values()) or [*sizes.values()].count(-1) > 1:
+        given = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise InputError(
+            f"mesh {given}: expected sizes of 1 or more, and -1 (what remains) at most once"
+        )
 
 
 def everywhere(mesh: Mesh, values: Any) -> Any:

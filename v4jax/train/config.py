@@ -13,6 +13,7 @@ from typing import Any
 from v4jax.config import ModelConfig, Yarn
 from v4jax.datasets.config import DataConfig
 from v4jax.errors import InputError
+from v4jax.sharding.mesh import parse_sizes
 from v4jax.train.lora import LoraConfig
 from v4jax.train.loss import LossWeights
 from v4jax.train.optimizer import OptimizerConfig, check_pattern
@@ -70,6 +71,8 @@ class Stage:
 class TrainConfig:
     """A whole run.
 
+    What of it a run may change when it goes on: `v4jax.train.resume`.
+
     Attributes:
       losses: weights; mtp_decayed is the MTP weight from the start of the learning rate's decay.
       bias_step: how far router biases move after each step.
@@ -118,6 +121,7 @@ class TrainConfig:
             raise InputError(
                 f"lora.rank is {self.lora.rank} and mesh {self.mesh!r}; LoRA runs alone"
             )
+        parse_sizes(self.mesh or "")
         self.schedule.check(self.steps)
 
     @property
@@ -131,10 +135,6 @@ class TrainConfig:
                 return number, step
             step -= stage.steps
         return len(self.stages) - 1, step
-
-
-# What a resumed run may change: the rest decides which numbers come out, or what they are.
-FREE = ("schedule.", "checkpoint_every", "keep", "log_every", "evaluate_", "start", "mesh")
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -154,18 +154,6 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 def plain(config: TrainConfig) -> dict[str, Any]:
     """`flat` as it comes back from JSON, to compare with a stored one."""
     return json.loads(json.dumps(flat(config), default=repr))
-
-
-def differences(config: TrainConfig, stored: dict[str, Any]) -> list[str]:
-    """Fields in which a run must not differ from the one it resumes, as sentences' parts."""
-    now = plain(config)
-    last = f"stages.{len(config.stages) - 1}."
-    free = (*FREE, last + "steps", last + "learning_rate")
-    return [
-        f"{name} is {now.get(name)!r} and was {stored.get(name)!r}"
-        for name in sorted(now.keys() | stored.keys())
-        if not name.startswith(free) and now.get(name) != stored.get(name)
-    ]
 
 
 def override(config: Any, texts: dict[str, str]) -> Any:

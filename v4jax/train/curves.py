@@ -26,11 +26,13 @@ def lines_of(workdir: Path) -> list[dict[str, Any]]:
     """A run's metrics.
 
     Raises:
-      InputError: there are none.
+      InputError: there are none, or they cannot be read.
     """
-    lines = metrics.read(workdir) if workdir.is_dir() else []
+    lines = metrics.read(workdir)
     if not lines:
-        raise InputError(f"{workdir}: holds no {metrics.FILE} of a run; give directories of runs")
+        raise InputError(
+            f"{str(workdir)[:200]}: holds no {metrics.FILE} of a run; give directories of runs"
+        )
     return lines
 
 
@@ -48,6 +50,8 @@ def draw(runs: dict[str, list[list[dict[str, Any]]]], out: Path) -> None:
 
     every = [lines for of_name in runs.values() for lines in of_name]
     panels = [p for p in PANELS if any(p[0] in line for lines in every for line in lines)]
+    if not panels:
+        raise InputError(f"none of {', '.join(runs)} has figures to draw; give other runs")
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
     size = (6 * columns, 3.2 * rows)
@@ -91,6 +95,7 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, float | int]:
     for name in ("held_out", "held_out_bits_per_byte"):
         if values := _points(lines, name):
             found[name] = values[-1][1]
-    found["tokens_per_second"] = float(np.median([line["tokens_per_second"] for line in lines]))
-    found["minutes"] = sum(line["seconds"] for line in lines) / 60
+    if speeds := [value for _, value in _points(lines, "tokens_per_second")]:
+        found["tokens_per_second"] = float(np.median(speeds))
+    found["minutes"] = sum(value for _, value in _points(lines, "seconds")) / 60
     return found

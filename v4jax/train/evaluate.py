@@ -11,7 +11,7 @@ from v4jax.datasets.source import Source
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import processes
-from v4jax.train import lora, placement
+from v4jax.train import lora, placement, report
 from v4jax.train.batch import Batch, make_batch
 from v4jax.train.config import Stage, TrainConfig
 from v4jax.train.cross_entropy import correct, cross_entropy
@@ -39,6 +39,7 @@ def evaluator(config: TrainConfig, stage: Stage, model: Transformer, source: Sou
         nonlocal program
         batches = [placement.put_everywhere(model.sharding, batch) for batch in rows]
         if program is None:
+            report.say("compiles the evaluation")
             program = jax.jit(sums_of).lower(state, batches[0]).compile()
             processes.compiled()
         nats, right, count = sum(jax.device_get(program(state, batch)) for batch in batches)

@@ -39,7 +39,8 @@ def export(
     shutil.rmtree(fresh, ignore_errors=True)
     checkpoint.save_official(fresh, config.model, variables)
     if tokenizer is not None:
-        tokenizer.save(str(fresh / "tokenizer.json"), pretty=False)
+        # Not its own `save`, which raises plain Exception where the disk is full.
+        (fresh / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     fresh.rename(out)
     return out

@@ -6,7 +6,8 @@
     DIR/checkpoints/STEP  parameters, optimiser, position in the data, step and config
     DIR/model             the trained model in the official layout, once the run is complete
 
-Run again, it goes on from the last whole checkpoint, bit for bit as if it had never stopped.
+Run again, it goes on from the last whole checkpoint, bit for bit as if it had never stopped, with
+what of its config it was begun with (`resume`).
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import dataclasses
 import functools
 import json
 import math
-import signal
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,30 @@ from v4jax.datasets import rows as rows_lib
 from v4jax.datasets.source import Source, open_source
 from v4jax.errors import InputError
 from v4jax.files.atomic import write_atomically
+from v4jax.files.writing import refused, writable_directory, writing
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import processes
 from v4jax.sharding.rules import Shards
-from v4jax.train import evaluate, export, host_memory, lora, metrics, placement, start
+from v4jax.train import (
+    evaluate,
+    export,
+    host_memory,
+    lora,
+    metrics,
+    placement,
+    report,
+    resume,
+    start,
+)
 from v4jax.train.batch import Batch, make_batch
-from v4jax.train.config import Stage, TrainConfig, differences, plain
+from v4jax.train.config import Stage, TrainConfig, plain
 from v4jax.train.optimizer import make_optimizer
 from v4jax.train.saves import Checkpoints
+from v4jax.train.signals import Signals
 from v4jax.train.step import Rates, StepConfig, TrainState, new_state, train_step
 
 NOT_INDEXER = "^(?!.*/indexer/)"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +66,28 @@ class Result:
     last: dict[str, Any]
 
 
-def train(config: TrainConfig, workdir: Path, steps: int | None = None) -> Result:
+def train(
+    config: TrainConfig,
+    workdir: str | Path,
+    steps: int | None = None,
+    change: bool = False,
+    given: Collection[str] = (),
+) -> Result:
     """Trains until step `steps` (by default the config's), or goes on with it.
+
+    In the main thread SIGTERM and SIGINT end it after the step in flight; in others, where Python
+    lets nobody listen to signals, they are left to the program.
+
+    Args:
+      change, given: what of the config a run that goes on may change; see `resume.settle`.
 
     Raises:
       InputError: bad data, a checkpoint of another run, a full disk, a loss that is not finite.
     """
     with jax.transfer_guard("disallow"), contextlib.ExitStack() as stack:
         with jax.transfer_guard("allow"):
-            run = _open(config, Path(workdir), config.steps if steps is None else steps, stack)
+            settings = {"change": change, "given": sorted(given)}
+            run = _open(config, Path(workdir), steps, stack, settings)
         return _run(run)
 
 
@@ -74,43 +101,68 @@ class _Run:
     source: Source
     checkpoints: Checkpoints
     metrics: metrics.Metrics | None  # of the first process
-    signals: "_Signals"
+    signals: Signals
     optimizer: Any
     state: TrainState
     shardings: Any = None
 
 
-def _open(config, workdir, steps, stack):
-    workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer = workdir / "tokenizer.json"
-    source = open_source(config.data, config.model, tokenizer)
-    processes.agree("the run", {"config": plain(config), "data": source.fingerprint})
+def _open(config, workdir, steps, stack, settings):
+    """The run, what can be refused at once before what takes long."""
+    writable_directory(workdir, "--workdir")
+    shards = placement.shards_of(config.mesh)
     for stage in config.stages:
-        source.rows_of(stage.documents).check(stage.length, _ahead(config))
-        placement.own_rows(placement.shards_of(config.mesh), stage.batch // stage.parts)
+        placement.own_rows(shards, stage.batch // stage.parts)
+    processes.agree("the run", {"config": plain(config), "change": settings["change"]})
     checkpoints = Checkpoints(workdir, config.keep)
     stack.callback(checkpoints.close)
+    latest = checkpoints.latest
+    stored = None if latest is None else checkpoints.run_of(latest)
+    said = None
+    if stored is not None:
+        config, said = resume.settle(config, stored["config"], workdir, **settings)
     model, optimizer = _model(config, config.stages[0]), _optimizer(config)
     shape = _shape(config, model, optimizer)
     shardings = placement.state_shardings(model, optimizer, shape)
-    latest = checkpoints.latest
-    if latest is None:
+    source = _source(config, workdir)
+    if stored is None:
         state = _fresh(config, model, optimizer, source, shardings)
     else:
-        _check_same(config, source, checkpoints.run_of(latest), workdir)
+        _check_same_data(config, source, stored, workdir)
         state = checkpoints.restore(latest, placement.placed(shape, shardings))
-    log = None
-    if processes.index() == 0:
-        if source.tokenizer is not None:
-            write_atomically(tokenizer, source.tokenizer.to_str().encode())
-        described = json.dumps(plain(config), indent=1).encode() + b"\n"
-        write_atomically(workdir / "config.json", described)
-        log = metrics.Metrics(workdir, latest or 0)
-        stack.callback(log.close)
-    signals = stack.enter_context(_Signals())
+    log = _describe(config, workdir, source, latest or 0, stack) if processes.index() == 0 else None
+    steps = config.steps if steps is None else steps
+    report.opening(config, shards, source, latest or 0, steps)
+    if said is not None:
+        report.say(said)
+    signals = stack.enter_context(Signals())
     run = _Run(config, workdir, steps, source, checkpoints, log, signals, optimizer, state)
     run.shardings = shardings
     return run
+
+
+def _source(config, workdir):
+    """The run's data, with which every stage has a row and all processes agree."""
+    source = open_source(config.data, config.model, workdir / TOKENIZER)
+    processes.agree("the run", {"data": source.fingerprint})
+    for stage in config.stages:
+        source.rows_of(stage.documents).check(stage.length, _ahead(config))
+    return source
+
+
+def _describe(config, workdir, source, step, stack):
+    """Writes down what is trained on what, and opens the metrics."""
+    if source.tokenizer is not None:
+        with writing(workdir / TOKENIZER):
+            write_atomically(workdir / TOKENIZER, source.tokenizer.to_str().encode())
+    with writing(workdir / CONFIG):
+        described = json.dumps(plain(config), indent=1).encode() + b"\n"
+        write_atomically(workdir / CONFIG, described)
+    log = metrics.Metrics(workdir, step)
+    stack.callback(log.close)
+    if log.damaged:
+        report.say(f"{workdir / metrics.FILE}: leaves out {log.damaged} damaged lines")
+    return log
 
 
 def _shape(config, model, optimizer):
@@ -130,13 +182,7 @@ def _fresh(config, model, optimizer, source, shardings):
     return jax.jit(begin, out_shardings=shardings)(params, buffers)
 
 
-def _check_same(config, source, stored, workdir):
-    changed = differences(config, stored["config"])
-    if changed:
-        raise InputError(
-            f"{workdir}: holds a run of another config: {'; '.join(changed)}; give the same, or "
-            "another --workdir"
-        )
+def _check_same_data(config, source, stored, workdir):
     if stored["data"] != source.fingerprint:
         where = config.data.path or config.data.kind
         raise InputError(
@@ -149,12 +195,15 @@ def _run(run: _Run) -> Result:
     """Steps until the end or a signal; the last one's checkpoint is on disk when it returns."""
     done, saved = int(jax.device_get(run.state.step)), run.checkpoints.latest
     last: dict[str, Any] = {}
-    with tqdm(total=run.steps, initial=done, unit="step", dynamic_ncols=True) as bar:
+    shown = {"initial": done, "unit": "step", "dynamic_ncols": True}
+    with tqdm(total=run.steps, disable=None, **shown) as bar:  # None: not into pipes
         while done < run.steps and not run.signals.stop:
             stage, _ = run.config.place(done)
             for line in _steps_of(run, stage, done):
                 last, done = line, line["step"]
                 _show(bar, line)
+                if "held_out" in line or (bar.disable and _saves(run.config, done)):
+                    report.progress(line, run.steps)
                 if _saves(run.config, done):
                     _save(run, done)
                     saved = done
@@ -162,7 +211,7 @@ def _run(run: _Run) -> Result:
         _save(run, done)
     run.checkpoints.wait()
     if done >= run.config.steps:
-        with jax.transfer_guard("allow"):
+        with jax.transfer_guard("allow"), writing(run.workdir / export.FOLDER):
             export.export(run.workdir, run.config, run.state, run.source.tokenizer)
     return Result(done, run.signals.stop, last)
 
@@ -195,6 +244,7 @@ def _steps_of(run: _Run, number: int, done: int):
         if run.signals.stop:
             break
         if program is None:  # before the clock of the first step begins
+            report.compiling(config, number)
             program = step.lower(run.state, *inputs).compile()
             processes.compiled()
             host_memory.forget_traces()
@@ -229,7 +279,10 @@ def _line(run, clock, step, noted, batch, ended, evaluator=None):
     if evaluator is not None:
         line |= evaluator(run.state)
     if run.metrics and (step % run.config.log_every == 0 or step == run.steps):
-        run.metrics.write(line)
+        try:
+            run.metrics.write(line)
+        except OSError as error:
+            raise refused(run.workdir / metrics.FILE, error, _kept(run)) from error
     return line
 
 
@@ -302,15 +355,25 @@ def _check_finite(run, line, batch):
     step = line["step"]
     of = f"_process_{processes.index()}" if processes.count() > 1 else ""
     path = run.workdir / f"nonfinite_step_{step}{of}.npz"
-    np.savez(path, **{k: v for k, v in dataclasses.asdict(batch).items() if v is not None})
-    run.checkpoints.wait()
-    good = run.checkpoints.latest
-    kept = f"the checkpoint of step {good} is good" if good is not None else "nothing was saved yet"
+    where = f"is in {path}"
+    try:
+        np.savez(path, **{k: v for k, v in dataclasses.asdict(batch).items() if v is not None})
+    except OSError as error:
+        where = f"could not be written to {path} ({error.strerror})"
+    kept = _kept(run)
+    change = " with --change" if run.checkpoints.latest is not None else ""
     raise InputError(
         f"the loss is {line['loss']} and the gradient's norm {line['grad_norm']} at step {step}, "
-        f"with learning rate {line['learning_rate']:.3g}; its batch is in {path} and {kept}: lower "
-        "schedule.peak and run again"
+        f"with learning rate {line['learning_rate']:.3g}; its batch {where} and {kept}: lower "
+        f"schedule.peak and run again{change}"
     )
+
+
+def _kept(run):
+    """What is safe, for a message."""
+    run.checkpoints.wait()
+    good = run.checkpoints.latest
+    return f"the checkpoint of step {good} is good" if good is not None else "nothing was saved yet"
 
 
 def _save(run, step):
@@ -332,30 +395,3 @@ def _show(bar, line):
         refresh=False,
     )
     bar.update(line["step"] - bar.n)
-
-
-class _Signals:
-    """SIGTERM and SIGINT end the loop after the step in flight; a second one ends the process.
-
-    Of several processes one may have its signal a step before another: all begin no other step once
-    the first of them has it.
-    """
-
-    caught = stop = False
-
-    def __enter__(self):
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def share(self):
-        """Between two steps, in all processes."""
-        with jax.transfer_guard("allow"):
-            self.stop = processes.anywhere(self.caught)
-
-    def _note(self, number, _):
-        self.caught = True
-        signal.signal(number, self._before[number])

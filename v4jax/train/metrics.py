@@ -16,6 +16,9 @@ import numpy as np
 
 from v4jax import accounting, chips
 from v4jax.config import ModelConfig
+from v4jax.errors import InputError
+from v4jax.files.atomic import write_atomically
+from v4jax.files.writing import append, writing
 from v4jax.train.lora import SUBTREE
 from v4jax.train.optimizer import joined, matches
 
@@ -27,19 +30,31 @@ class Metrics:
 
     Args:
       step: the step that the run goes on from; lines of later ones, from a run that was killed
-        after its last checkpoint, are dropped: they will be written again.
+        after its last checkpoint, are dropped: they will be written again. Damaged lines are too.
+
+    Attributes:
+      damaged: how many those were.
+
+    Raises:
+      InputError: files that cannot be read or made, a full disk.
     """
 
     def __init__(self, workdir: Path, step: int):
-        self._path = workdir / FILE
-        kept = [line for line in read(workdir) if line["step"] <= step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self._path.open("a")
+        path = workdir / FILE
+        before = _content(path)
+        found = list(_lines(before))
+        # A kill may have cut off the last line; any other that is no line is damage.
+        self.damaged = sum(line is None for _, line in found[:-1])
+        self.damaged += bool(found) and found[-1][1] is None and before.endswith(b"\n")
+        kept = b"".join(raw + b"\n" for raw, line in found if line and line["step"] <= step)
+        with writing(path):
+            if kept != before:
+                write_atomically(path, kept)
+            self._file = path.open("ab", buffering=0)
         self._events = EventFile(workdir / f"events.out.tfevents.{int(time.time())}.v4jax")
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        append(self._file, json.dumps(line).encode() + b"\n")
         self._events.write(line["step"], {k: v for k, v in line.items() if k != "step"})
 
     def close(self) -> None:
@@ -48,15 +63,52 @@ class Metrics:
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of a run so far; one that a kill cut off does not count."""
-    path = workdir / FILE
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
+    """The lines of a run so far: objects of numbers (or null: no such figure) with a "step".
+
+    What a kill cut off or damage made of a line does not count.
+
+    Raises:
+      InputError: the file cannot be read.
+    """
+    return [line for _, line in _lines(_content(workdir / FILE)) if line]
+
+
+def _content(path):
+    name = str(path)[:200]
+    try:
+        if not path.exists():
+            return b""
+        if not path.is_file():
+            raise InputError(f"{name}: is no regular file; expected the metrics of a run")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{name}: cannot be read ({error.strerror}); mend that, or give another directory"
+        ) from error
+
+
+def _lines(content):
+    """Pairs of a line's bytes and what it says, None where that is not what `write` writes."""
+    for raw in content.split(b"\n"):
+        if not raw:
             continue
-    return lines
+        try:
+            line = json.loads(raw.decode())
+        except (ValueError, RecursionError):  # no UTF-8, no JSON, or nested without end
+            line = None
+        yield raw, line if _is_line(line) else None
+
+
+def _is_line(line):
+    if not isinstance(line, dict) or not all(map(_is_figure, line.values())):
+        return False
+    return isinstance(line.get("step"), int) and line["step"] > 0
+
+
+def _is_figure(value):
+    if value is None or isinstance(value, float):
+        return True
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 class EventFile:
@@ -67,8 +119,9 @@ class EventFile:
     """
 
     def __init__(self, path: Path):
-        self._file = path.open("ab")
-        self._record(_field(1, 1, struct.pack("<d", time.time())) + _bytes(3, b"brain.Event:2"))
+        with writing(path):
+            self._file = path.open("ab", buffering=0)
+            self._record(_field(1, 1, struct.pack("<d", time.time())) + _bytes(3, b"brain.Event:2"))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         scalars = {k: v for k, v in values.items() if isinstance(v, int | float)}
@@ -84,8 +137,7 @@ class EventFile:
 
     def _record(self, data):
         length = struct.pack("<Q", len(data))
-        self._file.write(length + _masked_crc(length) + data + _masked_crc(data))
-        self._file.flush()
+        append(self._file, length + _masked_crc(length) + data + _masked_crc(data))
 
 
 def _field(number, kind, payload):

@@ -10,7 +10,6 @@ cores; runs of a config share its compiled programs, in RUNS/compiled.
 """
 
 import concurrent.futures
-import importlib.util
 import itertools
 import json
 import os
@@ -23,7 +22,9 @@ from typing import Any
 from tqdm import tqdm
 
 from v4jax.errors import InputError
-from v4jax.train import curves
+from v4jax.files.atomic import write_atomically
+from v4jax.files.writing import writable_directory, writing
+from v4jax.train import config_file, curves
 
 SHOWN = ("loss", "held_out", "held_out_bits_per_byte", "tokens_per_second", "minutes")
 
@@ -31,6 +32,9 @@ SHOWN = ("loss", "held_out", "held_out_bits_per_byte", "tokens_per_second", "min
 def sweep(folder: Path, runs: Path, steps: int | None = None, jobs: int = 1) -> str:
     """Runs all that is not complete, `jobs` at a time, writes the results and returns the table."""
     experiment = _read(folder)
+    # At the end of hours is no time to find out.
+    writable_directory(runs, "--runs")
+    writable_directory(folder, "the experiment's folder")
     # All runs of a seed first: stopped early, they can be compared.
     named = {
         f"{name}_{seed}": (name, seed) for seed in experiment.SEEDS for name in experiment.RUNS
@@ -46,27 +50,39 @@ def sweep(folder: Path, runs: Path, steps: int | None = None, jobs: int = 1) -> 
         name: [curves.summary(lines) for lines in of_seeds] for name, of_seeds in found.items()
     }
     table = _table(results)
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    for name, text in (("results.json", json.dumps(results, indent=1)), ("table.md", table)):
+        with writing(folder / name):
+            write_atomically(folder / name, text.encode() + b"\n")
     curves.draw(found, folder / "curves.png")
     return table
 
 
 def _read(folder):
     path = folder / "sweep.py"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{folder}: has no sweep.py; give a folder such as experiments/NNN_name")
-    spec = importlib.util.spec_from_file_location("v4jax_sweep", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = config_file.run_file(path)
     missing = [name for name in ("CONFIG", "RUNS", "SEEDS") if not hasattr(module, name)]
     if missing:
         raise InputError(f"{path}: has no {', '.join(missing)}; expected CONFIG, RUNS and SEEDS")
+    if not (_is_runs(module.RUNS) and _is_seeds(module.SEEDS)):
+        raise InputError(
+            f"{path}: RUNS is {module.RUNS!r:.200} and SEEDS {module.SEEDS!r:.200}; expected "
+            "{NAME: {FIELD: VALUE}} and whole numbers, at least one of each"
+        )
     return module
 
 
+def _is_runs(runs):
+    return isinstance(runs, dict) and runs and all(isinstance(c, dict) for c in runs.values())
+
+
+def _is_seeds(seeds):
+    return isinstance(seeds, tuple | list | range) and seeds and all(type(s) is int for s in seeds)
+
+
 def _file(folder, name):
-    return folder / name if (folder / name).is_file() else Path(name)
+    return folder / name if os.path.isfile(folder / name) else Path(name)
 
 
 def _command(folder, experiment, name, seed, workdir, steps):
@@ -88,14 +104,17 @@ def _run_all(commands, runs, jobs):
 
     with (
         concurrent.futures.ThreadPoolExecutor(jobs, initializer=divide) as pool,
-        tqdm(total=len(commands), unit="run", dynamic_ncols=True) as bar,
+        tqdm(total=len(commands), unit="run", dynamic_ncols=True, disable=None) as bar,
     ):
         waiting = {
             pool.submit(_train, command, runs / run): run for run, command in commands.items()
         }
         try:
-            for done in concurrent.futures.as_completed(waiting):
+            for count, done in enumerate(concurrent.futures.as_completed(waiting), 1):
                 done.result()
+                if bar.disable:  # into a pipe: a line per run instead
+                    said = f"v4jax sweep: {waiting[done]} is complete, {count} of {len(commands)}"
+                    print(said, file=sys.stderr, flush=True)
                 bar.set_postfix_str(waiting[done], refresh=False)
                 bar.update()
         except BaseException:
@@ -104,11 +123,13 @@ def _run_all(commands, runs, jobs):
 
 
 def _train(command, workdir):
-    workdir.mkdir(parents=True, exist_ok=True)
     compiled = str((workdir.parent / "compiled").absolute())
     environment = {"JAX_COMPILATION_CACHE_DIR": compiled} | os.environ
     log = workdir / "log.txt"
-    with log.open("ab") as file:
+    with writing(log):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = log.open("ab")
+    with file:
         status = subprocess.run(
             command, stdout=file, stderr=file, env=environment, check=False
         ).returncode
