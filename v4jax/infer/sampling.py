@@ -72,7 +72,7 @@ def row_keys(key, rows: int, step):
     def row_key(row):
         return jax.random.fold_in(jax.random.fold_in(key, row), step)
 
-    return jax.vmap(row_key)(jnp.arange(rows))
+    return jax.vmap(row_key)(jnp.arange(rows, dtype=jnp.int32))
 
 
 def _greedy(logits_BV, keys_B, sampling):

@@ -27,6 +27,7 @@ def run(op: str, implementation: str | None, functions: dict[str, Callable], ref
       NotImplementedError: there is no such implementation, or it cannot take the arguments; it is
         never replaced by another.
     """
+    functions = {name: _in_32_bits(function) for name, function in functions.items()}
     if implementation is not None:
         return _named(op, implementation, functions, refuse, *args)
     kernels = {
@@ -53,3 +54,18 @@ def _named(op, implementation, functions, refuse, *args):
     compiled = {PLATFORMS[implementation]: functools.partial(function, interpret=False)}
     interpreted = functools.partial(function, interpret=True)
     return jax.lax.platform_dependent(*args, default=interpreted, **compiled)
+
+
+def _in_32_bits(function):
+    """The function traced without 64-bit types, whatever `JAX_ENABLE_X64` says.
+
+    Pallas' own loop counters and grid indices become int64 under it, which no kernel's arithmetic
+    and no accelerator takes. Nothing that comes in or goes out is wider than 32 bits.
+    """
+
+    @functools.wraps(function)
+    def traced(*args, **options):
+        with jax.enable_x64(False):
+            return function(*args, **options)
+
+    return traced

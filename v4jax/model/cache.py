@@ -189,8 +189,9 @@ def write_rows(buffer_RBCX, layer, rows_BKH, start_B, count_B):
         # The slice may not reach over the end, or it would be moved: it begins earlier instead.
         # Below 0 it begins where rows of the buffer of another shard end.
         first = jnp.clip(start_B[b], 0, size - length)
-        source = jnp.arange(length) + first - start_B[b]
-        at = (layer, b, first, *(0 for _ in entry))
+        source = jnp.arange(length, dtype=jnp.int32) + first - start_B[b]
+        # One type for all of them: with JAX_ENABLE_X64 a plain 0 would be 64 bits wide.
+        at = tuple(jnp.int32(i) for i in (layer, b, first, *(0 for _ in entry)))
         old = jax.lax.dynamic_slice(buffer, at, (1, 1, length, *entry))
         fresh = (source >= 0) & (source < count_B[b])
         new = rows[b, jnp.clip(source, 0, length - 1)]
@@ -198,8 +199,8 @@ def write_rows(buffer_RBCX, layer, rows_BKH, start_B, count_B):
         return jax.lax.dynamic_update_slice(buffer, merged, at)
 
     if rows.shape[0] == 1:
-        return one(0, buffer_RBCX)
-    return jax.lax.fori_loop(0, rows.shape[0], one, buffer_RBCX)
+        return one(jnp.int32(0), buffer_RBCX)
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(rows.shape[0]), one, buffer_RBCX)
 
 
 def read_layer(buffer_RBCH, layer):

@@ -125,7 +125,7 @@ def _packed_blocks(joined_BPX, context, older, spec):
     entries = -(-closes.shape[1] // m) if older else closes.shape[1] // m
     last = closing_rows(jnp.cumsum(closes, axis=1, dtype=jnp.int32), entries)
     row = last[..., None] + jnp.arange(1 - _span(spec), 1, dtype=jnp.int32)[None, None] + older
-    blocks = joined_BPX[jnp.arange(batch)[:, None, None], jnp.maximum(row, 0)]
+    blocks = joined_BPX[jnp.arange(batch, dtype=jnp.int32)[:, None, None], jnp.maximum(row, 0)]
     position = jnp.take_along_axis(context.position, last, axis=1)
     return blocks, position - (spec.ratio - 1)
 

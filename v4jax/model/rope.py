@@ -90,7 +90,7 @@ def turned(x: Array, cos: Array, sin: Array) -> Float[Array, "..."]:
     """x turned, in float32, not rounded; derivatives are in `rotate`."""
     kept = x.shape[-1] - 2 * cos.shape[-1]
     cos, sin = _over_channels(cos, kept), _over_channels(sin, kept)
-    channel = jnp.expand_dims(jnp.arange(x.shape[-1]), tuple(range(x.ndim - 1)))
+    channel = jnp.expand_dims(jnp.arange(x.shape[-1], dtype=jnp.int32), tuple(range(x.ndim - 1)))
     # Shifting the row by one either way is one pass; taking the pairs apart is several slow ones.
     partner = jnp.where((channel - kept) % 2 == 0, -_shifted(x, -1), _shifted(x, 1))
     x, partner = x.astype(jnp.float32), partner.astype(jnp.float32)

@@ -368,7 +368,7 @@ def _run(unit, segment, carry, replay, context):
         )  # fmt: skip
         return unit(carry, (0, replays), context)
     replays = tuple(_stacked_replay(replay, segment, i) for i in range(segment.period))
-    return unit(carry, (jnp.arange(segment.repeats), replays), context)
+    return unit(carry, (jnp.arange(segment.repeats, dtype=jnp.int32), replays), context)
 
 
 def _stacked_replay(replay, segment, place):
