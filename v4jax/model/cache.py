@@ -21,6 +21,7 @@ from v4jax import config as config_lib
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.errors import InputError
 from v4jax.kernels.sparse_attention.entries import lanes_of
+from v4jax.reprs import short_repr
 
 
 @struct.dataclass
@@ -32,6 +33,9 @@ class CompressorState:
 
     entries: Any
     raw: Any
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 @struct.dataclass
@@ -47,6 +51,9 @@ class LayerCache:
     main: Any = None
     index: Any = None
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 @struct.dataclass
 class Cache:
@@ -61,6 +68,9 @@ class Cache:
     layers: Any
     max_length: int = struct.field(pytree_node=False)
     max_rollback: int = struct.field(pytree_node=False)
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     def rollback(self, count: ArrayLike) -> "Cache":
         """The cache as it was `count` tokens ago, a number for the batch or one for each row, [B].

@@ -31,6 +31,7 @@ from v4jax.model.context import AUX_NAMES, Context, check_packed, place_tokens, 
 from v4jax.model.hyper_connections import HyperHead
 from v4jax.model.layers import Numerics, RMSNorm, weight
 from v4jax.model.mtp import MTPBlock
+from v4jax.reprs import short_repr
 from v4jax.sharding import collectives
 from v4jax.sharding.rules import ONE_DEVICE, Shards
 
@@ -54,6 +55,9 @@ class Output:
     streams: Any = None
     normed: Any = None
     mtp_normed: Any = ()
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 class Transformer(nn.Module):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int
 
 from v4jax import quant
+from v4jax.reprs import short_repr
 
 WIDTH, ROPE, GROUP = 512, 64, 64
 KEPT = WIDTH - ROPE
@@ -54,6 +55,9 @@ class StoredRows:
     @property
     def ndim(self) -> int:
         return len(self.words.shape)
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 @functools.partial(jax.jit, inline=True)
