@@ -4,6 +4,8 @@ Shapes and types are checked in every call, values where they are concrete: outs
 on this process's devices. Inside a program nothing is added to it.
 """
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,20 @@ def check(
     if replay is not None:
         seen = shape[1] if cache is None else cache.max_length
         _check_replay(config, replay, shape, seen)
+
+
+@contextlib.contextmanager
+def derivatives_explained():
+    """Says how to get a derivative that gradients written by hand do not have."""
+    try:
+        yield
+    except TypeError as error:
+        if "custom_vjp function" not in str(error):
+            raise
+        raise InputError(
+            f"the model with these kernels has gradients and no other derivatives ({error}); build "
+            "it with kernels='reference' for jax.jvp, jax.linearize and second derivatives"
+        ) from error
 
 
 def check_room(tokens, cache, lengths, mtp) -> None:

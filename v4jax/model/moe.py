@@ -122,7 +122,8 @@ class Experts(nn.Module):
             )
 
         tokens = x_BTD.reshape(-1, d), chosen_BTK.reshape(-1, k), weights_BTK.reshape(-1, k)
-        return expert.route(self.numerics.shards, *tokens, e, ffn).reshape(x_BTD.shape)
+        shards, kernels = self.numerics.shards, self.numerics.kernels
+        return expert.route(shards, *tokens, e, ffn, kernels).reshape(x_BTD.shape)
 
 
 class SharedExpert(nn.Module):
@@ -146,6 +147,7 @@ class SharedExpert(nn.Module):
             self.w3.weight,
             limit=self.config.swiglu_limit,
             rounding=grouped_matmul.Rounding(self.numerics.dtype, self.numerics.native),
+            implementation=self.numerics.kernels,
         )
         return y.reshape(x_BTD.shape)
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Inexact, Int
 
 from v4jax.config import ModelConfig, Yarn
+from v4jax.ops import derivatives
 from v4jax.quant import materialized, round_to
 
 
@@ -57,14 +58,22 @@ def rotations(frequency: np.ndarray, position: Int[Array, "*b"]):
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Array, cos: Array, sin: Array, dtype, inverse: bool = False) -> Inexact[Array, "..."]:
+def rotate(
+    x: Array,
+    cos: Array,
+    sin: Array,
+    dtype,
+    inverse: bool = False,
+    implementation: str | None = None,
+) -> Inexact[Array, "..."]:
     """Turns the last R channels of x by the angles, in float32, and rounds to `dtype`.
 
     Args:
       x: [*b, H]; cos, sin: [*b, R/2], or with 1s where they broadcast (heads). No gradient of them.
       inverse: turn back, which attention's output needs since values carry the key's rotation.
+      implementation: "reference" for a function with derivatives of every order.
     """
-    return _rotate(dtype, x, cos, -sin if inverse else sin)
+    return derivatives.of(_rotate, implementation)(dtype, x, cos, -sin if inverse else sin)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -71,7 +71,9 @@ class Transformer(nn.Module):
         Below it layers are unrolled, which spares a scan's copies of weights out of the stack.
       remat: recompute each unit's activations in the backward pass.
       kernels: "xla", "pallas_tpu" or "pallas_gpu" for every kernel (a Pallas one is interpreted
-        where it cannot run); None takes the best of the platform that is compiled for.
+        where it cannot run); None takes the best of the platform that is compiled for. These have
+        gradients and no other derivatives. "reference" is plain JAX on one device, slow, with
+        derivatives of every order: jax.jvp, jax.linearize, jax.hessian.
       sharding: mesh and strategy to run on, by default one device; see `model.sharded`.
       inside: whether `apply` is called inside `shard_map` already, on one shard's arrays.
     """
@@ -202,7 +204,8 @@ class Transformer(nn.Module):
         if not alone:
             arguments.check(self, *args, **options)
         if alone or self.sharding.mesh is None:
-            return super().apply(variables, *args, **options)
+            with arguments.derivatives_explained():
+                return super().apply(variables, *args, **options)
         return sharded.apply(self, variables, *args, **options)
 
     @nn.nowrap

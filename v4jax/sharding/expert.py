@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
 from v4jax.errors import InputError
+from v4jax.ops import derivatives
 from v4jax.sharding import collectives
 from v4jax.sharding.exchange import plan_exchange
 from v4jax.sharding.rules import Shards
@@ -28,6 +29,7 @@ def route(
     weights_XK: Float[Array, "x k"],
     experts: int,
     ffn: Ffn,
+    implementation: str | None = None,
 ) -> Float[Array, "x d"]:
     """The sum over each token's experts, in the order of its choices.
 
@@ -41,6 +43,7 @@ def route(
       experts: how many there are on all shards; shard i has the i-th part of them.
       ffn: (x_RD, weight_R, sizes_E) -> y_RD, this shard's experts on rows sorted by expert. Rows
         after the first sum(sizes_E) are zeros; what it makes of them is ignored.
+      implementation: "reference" for derivatives of every order, on one device.
 
     Returns:
       [X, D] float32. Differentiable in x, the weights and what `ffn` captures.
@@ -51,7 +54,7 @@ def route(
     """
     axes = shards.axes("expert")
     if not axes:
-        return _all_here(x_XD, chosen_XK, weights_XK, experts, ffn)
+        return _all_here(x_XD, chosen_XK, weights_XK, experts, ffn, implementation)
     shards.check_divides({"expert": experts})
     spread = {*shards.axes("batch"), *shards.axes("sequence")}
     shared = [axis for axis in axes if axis not in spread]
@@ -95,13 +98,14 @@ def _in_waves(one, waves, *tokens):
     return jnp.concatenate([one(*(x[start:end] for x in tokens)) for start, end in parts])
 
 
-def _all_here(x_XD, chosen_XK, weights_XK, experts, ffn):
+def _all_here(x_XD, chosen_XK, weights_XK, experts, ffn, implementation):
     """One device: every row has its expert here."""
     expert_R = chosen_XK.reshape(-1)
     places = _sorted(expert_R, experts, chosen_XK.shape)
     sizes_E = jnp.zeros(experts, jnp.int32).at[expert_R].add(1)
-    y_RD = ffn(_spread(x_XD, places), _rows(weights_XK, places), sizes_E)
-    return _combine(y_RD, places, "float32")
+    spread, combine = (derivatives.of(f, implementation) for f in (_spread, _combine))
+    y_RD = ffn(spread(x_XD, places), _rows(weights_XK, places, spread), sizes_E)
+    return combine(y_RD, places, "float32")
 
 
 def _tokens_everywhere(shards, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
@@ -191,9 +195,10 @@ def _moved(sizes, starts, targets, rows):
     return jnp.where(index_R < sizes.sum(dtype=jnp.int32), index_R + distance_R, index_R)
 
 
-def _rows(weights_XK, places):
+def _rows(weights_XK, places, spread=None):
     """A token's weights, one a row."""
-    return _spread(weights_XK.reshape(-1), places._replace(row_XK=places.row_XK.reshape(-1, 1)))
+    each = places._replace(row_XK=places.row_XK.reshape(-1, 1))
+    return (spread or _spread)(weights_XK.reshape(-1), each)
 
 
 # The two below are each other's transpose, so that neither's gradient is a scatter.
