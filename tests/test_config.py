@@ -1,5 +1,6 @@
 """The config's dataclasses, the cut into segments, and the named configs of configs/."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ from v4jax.config import (
     LayerSpec,
     ModelConfig,
     Segment,
+    Yarn,
     layer_place,
     segments,
     with_hash_routing,
@@ -40,6 +42,49 @@ NAMES = [
 
 
 @pytest.mark.parametrize(
+    "valid, name, value, message",
+    [
+        (HCA, "ratio", 4.5, "ratio is 4.5; expected 0 or more, a whole one"),
+        (ModelConfig(), "hidden_size", 48.0, "hidden_size is 48.0; expected a positive number"),
+        (ModelConfig(), "index_topk", 1.5, "index_topk is 1.5; .* a whole one, or None for all"),
+        (ModelConfig(), "layers", [WINDOW], "layers is .*; expected a tuple of LayerSpec"),
+        (ModelConfig(), "mtp_layers", ("window",), "mtp_layers is .*; expected a tuple of LayerSp"),
+        (ModelConfig(), "rope_theta", "1e4", "rope_theta is 1e4; expected a positive number"),
+    ],
+)
+def test_values_of_another_type_are_refused(valid, name, value, message):
+    """Not by way of the constructor: in tests its annotations are checked before."""
+    changed = copy.copy(valid)
+    object.__setattr__(changed, name, value)
+    with pytest.raises(InputError, match=message):
+        changed.__post_init__()
+
+
+def test_yarn_refuses_what_makes_no_sense():
+    with pytest.raises(InputError, match="beta_fast is 1.0, below beta_slow 32.0"):
+        Yarn(beta_fast=1.0, beta_slow=32.0)
+    with pytest.raises(InputError, match="rope_scaling factor is inf; expected a positive"):
+        Yarn(factor=float("inf"))
+
+
+def test_a_base_of_one_is_fine_where_yarn_is_not_used():
+    """Only YaRN divides by its logarithm."""
+    ModelConfig(compress_rope_theta=1.0, rope_scaling=None)
+    ModelConfig(compress_rope_theta=1.0, layers=(WINDOW,))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"attention": "hca", "ratio": -4}, "ratio is -4; expected 0 or more, a whole one"),
+    ],
+)
+def test_layer_spec_refuses_a_ratio_that_is_none(fields, message):
+    with pytest.raises(InputError, match=message):
+        LayerSpec(**fields)
+
+
+@pytest.mark.parametrize(
     "fields, message",
     [
         ({"attention": "mla"}, "attention is 'mla'"),
@@ -57,6 +102,16 @@ def test_layer_spec_refuses_what_makes_no_sense(fields, message):
 @pytest.mark.parametrize(
     "fields, message",
     [
+        (
+            {"compress_rope_theta": 1.0},
+            "compress_rope_theta is 1.0 .* more than 1, or rope_scaling",
+        ),
+        ({"compress_rope_theta": 0.5}, "expected a base of more than 1"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf; expected a positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected a positive number"),
+        ({"initializer_range": -0.1}, "initializer_range is -0.1; expected 0 or a positive"),
+        ({"hc_mult": True}, "hc_mult is True; expected a positive number, a whole one"),
+        ({"n_shared_experts": -1}, "n_shared_experts is -1; expected 0 or more, a whole one"),
         ({"num_attention_heads": 60}, "60, not divisible by o_groups 8"),
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"layers": ()}, "at least one layer"),

@@ -13,8 +13,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import serialization
 
+from tests.support.tiny import tiny_config
 from v4jax import quant
+from v4jax.kernels.sparse_attention import stored
+from v4jax.model.transformer import Output, Transformer
 
 GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden" / "native"
 E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -455,3 +459,40 @@ def test_golden_scales_differ_only_where_the_values_do_not():
     fresh = quant.quantize_fp4(decoded)
     assert (np.asarray(fresh.scales) <= stored.scales).all()
     assert_same_bits(quant.dequantize(fresh, jnp.float32), decoded)
+
+
+def stored_params():
+    w = jax.random.normal(jax.random.key(0), (130, 64))
+    return {"a": quant.quantize_fp8(w), "b": [quant.quantize_fp4(w)], "c": jnp.ones(3)}
+
+
+def test_flax_serialization_keeps_stored_weights_byte_for_byte():
+    params = stored_params()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    back = serialization.from_bytes(zeros, serialization.to_bytes(params))
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    for found, wanted in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True):
+        assert found.dtype == wanted.dtype
+        assert np.asarray(found).tobytes() == np.asarray(wanted).tobytes()
+
+
+def test_the_repr_of_stored_weights_is_short():
+    params = stored_params()
+    assert repr(params["a"]) == "QTensor(values=float8_e4m3fn[130, 64], scales=uint8[2, 1])"
+    assert repr(params["b"]) == "[QTensor(values=uint8[130, 32], scales=uint8[130, 2])]"
+    # Trees of other things than arrays, as jax makes them.
+    shapes = jax.eval_shape(stored_params)
+    assert repr(shapes["a"]) == repr(params["a"])
+    assert repr(jax.tree.map(lambda x: None, params)["a"]) == "QTensor(values=None, scales=None)"
+
+
+def test_reprs_of_caches_and_outputs_are_short():
+    """One line a layer at most, whatever is in them."""
+    rows = stored.pack(jnp.zeros((1, 4, 512), jnp.bfloat16))
+    assert repr(rows) == "StoredRows(words=int32[1, 4, 128], tails=int32[1, 32, 128])"
+    cache = Transformer(tiny_config()).init_cache(2, 16)
+    assert len(repr(cache)) < 1000
+    assert repr(cache.layers["layers_0"][0]).startswith("LayerCache(window=float32[1, 2, 23, 24]")
+    output = Output(jnp.zeros((2, 3, 4)), cache, aux={"streams": {0: jnp.zeros((2, 3))}})
+    shown = "Output(logits=float32[2, 3, 4], cache=Cache(lengths=int32[2], "
+    assert repr(output).startswith(shown) and "{'streams': {0: float32[2, 3]}}" in repr(output)

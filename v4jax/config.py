@@ -6,6 +6,9 @@ each layer, its compression ratio, overlap and routing, the residual streams, th
 """
 
 import dataclasses
+import math
+import numbers
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +17,20 @@ from v4jax.errors import InputError
 ATTENTION_KINDS = ("window", "csa", "hca", "full")
 ROUTING_KINDS = ("hash", "score")
 SCORING_FUNCTIONS = ("sqrtsoftplus", "sigmoid", "softmax")
+
+
+def _is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _check_whole(name, value, least, or_else=""):
+    try:
+        wrong = isinstance(value, bool) or operator.index(value) < least
+    except TypeError:
+        wrong = True
+    if wrong:
+        expected = "0 or more" if least == 0 else "a positive number"
+        raise InputError(f"{name} is {value!r}; expected {expected}, a whole one{or_else}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +56,7 @@ class LayerSpec:
             raise InputError(f"attention is {self.attention!r}; expected one of {ATTENTION_KINDS}")
         if self.routing not in ROUTING_KINDS:
             raise InputError(f"routing is {self.routing!r}; expected one of {ROUTING_KINDS}")
+        _check_whole("a layer's ratio", self.ratio, 0)
         compressed = self.attention in ("csa", "hca")
         if compressed and self.ratio < 2:
             raise InputError(f"a {self.attention} layer has ratio {self.ratio}; expected 2 or more")
@@ -67,10 +85,15 @@ class Yarn:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not value > 0:
+            if not (_is_number(value) and value > 0 and math.isfinite(value)):
                 raise InputError(
                     f"rope_scaling {field.name} is {value}; expected a positive number"
                 )
+        if self.beta_fast < self.beta_slow:
+            raise InputError(
+                f"rope_scaling beta_fast is {self.beta_fast}, below beta_slow {self.beta_slow}; "
+                "expected the rotations of the fast channels to be the larger"
+            )
 
 
 def with_hash_routing(layers, num_hash_layers):
@@ -142,8 +165,10 @@ class ModelConfig:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self):
+        _check_layers(self)
         _check_positive(self)
         _check_attention(self)
+        _check_rope(self)
         _check_experts(self)
         _check_hyper_connections(self)
         _check_files(self)
@@ -220,24 +245,29 @@ def layer_place(cut: tuple[Segment, ...], layer: int) -> tuple[Segment, int, int
     raise InputError(f"layer {layer} is not one of the model's layers")
 
 
+# Fields and the least that each may be. Counts are whole numbers, the others finite ones.
+_COUNTS = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "draft_layers": 0,
+    "num_attention_heads": 1,
+    "head_dim": 1,
+    "qk_rope_head_dim": 1,
+    "q_lora_rank": 1,
+    "o_groups": 1,
+    "o_lora_rank": 1,
+    "sliding_window": 1,
+    "index_n_heads": 1,
+    "index_head_dim": 1,
+    "n_routed_experts": 1,
+    "n_shared_experts": 0,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 1,
+    "hc_mult": 1,
+    "hc_sinkhorn_iters": 1,
+    "max_position_embeddings": 1,
+}
 _POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "num_attention_heads",
-    "head_dim",
-    "qk_rope_head_dim",
-    "q_lora_rank",
-    "o_groups",
-    "o_lora_rank",
-    "sliding_window",
-    "index_n_heads",
-    "index_head_dim",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "hc_mult",
-    "hc_sinkhorn_iters",
-    "max_position_embeddings",
     "rope_theta",
     "compress_rope_theta",
     "swiglu_limit",
@@ -247,17 +277,41 @@ _POSITIVE = (
 )
 
 
-def _check_positive(config):
-    for name in _POSITIVE:
+def _check_layers(config):
+    for name in ("layers", "mtp_layers"):
         value = getattr(config, name)
-        if not value > 0:
-            raise InputError(f"{name} is {value}; expected a positive number")
-    if config.n_shared_experts < 0:
-        raise InputError(f"n_shared_experts is {config.n_shared_experts}; expected 0 or more")
+        if not (isinstance(value, tuple) and all(isinstance(x, LayerSpec) for x in value)):
+            raise InputError(
+                f"{name} is {repr(value)[:100]}; expected a tuple of LayerSpec, one for each layer"
+            )
     if not config.layers:
         raise InputError("num_hidden_layers is 0; expected at least one layer")
-    if config.index_topk is not None and config.index_topk < 1:
-        raise InputError(f"index_topk is {config.index_topk}; expected 1 or more, or None for all")
+
+
+def _check_positive(config):
+    for name, least in _COUNTS.items():
+        _check_whole(name, getattr(config, name), least)
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        # A SwiGLU limit of infinity is none at all; the rest would make zeros or NaN of it.
+        finite = name == "swiglu_limit" or (_is_number(value) and math.isfinite(value))
+        if not (_is_number(value) and value > 0 and finite):
+            raise InputError(f"{name} is {value}; expected a positive number")
+    deviation = config.initializer_range
+    if not (_is_number(deviation) and 0 <= deviation < math.inf):
+        raise InputError(f"initializer_range is {deviation}; expected 0 or a positive number")
+    if config.index_topk is not None:
+        _check_whole("index_topk", config.index_topk, 1, ", or None for all")
+
+
+def _check_rope(config):
+    """YaRN divides by the logarithm of the base, and below 1 its channels turn the wrong way."""
+    compresses = any(layer.attention in ("csa", "hca") for layer in config.layers)
+    if compresses and config.rope_scaling is not None and config.compress_rope_theta <= 1:
+        raise InputError(
+            f"compress_rope_theta is {config.compress_rope_theta} and rope_scaling is YaRN's; "
+            "expected a base of more than 1, or rope_scaling None"
+        )
 
 
 def _check_attention(config):
@@ -304,8 +358,6 @@ def _check_hyper_connections(config):
 
 
 def _check_files(config):
-    if config.draft_layers < 0:
-        raise InputError(f"draft_layers is {config.draft_layers}; expected 0 or more")
     if config.draft_layers and config.mtp_layers:
         raise InputError(
             f"draft_layers is {config.draft_layers} and there are {len(config.mtp_layers)} MTP "

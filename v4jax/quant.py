@@ -18,8 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import serialization
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
+
+from v4jax.reprs import short_repr
 
 FP8_BLOCK = (128, 128)
 FP4_BLOCK = (1, 32)
@@ -81,6 +84,17 @@ class QTensor:
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """See `dequantize`."""
         return dequantize(self, dtype)
+
+    def __repr__(self) -> str:
+        return short_repr(self)
+
+
+# For `flax.serialization.to_bytes(params)`, to which jax's registration means nothing.
+serialization.register_serialization_state(
+    QTensor,
+    lambda q: {"values": q.values, "scales": q.scales},
+    lambda q, state: QTensor(state["values"], state["scales"]),
+)
 
 
 @functools.partial(jax.jit, static_argnames="dtype", inline=True)

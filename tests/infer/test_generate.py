@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -233,6 +234,13 @@ def test_lengths_are_rounded_up_to_a_few(length, expected):
         ("def ", "prompts has type str; expected lists of token ids"),
         (["def "], "prompt 0 has shape .*expected a flat list"),
         (7, "prompts has type int; expected lists of token ids"),
+        ({"text": [1, 2]}, "prompts has type dict; expected lists of token ids"),
+        ({1, 2}, "prompts has type set; expected lists of token ids"),
+        (b"def ", "prompts has type bytes; expected lists of token ids"),
+        (None, "prompts has type NoneType; expected lists of token ids"),
+        (np.int32(3), "prompts has type int32; expected lists of token ids"),
+        (np.array(3), "prompts has type ndarray; expected lists of token ids"),
+        ([{"role": "user"}], "prompt 0 has shape .*expected a flat list"),
     ],
 )
 def test_bad_prompts(prompts, message):
@@ -248,6 +256,14 @@ def test_bad_prompts(prompts, message):
         ({"prefill_chunk": 0}, "prefill_chunk is 0"),
         ({"seed": -1}, "seed is -1; expected a whole number, 0 to 4294967295"),
         ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": None}, "temperature is None; expected a number: leave it out .* 0.0"),
+        ({"temperature": "0.7"}, "temperature is '0.7'; expected a number"),
+        ({"top_p": None}, "top_p is None; expected a number: leave it out for the default, 1.0"),
+        ({"top_k": None}, "top_k is None; expected a number"),
+        ({"top_k": math.nan}, "top_k is nan"),
+        ({"top_k": math.inf}, "top_k is inf"),
+        ({"min_p": [0.1]}, r"min_p is \[0.1\]; expected a number"),
+        ({"min_p": True}, "min_p is True; expected a number"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_k": -3}, "top_k is -3"),
         ({"min_p": 1.5}, "min_p is 1.5"),

@@ -73,7 +73,9 @@ def unsettle(variables, seed):
     leaves, tree = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     moved = [
-        x + 0.1 * jax.random.normal(k, x.shape) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        x + 0.1 * jax.random.normal(k, x.shape, x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else x
         for x, k in zip(leaves, keys, strict=True)
     ]
     return jax.tree.unflatten(tree, moved)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import operator
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple
 
 import jax
@@ -350,7 +350,8 @@ def _cache_length(prompts, max_new_tokens, max_length, config):
 
 def _read_prompts(prompts, vocab_size) -> list[np.ndarray]:
     """One int32 vector a prompt, from a list of lists or arrays or from a single prompt."""
-    if isinstance(prompts, str) or not hasattr(prompts, "__getitem__"):
+    sequence = hasattr(prompts, "__getitem__") and getattr(prompts, "shape", None) != ()
+    if isinstance(prompts, str | bytes | Mapping | Set) or not sequence:
         raise InputError(
             f"prompts has type {type(prompts).__name__}; expected lists of token ids: encode text "
             "with the checkpoint's tokenizer first"

@@ -6,6 +6,7 @@ top-p, min-p: top-p counts the mass of what top-k left. Every tie goes to the lo
 """
 
 import math
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -37,16 +38,28 @@ GREEDY = Sampling()
 
 def check(sampling: Sampling) -> Sampling:
     """The same values as plain numbers, or an `InputError` that names the one out of range."""
+    for name, value in sampling._asdict().items():
+        _check_number(name, value)
     temperature, top_k, top_p, min_p = sampling
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise InputError(f"temperature is {temperature}; expected 0 (greedy) or a positive number")
-    if top_k != int(top_k) or not 0 <= top_k < 2**31:
+    if not 0 <= top_k < 2**31 or top_k != int(top_k):
         raise InputError(f"top_k is {top_k}; expected 0 (all tokens) or a positive whole number")
     if not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}; expected more than 0 and at most 1 (all tokens)")
     if not 0 <= min_p <= 1:
         raise InputError(f"min_p is {min_p}; expected 0 (all tokens) to 1")
     return Sampling(_temperature(temperature), int(top_k), float(top_p), float(min_p))
+
+
+def _check_number(name, value):
+    """Numbers, also numpy's and jax's scalars; None and True are none."""
+    scalar = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not scalar and not (getattr(value, "shape", None) == () and value.dtype.kind in "iuf"):
+        raise InputError(
+            f"{name} is {repr(value)[:200]}; expected a number: leave it out for the default, "
+            f"{Sampling._field_defaults[name]}"
+        )
 
 
 def _temperature(value):
@@ -75,7 +88,7 @@ def row_keys(key, rows: int, step):
     def row_key(row):
         return jax.random.fold_in(jax.random.fold_in(key, row), step)
 
-    return jax.vmap(row_key)(jnp.arange(rows))
+    return jax.vmap(row_key)(jnp.arange(rows, dtype=jnp.int32))
 
 
 def _greedy(logits_BV, keys_B, sampling):

@@ -24,9 +24,12 @@ def run(op: str, implementation: str | None, functions: dict[str, Callable], ref
       args: pytrees of arrays.
 
     Raises:
-      NotImplementedError: there is no such implementation, or it cannot take the arguments; it is
-        never replaced by another.
+      NotImplementedError: there is no such implementation, or it cannot take the arguments (it is
+        never replaced by another), or a second derivative is asked for.
     """
+    if implementation != "reference":
+        _refuse_second(op, args)
+    functions = {name: _in_32_bits(function) for name, function in functions.items()}
     if implementation is not None:
         return _named(op, implementation, functions, refuse, *args)
     kernels = {
@@ -53,3 +56,33 @@ def _named(op, implementation, functions, refuse, *args):
     compiled = {PLATFORMS[implementation]: functools.partial(function, interpret=False)}
     interpreted = functools.partial(function, interpret=True)
     return jax.lax.platform_dependent(*args, default=interpreted, **compiled)
+
+
+def _refuse_second(op, args):
+    """Refuses a derivative of a kernel: it has a gradient, and that has none.
+
+    A gradient written by hand gets plain values, so a tracer of derivatives means a second one, or
+    a derivative through the gradient.
+    """
+    # By name: these classes have no public one.
+    names = {type(x).__name__ for x in jax.tree.leaves(args)}
+    if names & {"JVPTracer", "LinearizeTracer"}:
+        raise NotImplementedError(
+            f"{op} has a gradient and no other derivative; for jax.jvp, jax.linearize and second "
+            "derivatives build the model with kernels='reference'"
+        )
+
+
+def _in_32_bits(function):
+    """The function traced without 64-bit types, whatever `JAX_ENABLE_X64` says.
+
+    Pallas' own loop counters and grid indices become int64 under it, which no kernel's arithmetic
+    and no accelerator takes. Nothing that comes in or goes out is wider than 32 bits.
+    """
+
+    @functools.wraps(function)
+    def traced(*args, **options):
+        with jax.enable_x64(False):
+            return function(*args, **options)
+
+    return traced

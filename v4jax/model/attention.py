@@ -110,7 +110,8 @@ class Attention(nn.Module):
                 chosen = jnp.where(context.real[..., None], chosen, -1)
             paid = Paid(q, lse, flat(entries), low, seen, chosen)
             topk = self.config.index_topk or index_keys.shape[1]
-            index = Index(*q_index, index_keys, topk, self.numerics.native)
+            numerics = self.numerics
+            index = Index(*q_index, index_keys, topk, numerics.native, numerics.kernels)
             scale, heads = self.config.head_dim**-0.5, self.numerics.shards.kept("heads")
             aux |= {"indexer_loss": indexer_loss(paid, index, scale, heads)}
         if "attention" in context.aux:
@@ -124,12 +125,20 @@ class Attention(nn.Module):
         q = q.reshape(*q.shape[:2], -1, config.head_dim)
         cos, sin = (angle[:, :, None] for angle in turn)
         if self.numerics.native:
-            return rope.rotate(_norm_chain(q, config.rms_norm_eps), cos, sin, dtype)
-        return norm_and_turn(config.rms_norm_eps, dtype, q, cos, sin)
+            q = _norm_chain(q, config.rms_norm_eps)
+        elif self.numerics.kernels == "reference":
+            q = _normed(config.rms_norm_eps, dtype, q)[0]
+        else:
+            return norm_and_turn(config.rms_norm_eps, dtype, q, cos, sin)
+        return self._rotated(q, cos, sin)
+
+    def _rotated(self, x, cos, sin, inverse=False):
+        numerics = self.numerics
+        return rope.rotate(x, cos, sin, numerics.dtype, inverse, numerics.kernels)
 
     def _kv_rows(self, x_BTD, turn):
         kv = self.kv_norm(self.wkv("btd,hd->bth", x_BTD))
-        return self._quantize_kv(rope.rotate(kv, *turn, self.numerics.dtype))
+        return self._quantize_kv(self._rotated(kv, *turn))
 
     def _quantize_kv(self, kv):
         """Rounds all but the rotated channels to E4M3 in groups of 64 (native numerics)."""
@@ -248,7 +257,7 @@ class Attention(nn.Module):
         """Turns the values back, projects each group of heads down, then all of them up."""
         config, numerics = self.config, self.numerics
         cos, sin = (angle[:, :, None] for angle in turn)
-        o = rope.rotate(numerics.round(o), cos, sin, numerics.dtype, inverse=True)
+        o = self._rotated(numerics.round(o), cos, sin, inverse=True)
         groups = config.o_groups // numerics.shards.size("heads")
         o = o.reshape(*o.shape[:2], groups, -1)
         z = self.wo_a.grouped(o, groups)
@@ -283,11 +292,15 @@ def norm_and_turn(eps, dtype, q_BTNH, cos, sin):
 
 
 def _norm_and_turn_forward(eps, dtype, q_BTNH, cos, sin):
-    q_BTNH = quant.materialized(q_BTNH)
-    scale_BTN = inverse_rms(q_BTNH, eps)
-    normed = quant.round_to(q_BTNH.astype(jnp.float32) * scale_BTN[..., None], dtype)
+    normed, scale_BTN = _normed(eps, dtype, quant.materialized(q_BTNH))
     out = rope.rotate(normed, cos, sin, dtype)
     return out, (out, scale_BTN, cos, sin)
+
+
+def _normed(eps, dtype, q_BTNH):
+    """Each head's q / rms(q), rounded, and 1 / rms(q)."""
+    scale_BTN = inverse_rms(q_BTNH, eps)
+    return quant.round_to(q_BTNH.astype(jnp.float32) * scale_BTN[..., None], dtype), scale_BTN
 
 
 def _norm_and_turn_backward(eps, dtype, saved, g_BTNH):

@@ -13,13 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Int
+from jax.typing import ArrayLike
 
 from v4jax import config as config_lib
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.errors import InputError
 from v4jax.kernels.sparse_attention.entries import lanes_of
+from v4jax.reprs import short_repr
 
 
 @struct.dataclass
@@ -31,6 +33,9 @@ class CompressorState:
 
     entries: Any
     raw: Any
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 @struct.dataclass
@@ -45,6 +50,9 @@ class LayerCache:
     tokens: Any = None
     main: Any = None
     index: Any = None
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 @struct.dataclass
@@ -61,14 +69,26 @@ class Cache:
     max_length: int = struct.field(pytree_node=False)
     max_rollback: int = struct.field(pytree_node=False)
 
-    def rollback(self, count: Int[Array, " b"] | int) -> "Cache":
-        """The cache as it was `count` tokens ago, a number for the batch or one for each row.
+    def __repr__(self) -> str:
+        return short_repr(self)
+
+    def rollback(self, count: ArrayLike) -> "Cache":
+        """The cache as it was `count` tokens ago, a number for the batch or one for each row, [B].
 
         Raises:
           InputError: more than `rollback` of `init_cache`, or than the row holds (checked when
             the numbers are concrete).
         """
-        count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), self.lengths.shape)
+        count = jnp.asarray(count)
+        if not jnp.issubdtype(count.dtype, jnp.integer) or count.shape not in (
+            (),
+            self.lengths.shape,
+        ):
+            raise InputError(
+                f"rollback got {count.dtype}{list(count.shape)}; expected whole numbers, one or "
+                f"{list(self.lengths.shape)} for the rows"
+            )
+        count = jnp.broadcast_to(count.astype(jnp.int32), self.lengths.shape)
         wrong = jnp.any((count > self.spare) | (count < 0))
         if not isinstance(wrong, jax.core.Tracer) and bool(wrong):
             raise InputError(
@@ -92,6 +112,28 @@ def _roll_back(cache, count):
 
     layers = {name: tuple(map(layer, blocks)) for name, blocks in cache.layers.items()}
     return cache.replace(lengths=cache.lengths - count, spare=cache.spare - count, layers=layers)
+
+
+def check_sizes(config: ModelConfig, batch: int, max_length: int, rollback: int) -> None:
+    """Refuses sizes of a cache that no call could use.
+
+    Raises:
+      InputError: no whole number, a batch or length that is not positive, a negative rollback, or
+        a length beyond the model's positions.
+    """
+    for name, value, least in (
+        ("batch", batch, 1),
+        ("max_length", max_length, 1),
+        ("rollback", rollback, 0),
+    ):
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not whole or value < least:
+            raise InputError(f"cache {name} is {value}; expected {least} or more, a whole number")
+    if max_length > config.max_position_embeddings:
+        raise InputError(
+            f"cache max_length is {max_length}, beyond the model's max_position_embeddings "
+            f"{config.max_position_embeddings}"
+        )
 
 
 # One program: array by array it takes as long as the attention of a short prompt.
@@ -120,14 +162,7 @@ def init_cache(
     Raises:
       InputError: a length or batch that is not positive, or beyond the model's positions.
     """
-    for name, value in (("batch", batch), ("max_length", max_length)):
-        if value < 1:
-            raise InputError(f"cache {name} is {value}; expected 1 or more")
-    if max_length > config.max_position_embeddings:
-        raise InputError(
-            f"cache max_length is {max_length}, beyond the model's max_position_embeddings "
-            f"{config.max_position_embeddings}"
-        )
+    check_sizes(config, batch, max_length, rollback)
     layers = {}
     for segment in config_lib.segments(config.layers, min_repeats):
         unit = config.layers[segment.start : segment.start + segment.period]
@@ -189,8 +224,9 @@ def write_rows(buffer_RBCX, layer, rows_BKH, start_B, count_B):
         # The slice may not reach over the end, or it would be moved: it begins earlier instead.
         # Below 0 it begins where rows of the buffer of another shard end.
         first = jnp.clip(start_B[b], 0, size - length)
-        source = jnp.arange(length) + first - start_B[b]
-        at = (layer, b, first, *(0 for _ in entry))
+        source = jnp.arange(length, dtype=jnp.int32) + first - start_B[b]
+        # One type for all of them: with JAX_ENABLE_X64 a plain 0 would be 64 bits wide.
+        at = tuple(jnp.int32(i) for i in (layer, b, first, *(0 for _ in entry)))
         old = jax.lax.dynamic_slice(buffer, at, (1, 1, length, *entry))
         fresh = (source >= 0) & (source < count_B[b])
         new = rows[b, jnp.clip(source, 0, length - 1)]
@@ -198,8 +234,8 @@ def write_rows(buffer_RBCX, layer, rows_BKH, start_B, count_B):
         return jax.lax.dynamic_update_slice(buffer, merged, at)
 
     if rows.shape[0] == 1:
-        return one(0, buffer_RBCX)
-    return jax.lax.fori_loop(0, rows.shape[0], one, buffer_RBCX)
+        return one(jnp.int32(0), buffer_RBCX)
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(rows.shape[0]), one, buffer_RBCX)
 
 
 def read_layer(buffer_RBCH, layer):

@@ -12,6 +12,7 @@ from v4jax.model import rope
 from v4jax.model.cache import CompressorState, raw_rows, read_layer, write_layer
 from v4jax.model.context import Context, closing_rows
 from v4jax.model.layers import Numerics, Projection, RMSNorm, weight
+from v4jax.ops import derivatives
 from v4jax.sharding import sequence
 
 
@@ -65,7 +66,7 @@ class Compressor(nn.Module):
             blocks, position = _whole_blocks(raw_BTX, self.spec)
         else:
             blocks, position = _open_blocks(joined, context, reach, self.spec)
-        return self._finish(_pool(blocks, position, self.spec.overlap), position), rows
+        return self._finish(self._pool(blocks, position), position), rows
 
     def _raw(self, x_BTD, context):
         """c and gate + ape side by side, float32 [B,T,2*channels]."""
@@ -74,11 +75,24 @@ class Compressor(nn.Module):
         ape = self.ape.astype(jnp.float32)[context.position % self.spec.ratio]
         return jnp.concatenate([c, gate + ape], axis=-1)
 
+    def _pool(self, blocks_BEPX, position_BE):
+        """Softmax over a span's tokens of the gates, times c: float32 [B,E,width]."""
+        c, gate = jnp.split(blocks_BEPX, 2, axis=-1)
+        if self.spec.overlap:
+            c, gate = _first_then_last(c), _first_then_last(gate)
+            span = gate.shape[2]
+            # A document's first block has none before it (c = 0 and gate = -inf there).
+            absent = (position_BE == 0)[..., None] & (jnp.arange(span) < span // 2)[None, None]
+            gate = jnp.where(absent[..., None], -jnp.inf, gate)
+        return derivatives.of(softmax_sum, self.numerics.kernels)(c, gate)
+
     def _finish(self, entries_BEH, position_BE):
         entries = self.norm(self.numerics.round(entries_BEH))
         frequency = rope.inverse_frequencies(self.config, compressing=True)
         cos, sin = rope.rotations(frequency, position_BE)
-        return rope.rotate(entries, cos, sin, self.numerics.dtype)
+        return rope.rotate(
+            entries, cos, sin, self.numerics.dtype, implementation=self.numerics.kernels
+        )
 
 
 def _span(spec):
@@ -125,21 +139,9 @@ def _packed_blocks(joined_BPX, context, older, spec):
     entries = -(-closes.shape[1] // m) if older else closes.shape[1] // m
     last = closing_rows(jnp.cumsum(closes, axis=1, dtype=jnp.int32), entries)
     row = last[..., None] + jnp.arange(1 - _span(spec), 1, dtype=jnp.int32)[None, None] + older
-    blocks = joined_BPX[jnp.arange(batch)[:, None, None], jnp.maximum(row, 0)]
+    blocks = joined_BPX[jnp.arange(batch, dtype=jnp.int32)[:, None, None], jnp.maximum(row, 0)]
     position = jnp.take_along_axis(context.position, last, axis=1)
     return blocks, position - (spec.ratio - 1)
-
-
-def _pool(blocks_BEPX, position_BE, overlap):
-    """Softmax over a span's tokens of the gates, times c: float32 [B,E,width]."""
-    c, gate = jnp.split(blocks_BEPX, 2, axis=-1)
-    if overlap:
-        c, gate = _first_then_last(c), _first_then_last(gate)
-        span = gate.shape[2]
-        # A document's first block has none before it (c = 0 and gate = -inf there).
-        absent = (position_BE == 0)[..., None] & (jnp.arange(span) < span // 2)[None, None]
-        gate = jnp.where(absent[..., None], -jnp.inf, gate)
-    return softmax_sum(c, gate)
 
 
 @jax.custom_vjp

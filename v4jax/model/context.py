@@ -103,7 +103,7 @@ class Context:
         first = length * jnp.arange(shards, dtype=jnp.int32)[None]
         if self.document is not None:
             closed = self.whole.closed(ratio)
-            before = jnp.where(first > 0, closed[:, length * jnp.arange(shards) - 1], 0)
+            before = jnp.where(first > 0, closed[:, first[0] - 1], 0)
             return closing_rows(closed, shards * length // ratio), before
         begin = self.whole.begin
         if begin is None:
@@ -188,7 +188,7 @@ def closing_rows(closed_BT: Int[Array, "b t"], entries: int) -> Int[Array, "b c"
     place = jnp.where(closed_BT > before, closed_BT - 1, entries)
     rows = jnp.full((batch, entries), length - 1, jnp.int32)
     row = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
-    return rows.at[jnp.arange(batch)[:, None], place].set(row, mode="drop")
+    return rows.at[jnp.arange(batch, dtype=jnp.int32)[:, None], place].set(row, mode="drop")
 
 
 def document_starts(segment_ids_BT: Int[Array, "b t"]) -> Int[Array, "b t"]:

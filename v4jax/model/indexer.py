@@ -44,7 +44,9 @@ class Indexer(nn.Module):
         q = self.wq_b("btl,xl->btx", q_lat_BTL)
         q = q.reshape(*q.shape[:2], config.index_n_heads, config.index_head_dim)
         cos, sin = (angle[:, :, None] for angle in turn)
-        q = self._rotate_and_quantize(rope.rotate(q, cos, sin, self.numerics.dtype))
+        numerics = self.numerics
+        q = rope.rotate(q, cos, sin, numerics.dtype, implementation=numerics.kernels)
+        q = self._rotate_and_quantize(q)
         factor = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
         weight = self.weights_proj("btd,id->bti", x_BTD).astype(jnp.float32) * factor
         return q, round_(weight)

@@ -48,6 +48,21 @@ class Index(NamedTuple):
     keys_BCZ: Array
     topk: int
     chain: bool
+    implementation: str | None = None
+
+
+class _Static(NamedTuple):
+    """What of `Index` is no array."""
+
+    topk: int
+    chain: bool
+    implementation: str | None
+
+    @property
+    def options(self):
+        # Of the implementations only the plain one is passed on: it alone changes derivatives.
+        plain = self.implementation if self.implementation == "reference" else None
+        return {"chain": self.chain, "implementation": plain}
 
 
 def indexer_loss(
@@ -65,7 +80,7 @@ def indexer_loss(
     paid = jax.tree.map(jax.lax.stop_gradient, paid)
     sums = _of_chosen if paid.chosen_BTK is not None else _of_all
     keys = index.keys_BCZ
-    one = jax.checkpoint(functools.partial(sums, index.topk, index.chain, scale, heads))
+    one = jax.checkpoint(functools.partial(sums, _Static(*index[3:]), scale, heads))
 
     def add(total, block):
         return total + one(paid.entries_BCH, keys, *block), None
@@ -74,24 +89,22 @@ def indexer_loss(
     return jax.lax.scan(add, jnp.zeros(len(SUMS), jnp.float32), blocks)[0]
 
 
-def _of_chosen(
-    topk, chain, scale, heads, entries, keys, q, lse, q_index, weight, low, high, chosen
-):
+def _of_chosen(static, scale, heads, entries, keys, q, lse, q_index, weight, low, high, chosen):
     mass = collectives.total(attention_mass(q, lse, entries, chosen, scale=scale), heads)
-    scores = api.index_scores_at(q_index, weight, keys, chosen, chain=chain)
+    scores = api.index_scores_at(q_index, weight, keys, chosen, **static.options)
     kl, uniform, there = divergences(mass, scores, chosen >= 0)
     return jnp.stack([kl, uniform, jnp.zeros_like(kl), there])
 
 
-def _of_all(topk, chain, scale, heads, entries, keys, q, lse, q_index, weight, low, high):
+def _of_all(static, scale, heads, entries, keys, q, lse, q_index, weight, low, high):
     entry = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None]
     seen_BTC = (entry >= low[..., None]) & (entry < high[..., None])
     logits = jnp.einsum("btnh,bch->btnc", q, entries, preferred_element_type=jnp.float32) * scale
     mass = jnp.sum(jnp.exp(jnp.where(seen_BTC[:, :, None], logits - lse[..., None], -jnp.inf)), 2)
     mass = collectives.total(mass, heads)
-    scores = api.index_scores(q_index, weight, keys, chain=chain)
+    scores = api.index_scores(q_index, weight, keys, **static.options)
     kl, uniform, there = divergences(mass, scores, seen_BTC)
-    member = api.indexer_member(q_index, weight, keys, low, high, topk, chain=chain)
+    member = api.indexer_member(q_index, weight, keys, low, high, static.topk, **static.options)
     picked = jnp.where(membership.unpack(member, keys.shape[1]), _normalized(mass), 0.0)
     return jnp.stack([kl, uniform, jnp.sum(picked), there])
 

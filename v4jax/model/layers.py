@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Inexact
 from v4jax import quant
 from v4jax.errors import InputError
 from v4jax.kernels.quantized_matmul import api as quantized_matmul
-from v4jax.ops import products
+from v4jax.ops import derivatives, products
 from v4jax.quant import round_to
 from v4jax.sharding import collectives
 from v4jax.sharding.rules import ONE_DEVICE, Shards
@@ -222,4 +222,5 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = weight(self, "weight", (self.features,), ("norm",), nn.initializers.ones)
-        return self.numerics.round(rms_norm(self.eps, x, scale.astype(jnp.float32)))
+        norm = derivatives.of(rms_norm, self.numerics.kernels)
+        return self.numerics.round(norm(self.eps, x, scale.astype(jnp.float32)))

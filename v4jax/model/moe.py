@@ -64,9 +64,9 @@ def largest(scores: Float[Array, "b t e"], k: int) -> Int[Array, "b t k"]:
 
     XLA:CPU sorts whole rows for a `top_k`, which takes two to six times as long.
     """
-    expert, found = jnp.arange(scores.shape[-1]), []
+    expert, found = jnp.arange(scores.shape[-1], dtype=jnp.int32), []
     for _ in range(k):
-        best = jnp.argmax(scores, axis=-1)
+        best = jax.lax.argmax(scores, scores.ndim - 1, jnp.int32)
         scores = jnp.where(expert[None, None] == best[..., None], -jnp.inf, scores)
         found.append(best)
     return jnp.stack(found, axis=-1)
@@ -122,7 +122,8 @@ class Experts(nn.Module):
             )
 
         tokens = x_BTD.reshape(-1, d), chosen_BTK.reshape(-1, k), weights_BTK.reshape(-1, k)
-        return expert.route(self.numerics.shards, *tokens, e, ffn).reshape(x_BTD.shape)
+        shards, kernels = self.numerics.shards, self.numerics.kernels
+        return expert.route(shards, *tokens, e, ffn, kernels).reshape(x_BTD.shape)
 
 
 class SharedExpert(nn.Module):
@@ -146,6 +147,7 @@ class SharedExpert(nn.Module):
             self.w3.weight,
             limit=self.config.swiglu_limit,
             rounding=grouped_matmul.Rounding(self.numerics.dtype, self.numerics.native),
+            implementation=self.numerics.kernels,
         )
         return y.reshape(x_BTD.shape)
 
@@ -153,7 +155,7 @@ class SharedExpert(nn.Module):
 def _load(chosen_BTK, scores_BTE, real_BT):
     """Sums over a row's tokens, [B,2,E]: how often each expert was chosen, its share of scores."""
     real = real_BT[..., None].astype(jnp.float32)
-    expert = jnp.arange(scores_BTE.shape[-1])[None, None]
+    expert = jnp.arange(scores_BTE.shape[-1], dtype=jnp.int32)[None, None]
     k = chosen_BTK.shape[-1]
     picked = sum((chosen_BTK[:, :, i, None] == expert).astype(jnp.float32) for i in range(k))
     share = scores_BTE / scores_BTE.sum(-1, keepdims=True)

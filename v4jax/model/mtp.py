@@ -28,15 +28,16 @@ class MTPBlock(nn.Module):
         self.hc_head = HyperHead(config, numerics)
         self.norm = RMSNorm(d, eps, numerics)
 
-    def __call__(self, h_BTMD: Array, e_BTD: Array, context: Context):
+    def __call__(self, h_BTMD: Array, e_BTD: Array, context: Context, replay=None):
         """The new streams, the normed state for the output head, auxiliary arrays by name.
 
         Args:
           h_BTMD: streams of tokens t. e_BTD: embeddings of tokens t + 1.
           context: the places of tokens t + 1 (their ids; positions counted from t).
+          replay: as for `Block`.
         """
         e = self.e_proj("btd,xd->btx", self.enorm(e_BTD))
         h = self.h_proj("btmd,xd->btmx", self.hnorm(h_BTMD))
         z_BTMD = self.numerics.round(e[:, :, None] + h)
-        z_BTMD, _, aux = self.block(z_BTMD, context)
+        z_BTMD, _, aux = self.block(z_BTMD, context, replay=replay)
         return z_BTMD, self.norm(self.hc_head(z_BTMD)), aux

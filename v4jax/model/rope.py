@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Inexact, Int
 
 from v4jax.config import ModelConfig, Yarn
+from v4jax.ops import derivatives
 from v4jax.quant import materialized, round_to
 
 
@@ -57,14 +58,22 @@ def rotations(frequency: np.ndarray, position: Int[Array, "*b"]):
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Array, cos: Array, sin: Array, dtype, inverse: bool = False) -> Inexact[Array, "..."]:
+def rotate(
+    x: Array,
+    cos: Array,
+    sin: Array,
+    dtype,
+    inverse: bool = False,
+    implementation: str | None = None,
+) -> Inexact[Array, "..."]:
     """Turns the last R channels of x by the angles, in float32, and rounds to `dtype`.
 
     Args:
       x: [*b, H]; cos, sin: [*b, R/2], or with 1s where they broadcast (heads). No gradient of them.
       inverse: turn back, which attention's output needs since values carry the key's rotation.
+      implementation: "reference" for a function with derivatives of every order.
     """
-    return _rotate(dtype, x, cos, -sin if inverse else sin)
+    return derivatives.of(_rotate, implementation)(dtype, x, cos, -sin if inverse else sin)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -90,7 +99,7 @@ def turned(x: Array, cos: Array, sin: Array) -> Float[Array, "..."]:
     """x turned, in float32, not rounded; derivatives are in `rotate`."""
     kept = x.shape[-1] - 2 * cos.shape[-1]
     cos, sin = _over_channels(cos, kept), _over_channels(sin, kept)
-    channel = jnp.expand_dims(jnp.arange(x.shape[-1]), tuple(range(x.ndim - 1)))
+    channel = jnp.expand_dims(jnp.arange(x.shape[-1], dtype=jnp.int32), tuple(range(x.ndim - 1)))
     # Shifting the row by one either way is one pass; taking the pairs apart is several slow ones.
     partner = jnp.where((channel - kept) % 2 == 0, -_shifted(x, -1), _shifted(x, 1))
     x, partner = x.astype(jnp.float32), partner.astype(jnp.float32)

@@ -23,14 +23,15 @@ from jaxtyping import Array, Int
 from v4jax import config as config_lib
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.errors import InputError
+from v4jax.model import arguments, sharded
 from v4jax.model import cache as cache_lib
-from v4jax.model import sharded
 from v4jax.model.block import Unit
 from v4jax.model.cache import Cache
 from v4jax.model.context import AUX_NAMES, Context, check_packed, place_tokens, slice_of
 from v4jax.model.hyper_connections import HyperHead
 from v4jax.model.layers import Numerics, RMSNorm, weight
 from v4jax.model.mtp import MTPBlock
+from v4jax.reprs import short_repr
 from v4jax.sharding import collectives
 from v4jax.sharding.rules import ONE_DEVICE, Shards
 
@@ -55,6 +56,9 @@ class Output:
     normed: Any = None
     mtp_normed: Any = ()
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 class Transformer(nn.Module):
     """The model: `init(key)` makes variables, `apply(variables, tokens, ...)` runs them.
@@ -67,7 +71,9 @@ class Transformer(nn.Module):
         Below it layers are unrolled, which spares a scan's copies of weights out of the stack.
       remat: recompute each unit's activations in the backward pass.
       kernels: "xla", "pallas_tpu" or "pallas_gpu" for every kernel (a Pallas one is interpreted
-        where it cannot run); None takes the best of the platform that is compiled for.
+        where it cannot run); None takes the best of the platform that is compiled for. These have
+        gradients and no other derivatives. "reference" is plain JAX on one device, slow, with
+        derivatives of every order: jax.jvp, jax.linearize, jax.hessian.
       sharding: mesh and strategy to run on, by default one device; see `model.sharded`.
       inside: whether `apply` is called inside `shard_map` already, on one shard's arrays.
     """
@@ -155,7 +161,7 @@ class Transformer(nn.Module):
           mtp: also the MTP blocks' logits (without a cache).
           aux: names out of `context.AUX_NAMES` to return.
           replay: {"router_experts" | "chosen": {layer: [B,T,K]}} to use instead of the model's
-            own choices, as aux returned them.
+            own choices, as aux returned them (MTP blocks count on after the layers).
           dense: CSA layers attend to every visible entry, as in training before the sparse stage.
 
         Raises:
@@ -172,7 +178,9 @@ class Transformer(nn.Module):
         last_only = logits == "last" and self._can_narrow(tokens, cache, aux, replay)
         h_BTMD, cache, found = self._layers(h_BTMD, context, cache, replay or {}, last_only)
         initializing = self.is_initializing()
-        states = self._mtp(h_BTMD, tokens, context, found) if mtp or initializing else ()
+        states = (
+            self._mtp(h_BTMD, tokens, context, found, replay or {}) if mtp or initializing else ()
+        )
         if logits == "normed":
             y_BTD = self.norm(self.hc_head(h_BTMD))
             return Output(None, cache, (), found, None, y_BTD, states)
@@ -186,9 +194,18 @@ class Transformer(nn.Module):
 
     @nn.nowrap
     def apply(self, variables, *args, **options):
-        """Runs `__call__` on the variables; with a mesh, of global arrays (see `model.sharded`)."""
-        if self.sharding.mesh is None or self.inside or "method" in options:
-            return super().apply(variables, *args, **options)
+        """Runs `__call__` on the variables; with a mesh, of global arrays (see `model.sharded`).
+
+        Raises:
+          InputError: as `__call__`; arguments of another shape, type or (where their values are
+            known: not inside `jax.jit`) range.
+        """
+        alone = self.inside or "method" in options
+        if not alone:
+            arguments.check(self, *args, **options)
+        if alone or self.sharding.mesh is None:
+            with arguments.derivatives_explained():
+                return super().apply(variables, *args, **options)
         return sharded.apply(self, variables, *args, **options)
 
     @nn.nowrap
@@ -223,6 +240,7 @@ class Transformer(nn.Module):
     @nn.nowrap
     def init_cache(self, batch: int, max_length: int, rollback: int = 0) -> Cache:
         """An empty decode state; see `cache.init_cache`."""
+        cache_lib.check_sizes(self.config, batch, max_length, rollback)
         make = functools.partial(
             cache_lib.init_cache,
             self.config,
@@ -279,7 +297,7 @@ class Transformer(nn.Module):
         y, table = y_BTD.astype(jnp.float32), self.head.table().astype(jnp.float32)
         return jnp.einsum("btd,vd->btv", y, table)
 
-    def _mtp(self, h_BTMD, tokens_BT, context: Context, found):
+    def _mtp(self, h_BTMD, tokens_BT, context: Context, found, replay):
         """Each MTP block's normed state: block k reads block k - 1's streams and ids k further."""
         states = []
         shards, length = self.rounding().shards, tokens_BT.shape[1]
@@ -291,11 +309,13 @@ class Transformer(nn.Module):
             whole = context.whole.replace(total=total)
             here = slice_of(tokens_BT, whole, context.aux, False, shards)
             e_BTD = self.embed.rows(here.tokens).astype(self.rounding().dtype)
-            h_BTMD, y_BTD, aux = block(h_BTMD, e_BTD, here)
+            number = len(self.config.layers) + k
+            given = {name: layers[number] for name, layers in replay.items() if number in layers}
+            h_BTMD, y_BTD, aux = block(h_BTMD, e_BTD, here, given)
             states.append(y_BTD if shards.axes("sequence") else y_BTD[:, : length - k - 1])
             for name, value in aux.items():
                 if value is not None:
-                    found.setdefault(name, {})[len(self.config.layers) + k] = value
+                    found.setdefault(name, {})[number] = value
         return tuple(states)
 
     @nn.nowrap
@@ -310,27 +330,7 @@ class Transformer(nn.Module):
         if not self.inside:  # where `sharded` has checked, and may have padded a packed row
             check_packed(segment_ids, cache, lengths)
         if cache is not None:
-            _check_cache(tokens, cache, lengths, mtp)
-
-
-def _check_cache(tokens, cache, lengths, mtp):
-    batch, length = tokens.shape
-    if mtp:
-        raise InputError("mtp=True came with a cache; MTP logits need the whole row in one call")
-    if cache.lengths.shape[0] != batch:
-        raise InputError(
-            f"tokens have {batch} rows and the cache {cache.lengths.shape[0]}; they must agree"
-        )
-    used = lengths if lengths is not None else jnp.full((batch,), length, jnp.int32)
-    if isinstance(cache.lengths, jax.core.Tracer) or isinstance(used, jax.core.Tracer):
-        longest = 0 if lengths is not None else length
-    else:
-        longest = int(jnp.max(cache.lengths + used))
-    if longest > cache.max_length:
-        raise InputError(
-            f"the call brings a row to {longest} tokens and the cache has room for "
-            f"{cache.max_length}; make a longer one with init_cache"
-        )
+            arguments.check_room(tokens, cache, lengths, mtp)
 
 
 class _Table(nn.Module):
@@ -368,7 +368,7 @@ def _run(unit, segment, carry, replay, context):
         )  # fmt: skip
         return unit(carry, (0, replays), context)
     replays = tuple(_stacked_replay(replay, segment, i) for i in range(segment.period))
-    return unit(carry, (jnp.arange(segment.repeats), replays), context)
+    return unit(carry, (jnp.arange(segment.repeats, dtype=jnp.int32), replays), context)
 
 
 def _stacked_replay(replay, segment, place):

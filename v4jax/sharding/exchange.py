@@ -83,7 +83,7 @@ def plan_exchange(
             lax.cond(passed, lambda: jax.debug.callback(refuse, needed), lambda: None)
         counts_SE = jnp.where(passed, 0, counts_SE)
     counts_SSE = counts_SE.reshape(count, count, -1)
-    sizes_SS = counts_SSE.sum(-1)  # from, to
+    sizes_SS = counts_SSE.sum(-1, dtype=jnp.int32)  # from, to
     leaves_SS = jnp.cumsum(sizes_SS, 1) - sizes_SS
     lands_SS = jnp.cumsum(sizes_SS, 0) - sizes_SS
     me = lax.axis_index(axes)
@@ -108,9 +108,9 @@ def _needed(counts_SE, count):
         return count * sizes_SS.max()
 
     def ragged(sizes_SS):
-        return sizes_SS.sum(0).max()
+        return sizes_SS.sum(0, dtype=jnp.int32).max()
 
-    sizes_SS = counts_SE.reshape(count, count, -1).sum(-1)
+    sizes_SS = counts_SE.reshape(count, count, -1).sum(-1, dtype=jnp.int32)
     return lax.platform_dependent(sizes_SS, tpu=ragged, cuda=ragged, default=padded)
 
 
@@ -154,7 +154,7 @@ def _padded(axes, rows, block, x_R, source, target):
     )
     row_R = jnp.arange(rows, dtype=jnp.int32)
     y_R = blocks.at[origin_R, row_R - target.start_S[origin_R]].get(mode="clip")
-    return _where(row_R < target.size_S.sum(), y_R)
+    return _where(row_R < target.size_S.sum(dtype=jnp.int32), y_R)
 
 
 def _where(mask, x):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
 from v4jax.errors import InputError
+from v4jax.ops import derivatives
 from v4jax.sharding import collectives
 from v4jax.sharding.exchange import plan_exchange
 from v4jax.sharding.rules import Shards
@@ -28,6 +29,7 @@ def route(
     weights_XK: Float[Array, "x k"],
     experts: int,
     ffn: Ffn,
+    implementation: str | None = None,
 ) -> Float[Array, "x d"]:
     """The sum over each token's experts, in the order of its choices.
 
@@ -41,6 +43,7 @@ def route(
       experts: how many there are on all shards; shard i has the i-th part of them.
       ffn: (x_RD, weight_R, sizes_E) -> y_RD, this shard's experts on rows sorted by expert. Rows
         after the first sum(sizes_E) are zeros; what it makes of them is ignored.
+      implementation: "reference" for derivatives of every order, on one device.
 
     Returns:
       [X, D] float32. Differentiable in x, the weights and what `ffn` captures.
@@ -51,7 +54,7 @@ def route(
     """
     axes = shards.axes("expert")
     if not axes:
-        return _all_here(x_XD, chosen_XK, weights_XK, experts, ffn)
+        return _all_here(x_XD, chosen_XK, weights_XK, experts, ffn, implementation)
     shards.check_divides({"expert": experts})
     spread = {*shards.axes("batch"), *shards.axes("sequence")}
     shared = [axis for axis in axes if axis not in spread]
@@ -95,13 +98,14 @@ def _in_waves(one, waves, *tokens):
     return jnp.concatenate([one(*(x[start:end] for x in tokens)) for start, end in parts])
 
 
-def _all_here(x_XD, chosen_XK, weights_XK, experts, ffn):
+def _all_here(x_XD, chosen_XK, weights_XK, experts, ffn, implementation):
     """One device: every row has its expert here."""
     expert_R = chosen_XK.reshape(-1)
     places = _sorted(expert_R, experts, chosen_XK.shape)
     sizes_E = jnp.zeros(experts, jnp.int32).at[expert_R].add(1)
-    y_RD = ffn(_spread(x_XD, places), _rows(weights_XK, places), sizes_E)
-    return _combine(y_RD, places, "float32")
+    spread, combine = (derivatives.of(f, implementation) for f in (_spread, _combine))
+    y_RD = ffn(spread(x_XD, places), _rows(weights_XK, places, spread), sizes_E)
+    return combine(y_RD, places, "float32")
 
 
 def _tokens_everywhere(shards, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
@@ -118,7 +122,9 @@ def _tokens_everywhere(shards, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
     # Rows of other shards' experts go behind the last.
     expert_R = jnp.where((expert_R >= 0) & (expert_R < here), expert_R, here)
     sizes_E = jnp.zeros(here, jnp.int32).at[expert_R].add(1, mode="drop")
-    places = _sorted(expert_R, here + 1, chosen_XK.shape)._replace(total=sizes_E.sum())
+    places = _sorted(expert_R, here + 1, chosen_XK.shape)._replace(
+        total=sizes_E.sum(dtype=jnp.int32)
+    )
     y_RD = ffn(_spread(x_XD, places), _rows(weights_XK, places), sizes_E)
     y_XD = _combine(y_RD, places, "float32")
     if axes:
@@ -135,7 +141,7 @@ def _to_their_experts(shards, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
     here = _by_expert(counts_SE, exchange.rows_there)
     x_RD = _spread(exchange.there(_spread(x_XD, places)), here)
     weight_R = _spread(exchange.there(_rows(weights_XK, places)), here)
-    y_RD = ffn(x_RD, weight_R, counts_SE.sum(0))
+    y_RD = ffn(x_RD, weight_R, counts_SE.sum(0, dtype=jnp.int32))
     y_RD = exchange.back(_combine(y_RD, here, y_RD.dtype.name))
     y_XD = _combine(y_RD, places, "float32")
     return y_XD if passed is None else jnp.where(passed, jnp.nan, y_XD)
@@ -163,8 +169,8 @@ def _sorted(key_R, keys, shape):
         key_and_row_R = key_R.astype(jnp.uint32) * rows + jnp.arange(rows, dtype=jnp.uint32)
         source_R = (jnp.sort(key_and_row_R) % rows).astype(jnp.int32)
     else:
-        source_R = jnp.argsort(key_R, stable=True)
-    row_R = jnp.zeros_like(source_R).at[source_R].set(jnp.arange(source_R.size))
+        source_R = jnp.argsort(key_R, stable=True).astype(jnp.int32)
+    row_R = jnp.zeros_like(source_R).at[source_R].set(jnp.arange(source_R.size, dtype=jnp.int32))
     return _Places(source_R, row_R.reshape(shape))
 
 
@@ -174,7 +180,7 @@ def _by_expert(counts_SE, rows):
     starts_ES = _starts(counts_SE.T.reshape(-1)).reshape(counts_SE.T.shape)
     row_R = _moved(counts_SE, starts_SE, starts_ES.T, rows)
     source_R = _moved(counts_SE.T, starts_ES, starts_SE.T, rows)
-    return _Places(source_R, row_R[:, None], counts_SE.sum())
+    return _Places(source_R, row_R[:, None], counts_SE.sum(dtype=jnp.int32))
 
 
 def _starts(sizes):
@@ -186,12 +192,13 @@ def _moved(sizes, starts, targets, rows):
     index_R = jnp.arange(rows, dtype=jnp.int32)
     distances = (targets - starts).reshape(-1)
     distance_R = jnp.repeat(distances, sizes.reshape(-1), total_repeat_length=rows)
-    return jnp.where(index_R < sizes.sum(), index_R + distance_R, index_R)
+    return jnp.where(index_R < sizes.sum(dtype=jnp.int32), index_R + distance_R, index_R)
 
 
-def _rows(weights_XK, places):
+def _rows(weights_XK, places, spread=None):
     """A token's weights, one a row."""
-    return _spread(weights_XK.reshape(-1), places._replace(row_XK=places.row_XK.reshape(-1, 1)))
+    each = places._replace(row_XK=places.row_XK.reshape(-1, 1))
+    return (spread or _spread)(weights_XK.reshape(-1), each)
 
 
 # The two below are each other's transpose, so that neither's gradient is a scatter.
@@ -204,7 +211,9 @@ def _spread(x_X, places: _Places):
     rows = x_X[places.source_R // k]
     if places.total is None:
         return rows
-    return jnp.where(_column(jnp.arange(rows.shape[0]) < places.total, rows), rows, 0)
+    return jnp.where(
+        _column(jnp.arange(rows.shape[0], dtype=jnp.int32) < places.total, rows), rows, 0
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -66,7 +66,7 @@ def _rows_before(axes, new_BTX, older_BPX):
     before = jax.lax.axis_index(axes) * length  # the call's rows before this shard's
     twice = jnp.concatenate([older_BPX, jnp.zeros_like(older_BPX)], axis=1)
     older = jax.lax.dynamic_slice_in_dim(twice, jnp.minimum(before, reach), reach, axis=1)
-    from_cache = jnp.arange(reach) < reach - before
+    from_cache = jnp.arange(reach, dtype=jnp.int32) < reach - before
     return jnp.where(from_cache[None, :, None], older, neighbours)
 
 
@@ -85,7 +85,9 @@ def last_rows(
         return take(joined_BSX, total_B)
     length = joined_BSX.shape[1] - keep
     index = jax.lax.axis_index(axes)
-    row = total_B[:, None] - keep + jnp.arange(keep)[None]  # in the whole call; below 0: older
+    row = (
+        total_B[:, None] - keep + jnp.arange(keep, dtype=jnp.int32)[None]
+    )  # in the whole call; below 0: older
     here = row - index * length
     mine = (here < length) & ((here >= 0) | (index == 0))
     take = jax.vmap(lambda x, at: x[jnp.clip(at, 0, x.shape[0] - 1)])
@@ -124,7 +126,7 @@ def collect_entries(
         return everyone
     slots = new_BEX.shape[1]
     shard = jnp.minimum(closing_BC // length, before_BS.shape[1] - 1)
-    entry = jnp.arange(closing_BC.shape[1])[None]
+    entry = jnp.arange(closing_BC.shape[1], dtype=jnp.int32)[None]
     slot = jnp.clip(entry - jnp.take_along_axis(before_BS, shard, axis=1), 0, slots - 1)
     return jax.vmap(lambda x, at: x[at])(everyone, shard * slots + slot)
 

@@ -62,9 +62,12 @@ def expert_ffn(
     return _ffn(limit, rounding, implementation, x_XD, gate_X, group_sizes_E, weights)
 
 
-def gated_ffn(x, w1_FD, w2_DF, w3_FD, *, limit, rounding=Rounding(), gate=None) -> jax.Array:
-    """The same expert on rows [X, D] that all belong to it: the shared expert."""
-    return reference.gated_ffn(x, gate, (w1_FD, w2_DF, w3_FD), limit, rounding)
+def gated_ffn(
+    x, w1_FD, w2_DF, w3_FD, *, limit, rounding=Rounding(), gate=None, implementation=None
+) -> jax.Array:
+    """The same expert on rows [X, D] that all belong to it: the shared expert, plain XLA."""
+    weights = (w1_FD, w2_DF, w3_FD)
+    return reference.gated_ffn(x, gate, weights, limit, rounding, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -13,6 +13,7 @@ from v4jax.kernels.indexer_topk.gpu import scores as pallas_gpu_scores
 from v4jax.kernels.indexer_topk.stored_keys import StoredKeys
 from v4jax.kernels.indexer_topk.tpu import choice as pallas_tpu
 from v4jax.kernels.indexer_topk.tpu import scores as pallas_tpu_scores
+from v4jax.ops import derivatives
 
 MEMBER = {
     "xla": xla.indexer_member,
@@ -164,6 +165,8 @@ def index_scores(
     """
     if keys_BCZ.shape[1] == 0:
         return jnp.zeros((*q_BTIZ.shape[:2], 0), jnp.float32)
+    if implementation == "reference":  # with derivatives of every order
+        return SCORES["reference"](q_BTIZ, weight_BTI, keys_BCZ, chain=chain)
     return _index_scores(q_BTIZ, weight_BTI, keys_BCZ, chain, implementation)
 
 
@@ -198,6 +201,7 @@ def index_scores_at(
     chosen_BTK: Int[Array, "b t k"],
     *,
     chain: bool = False,
+    implementation: str | None = None,
 ) -> Float32[Array, "b t k"]:
     """Scores of the given entries alone, differentiable in q, weight and keys; 0 at -1.
 
@@ -207,7 +211,9 @@ def index_scores_at(
       q_BTIZ, weight_BTI, keys_BCZ: as of `indexer_member`.
       chosen_BTK: entries of each query, -1 for none.
       chain: as of `index_scores`.
+      implementation: "reference" for derivatives of every order; else one by hand.
     """
     if keys_BCZ.shape[1] == 0 or chosen_BTK.shape[2] == 0:
         return jnp.zeros(chosen_BTK.shape, jnp.float32)
-    return chosen_scores.index_scores_at(q_BTIZ, weight_BTI, keys_BCZ, chosen_BTK, chain)
+    scores_at = derivatives.of(chosen_scores.index_scores_at, implementation)
+    return scores_at(q_BTIZ, weight_BTI, keys_BCZ, chosen_BTK, chain)

@@ -39,7 +39,7 @@ def _backward(chain, residuals, g_BTK):
         rows = _rows(keys_BCZ, chosen)
         g = jnp.where(chosen < 0, 0.0, g)
         dq, dweight, drows = reference.rows_gradient(q, weight, rows, g, chain=chain)
-        batch = jnp.arange(chosen.shape[0])[:, None, None]
+        batch = jnp.arange(chosen.shape[0], dtype=jnp.int32)[:, None, None]
         # -1 would be the last row; nothing is added there, its gradient being 0.
         return dkeys.at[batch, chosen].add(drows), (dq, dweight)
 
@@ -58,7 +58,7 @@ index_scores_at.defvjp(_forward, _backward)
 
 
 def _rows(keys_BCZ, chosen_BQK):
-    batch = jnp.arange(chosen_BQK.shape[0])[:, None, None]
+    batch = jnp.arange(chosen_BQK.shape[0], dtype=jnp.int32)[:, None, None]
     return keys_BCZ[batch, jnp.maximum(chosen_BQK, 0)]
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Inexact, Int
 
 from v4jax import quant
+from v4jax.reprs import short_repr
 
 WIDTH, GROUP = 128, 32
 NIBBLES = 8
@@ -38,6 +39,9 @@ class StoredKeys:
     def shape(self) -> tuple[int, ...]:
         """The shape of the keys that these stand for."""
         return (self.codes.shape[0], self.codes.shape[2], WIDTH)
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 @functools.partial(jax.jit, inline=True)

@@ -34,7 +34,7 @@ def take(entries, index):
     """Rows [B, ..., H] of a flat list at index [B, ...]."""
     if isinstance(entries, StoredRows):
         return stored.take(entries, index)
-    batch = jnp.arange(index.shape[0]).reshape(-1, *(1 for _ in index.shape[1:]))
+    batch = jnp.arange(index.shape[0], dtype=jnp.int32).reshape(-1, *(1 for _ in index.shape[1:]))
     return entries[batch, index]
 
 

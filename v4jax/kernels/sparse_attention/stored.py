@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int
 
 from v4jax import quant
+from v4jax.reprs import short_repr
 
 WIDTH, ROPE, GROUP = 512, 64, 64
 KEPT = WIDTH - ROPE
@@ -55,6 +56,9 @@ class StoredRows:
     def ndim(self) -> int:
         return len(self.words.shape)
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 @functools.partial(jax.jit, inline=True)
 def pack(rows_BCH: Inexact[Array, "b c h"]) -> StoredRows:
@@ -83,9 +87,9 @@ def write(
     words, tails = _pack(rows_BEH)
     entries = stored.words.shape[1]
     index = jnp.where(index_BE < 0, entries, index_BE)
-    batch = jnp.arange(index.shape[0])[:, None]
+    batch = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
     row = jnp.where(index < entries, tail_row(index), stored.tails.shape[1])
-    column = TAIL * quarter(index)[..., None] + jnp.arange(TAIL)[None, None]
+    column = TAIL * quarter(index)[..., None] + jnp.arange(TAIL, dtype=jnp.int32)[None, None]
     return StoredRows(
         stored.words.at[batch, index].set(words, mode="drop"),
         stored.tails.at[batch[..., None], row[..., None], column].set(tails, mode="drop"),
@@ -127,7 +131,7 @@ def _scale_byte(amax):
 @functools.partial(jax.jit, inline=True)
 def take(stored: StoredRows, index) -> Array:
     """float32 rows [B, ..., 512] at index [B, ...]."""
-    batch = jnp.arange(index.shape[0]).reshape(-1, *(1 for _ in index.shape[1:]))
+    batch = jnp.arange(index.shape[0], dtype=jnp.int32).reshape(-1, *(1 for _ in index.shape[1:]))
     tails = stored.tails.reshape(*stored.tails.shape[:2], PLANES, TAIL)
     return _expand(stored.words[batch, index], tails[batch, tail_row(index), quarter(index)])
 
