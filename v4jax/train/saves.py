@@ -69,6 +69,21 @@ class Checkpoints:
         with self._sentence(f"of step {step} cannot be read"):
             return self._manager.restore(step, args=args.Composite(run=args.JsonRestore())).run
 
+    def scales_of(self, step: int) -> Any:
+        """Shapes of the `TrainState.scales` of a step; None where it has none."""
+        with self._sentence(f"of step {step} cannot be read"):
+            saved = self._manager.item_metadata(step).state
+        tree: dict[str, Any] = {}
+        for name, leaf in saved.items():
+            field, *above, last = name.split(".")
+            if field != "scales":
+                continue
+            node = tree
+            for each in above:
+                node = node.setdefault(each, {})
+            node[last] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return tree or None
+
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step, laid out as `like` (shapes, types, shardings), on any mesh."""
         args = self._ocp.args
