@@ -71,17 +71,20 @@ class Checkpoints:
 
     def scales_of(self, step: int) -> Any:
         """Shapes of the `TrainState.scales` of a step; None where it has none."""
-        with self._sentence(f"of step {step} cannot be read"):
-            saved = self._manager.item_metadata(step).state
+        # A manager knows no metadata of what it has neither saved nor restored.
+        folder = self._folder / str(step) / "state"
+        readable = self._sentence(f"of step {step} cannot be read")
+        with readable, self._ocp.StandardCheckpointer() as reader:
+            saved = reader.metadata(folder).item_metadata.tree
         tree: dict[str, Any] = {}
         for name, leaf in saved.items():
-            field, *above, last = name.split(".")
+            field, *path = name.split(".")
             if field != "scales":
                 continue
             node = tree
-            for each in above:
+            for each in path[:-1]:
                 node = node.setdefault(each, {})
-            node[last] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            node[path[-1]] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         return tree or None
 
     def restore(self, step: int, like: TrainState) -> TrainState:
