@@ -118,7 +118,8 @@ def test_a_short_lora_run_leaves_scales_and_nearly_all_values(name, tmp_path):
     loop.train(run, tmp_path / "run")
     values, scales = changed(tmp_path / "run" / "model", base)
     print(f"{name}: {values:.3%} of values, {scales:.3%} of scales")
-    assert scales == 0 and values < 0.01
+    # Before, 29 % of FP4 scales and all float32 ones. E4M3 steps are so fine that some are taken.
+    assert scales == 0 and values < (0.001 if name == FP4 else 0.02)
 
 
 @pytest.mark.slow

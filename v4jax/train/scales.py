@@ -10,9 +10,9 @@ and for as long as s holds every value of the group exactly, whatever a is.
 
 Upper bounds: half a step of the grid beyond its largest value. Up to there a value is rounded to
 that largest value with an error that values below it have too (1 s in FP4, 16 s in FP8): keeping s
-clips nothing by more than it rounds. The bound is not 6 s, because a stored group has a value at
-exactly 6 s in two cases of three: a growth of one part in a million would double its scale, and
-with a doubled scale the codes 0.5 and 1.5 are lost (a third of the values, 5 % rms).
+clips nothing by more than it rounds. The bound is not 6 s, because one stored group in four has a
+value at exactly 6 s (of normal weights): a growth of one part in a million would double its scale,
+and with a doubled scale the codes 0.5 and 1.5 are lost, a quarter of the group's values.
 
 Lower bounds: in FP4 a group with a <= 2.5 s has no code above 2, and half the scale represents the
 same values and those between them. Fresh scales have 3 s < a <= 6 s, so the bounds leave half a
