@@ -97,6 +97,11 @@ serialization.register_serialization_state(
 )
 
 
+def is_quantized(leaf: Any) -> bool:
+    """Whether a leaf of variables is a `QTensor`."""
+    return isinstance(leaf, QTensor)
+
+
 @functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """The matrix [..., out, in] that `q` stands for.
@@ -303,11 +308,16 @@ def _check_scales(scales, shape, block, dtypes) -> jax.Array:
 
 def _amax(x: jax.Array, block: tuple[int, int], grid: _Grid) -> jax.Array:
     """The largest |x|, and no less than the grid's least, of each block of the last two axes."""
+    return jnp.maximum(block_max(jnp.abs(x), block), grid.least_amax)
+
+
+def block_max(x: jax.Array, block: tuple[int, int]) -> jax.Array:
+    """The largest of each block of the last two axes of non-negative x; edges may be shorter."""
     *leading, rows, columns = x.shape
     padding = [(0, 0)] * len(leading) + [(0, -rows % block[0]), (0, -columns % block[1])]
-    x = jnp.pad(jnp.abs(x), padding)
+    x = jnp.pad(x, padding)
     x = x.reshape(*leading, x.shape[-2] // block[0], block[0], x.shape[-1] // block[1], block[1])
-    return jnp.maximum(x.max((-3, -1)), grid.least_amax)
+    return x.max((-3, -1))
 
 
 def _spread(scales: jax.Array, block: tuple[int, int], shape: tuple[int, ...]) -> jax.Array:

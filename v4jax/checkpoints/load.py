@@ -90,6 +90,20 @@ def load_variables(
         return source.config, _fill(source, items, segments(source.config.layers, min_repeats))
 
 
+def load_scales(path: str | os.PathLike, min_repeats: int = 4) -> dict[str, Any]:
+    """The scales of a checkpoint's quantised params at the params' paths, without their values.
+
+    Empty where nothing is quantised. Leading axes (layers, experts) are those of the params.
+    """
+    with open_checkpoint(path) as source:
+        items = {
+            item: [spec for spec in specs if spec.role == "scale" and spec.path[0] == "params"]
+            for item, specs in planned_items(source, "stored").items()
+        }
+        cut = segments(source.config.layers, min_repeats)
+        return _scales_alone(_fill(source, items, cut)["params"])
+
+
 @contextlib.contextmanager
 def open_checkpoint(
     path: str | os.PathLike, verify: bool = True
@@ -272,6 +286,14 @@ def _nest(leaves):
             node = node.setdefault(name, {})
         node[path[-1]] = leaf
     return _join(tree)
+
+
+def _scales_alone(node):
+    if not isinstance(node, dict):
+        return node
+    if node.keys() == {"scales"}:
+        return node["scales"]
+    return {name: _scales_alone(child) for name, child in node.items()}
 
 
 def _join(node):

@@ -11,7 +11,7 @@ from v4jax.datasets.source import Source
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import processes
-from v4jax.train import lora, placement, report
+from v4jax.train import lora, placement, quantized, report
 from v4jax.train.batch import Batch, make_batch
 from v4jax.train.config import Stage, TrainConfig
 from v4jax.train.cross_entropy import correct, cross_entropy
@@ -27,9 +27,12 @@ def evaluator(config: TrainConfig, stage: Stage, model: Transformer, source: Sou
     step takes; else rows of the training text.
     """
     rows, per_byte = _rows(config, stage, source), _targets_per_byte(source)
+    role_of = quantized.roles(model) if stage.quantized else None
 
     def sums_of(state, batch):
         params = lora.merge(state.params, config.lora)
+        if role_of is not None:  # of weights as they are stored, as training and the export have it
+            params = quantized.straight_through(params, role_of, state.scales)
         variables = {"params": params, "buffers": state.buffers}
         return sums(model, variables, batch, dense=stage.attention == "dense")
 

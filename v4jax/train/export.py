@@ -22,7 +22,7 @@ def export(
     state: TrainState,
     tokenizer: tokenizers.Tokenizer | None = None,
 ) -> Path:
-    """Writes DIR/model anew: quantised if the run ended so, else float32.
+    """Writes DIR/model anew: quantised if the run ended so, with the state's scales, else float32.
 
     Of several processes the first writes, with the whole model in its memory.
     """
@@ -30,7 +30,7 @@ def export(
     params = lora.merge(state.params, config.lora)
     if config.stages[-1].quantized:
         role_of = quantized.roles(Transformer(config.model, min_repeats=config.min_repeats))
-        params = quantized.stored(params, role_of)
+        params = quantized.stored(params, role_of, state.scales)
     variables = {"params": params, "buffers": state.buffers}
     if processes.count() > 1:
         variables = multihost_utils.process_allgather(variables, tiled=True)

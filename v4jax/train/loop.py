@@ -122,11 +122,12 @@ def _open(config, workdir, steps, stack, settings):
     if stored is not None:
         config, said = resume.settle(config, stored["config"], workdir, **settings)
     model, optimizer = _model(config, config.stages[0]), _optimizer(config)
-    shape = _shape(config, model, optimizer)
+    scales = start.scales(config, model) if stored is None else checkpoints.scales_of(latest)
+    shape = _shape(config, model, optimizer, scales)
     shardings = placement.state_shardings(model, optimizer, shape)
     source = _source(config, workdir)
     if stored is None:
-        state = _fresh(config, model, optimizer, source, shardings)
+        state = _fresh(config, model, optimizer, source, shardings, scales)
     else:
         _check_same_data(config, source, stored, workdir)
         state = checkpoints.restore(latest, placement.placed(shape, shardings))
@@ -165,21 +166,21 @@ def _describe(config, workdir, source, step, stack):
     return log
 
 
-def _shape(config, model, optimizer):
+def _shape(config, model, optimizer, scales):
     """The state's shapes."""
     variables = Transformer(model.config, min_repeats=model.min_repeats).abstract_variables()
     begin = functools.partial(new_state, optimizer=optimizer)
     params = jax.eval_shape(functools.partial(start.adapted, config), variables["params"])
-    return jax.eval_shape(begin, params, variables["buffers"])
+    return jax.eval_shape(begin, params, variables["buffers"], scales=scales)
 
 
-def _fresh(config, model, optimizer, source, shardings):
+def _fresh(config, model, optimizer, source, shardings, scales):
     variables = start.variables(config, model, source.counts_V)
     begin = functools.partial(new_state, optimizer=optimizer)
-    where = shardings.params, shardings.buffers
+    where = shardings.params, shardings.buffers, shardings.scales
     params = start.adapted(config, variables["params"])
-    params, buffers = jax.device_put((params, variables["buffers"]), where)
-    return jax.jit(begin, out_shardings=shardings)(params, buffers)
+    params, buffers, scales = jax.device_put((params, variables["buffers"], scales), where)
+    return jax.jit(begin, out_shardings=shardings)(params, buffers, scales=scales)
 
 
 def _check_same_data(config, source, stored, workdir):

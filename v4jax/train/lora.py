@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.errors import InputError
-from v4jax.train.optimizer import joined
+from v4jax.train.optimizer import joined, moved
 
 SUBTREE = "lora"
 ALL_ELSE = f"^(?!{SUBTREE}/)"  # a pattern of every other parameter
@@ -76,7 +76,7 @@ def merge(params: Any, config: LoraConfig) -> Any:
         if isinstance(base, dict):
             return {name: merged(child, adapter.get(name)) for name, child in base.items()}
         product = jnp.einsum("...or,...ri->...oi", adapter["b"], adapter["a"])
-        return base + config.scale * product
+        return moved(base, config.scale * product)
 
     rest = {name: child for name, child in params.items() if name != SUBTREE}
     return merged(rest, params[SUBTREE])

@@ -107,6 +107,17 @@ def group_of(path: str, config: OptimizerConfig) -> str:
     return config.matrices
 
 
+@jax.custom_jvp
+def moved(w: Array, change: Array) -> Array:
+    """w + change; what a change of 0 leaves keeps the sign of its zeros, as -0 + 0 would not."""
+    return jnp.where(change == 0, w, w + change)
+
+
+@moved.defjvp
+def _moved_jvp(primals, tangents):
+    return moved(*primals), tangents[0] + tangents[1]
+
+
 def table(params: Any, config: OptimizerConfig, o_groups: int) -> list[Row]:
     """Every parameter with its group."""
     rows = []

@@ -1,5 +1,6 @@
 """What of a run lies where on its mesh: state in parts beside its weights, rows by batch."""
 
+import math
 from typing import Any
 
 import jax
@@ -49,7 +50,25 @@ def state_shardings(
         buffers=where["buffers"],
         moments=state_like(optimizer, state.params, where["params"], everywhere),
         step=everywhere,
+        scales=_scale_shardings(where["params"], state.scales),
     )
+
+
+def _scale_shardings(places, scales):
+    """Scales lie beside their weights, whole along axes where the mesh does not divide them."""
+    if not isinstance(scales, dict):
+        return None if scales is None else _where_it_divides(places, scales.shape)
+    return {name: _scale_shardings(places[name], child) for name, child in scales.items()}
+
+
+def _where_it_divides(place, shape):
+    def divided(size, axes):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return size % math.prod(place.mesh.shape[name] for name in names) == 0
+
+    spec = (*place.spec, *(None,) * (len(shape) - len(place.spec)))
+    axes = (axes if divided(n, axes) else None for n, axes in zip(shape, spec, strict=True))
+    return NamedSharding(place.mesh, PartitionSpec(*axes))
 
 
 def placed(shape: TrainState, shardings: Any) -> TrainState:

@@ -1,8 +1,13 @@
 """Quantisation-aware training: weights as a checkpoint would hold them, gradients straight through.
 
 With a model of native numerics (which rounds activations, KV and the indexer) the forward pass is
-the one that the exported checkpoint will compute: experts FP4, other matrices FP8, norms, tables
-and compressors bf16, control tensors float32. The masters stay float32.
+the one that the exported checkpoint will compute: experts FP4 or FP8, other matrices FP8, norms,
+tables and compressors bf16, control tensors float32. The masters stay float32.
+
+Scales: a run that starts from a checkpoint with weights in the form of its config has their scales
+in its state; they follow the weights by the rule of `train.scales`, and forward pass and export
+round with them. Everything else, such as a run from random weights, has no stored scales to keep
+and gets fresh ones at every rounding.
 """
 
 from typing import Any
@@ -13,50 +18,80 @@ import jax.numpy as jnp
 from v4jax import config, quant, weights
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
+from v4jax.train.optimizer import joined
+from v4jax.train.scales import next_scales
+
+KINDS = {"expert": "fp4", "matrix": "fp8"}  # of the roles that have scales
 
 
 def roles(model: Transformer) -> dict[str, str]:
-    """What each parameter is in the table of tensors: "expert", "matrix", "control", ..., by path.
+    """How each parameter is stored: "expert" (FP4), "matrix" (FP8), "control", ..., by path.
+
+    FP8 experts, those of base checkpoints, are matrices here.
 
     Raises:
       InputError: the config stores nothing in FP4 or FP8, or an expert's width is not in 32s.
     """
-    if model.config.quantization is None or model.config.expert_dtype != "fp4":
+    if model.config.quantization is None:
         raise InputError(
             "quantisation-aware training needs a config that is stored quantised; set "
-            "quantization and expert_dtype='fp4' as in configs/flash.py"
+            "quantization and expert_dtype as in configs/flash.py or configs/flash_base.py"
         )
+    expert = "expert" if model.config.expert_dtype == "fp4" else "matrix"
     cut = config.segments(model.config.layers, model.min_repeats)
     found = {}
     for spec in weights.tensor_table(model.config):
         path, _ = weights.variable_place(cut, spec.item, spec.path)
         if path[0] == "params" and spec.role != "scale":
-            found["/".join(path[1:])] = spec.role
+            found["/".join(path[1:])] = expert if spec.role == "expert" else spec.role
     return found
 
 
-def stored(params: Any, role_of: dict[str, str]) -> Any:
-    """Params as the checkpoint holds them: `quant.QTensor`s, bf16 and float32."""
+def stored(params: Any, role_of: dict[str, str], scales: Any = None) -> Any:
+    """Params as the checkpoint holds them: `quant.QTensor`s, bf16 and float32.
+
+    Args:
+      scales: a tree of part of the params' paths, as `TrainState.scales`; fresh ones for the rest.
+    """
+    scale_of = _by_path(scales)
 
     def store(path, w):
-        role = role_of["/".join(step.key for step in path)]
-        if role == "expert":
-            return quant.quantize_fp4(w)
-        if role == "matrix":
-            return quant.quantize_fp8(w)
+        role = role_of[joined(path)]
+        if role in KINDS:
+            return _quantized(w, role, scale_of.get(joined(path)))
         return w if role == "control" else quant.round_to(w, jnp.bfloat16)
 
     return jax.tree_util.tree_map_with_path(store, params)
 
 
-def straight_through(params: Any, role_of: dict[str, str]) -> Any:
-    """Float32 params with the values that the stored ones stand for; to gradients the identity."""
+def straight_through(params: Any, role_of: dict[str, str], scales: Any = None) -> Any:
+    """Float32 params with the values that `stored` stands for; to gradients the identity."""
+    scale_of = _by_path(scales)
 
     def one(path, w):
-        role = role_of["/".join(step.key for step in path)]
-        return w if role == "control" else _rounded(w, role)
+        role, fixed = role_of[joined(path)], jax.lax.stop_gradient(w)
+        if role in KINDS:
+            return _passed(w, _quantized(fixed, role, scale_of.get(joined(path))).dequantize())
+        if role == "control":
+            return w
+        return _passed(w, quant.round_to(fixed, jnp.bfloat16).astype(jnp.float32))
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def follow(params: Any, role_of: dict[str, str], scales: Any) -> Any:
+    """The scales that params are stored with after `scales`; None stays None."""
+    param_of = _by_path(params)
+
+    def one(path, before):
+        name = joined(path)
+        return next_scales(param_of[name], before, KINDS[role_of[name]])
+
+    return jax.tree_util.tree_map_with_path(one, scales)
+
+
+def _by_path(tree):
+    return {joined(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @jax.custom_vjp
@@ -67,10 +102,5 @@ def _passed(w, rounded):
 _passed.defvjp(lambda w, rounded: (rounded, None), lambda _, g: (g, None))
 
 
-def _rounded(w, role):
-    fixed = jax.lax.stop_gradient(w)
-    if role == "expert":
-        return _passed(w, quant.quantize_fp4(fixed).dequantize())
-    if role == "matrix":
-        return _passed(w, quant.quantize_fp8(fixed).dequantize())
-    return _passed(w, quant.round_to(fixed, jnp.bfloat16).astype(jnp.float32))
+def _quantized(w, role, scales):
+    return quant.quantize_fp4(w, scales) if role == "expert" else quant.quantize_fp8(w, scales)

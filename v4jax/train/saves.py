@@ -74,6 +74,24 @@ class Checkpoints:
         fields.object("config"), fields.string("data")
         return run
 
+    def scales_of(self, step: int) -> Any:
+        """Shapes of the `TrainState.scales` of a step; None where it has none."""
+        # A manager knows no metadata of what it has neither saved nor restored.
+        folder = self._folder / str(step) / "state"
+        readable = self._sentence(f"of step {step} cannot be read")
+        with readable, self._ocp.StandardCheckpointer() as reader:
+            saved = reader.metadata(folder).item_metadata.tree
+        tree: dict[str, Any] = {}
+        for name, leaf in saved.items():
+            field, *path = name.split(".")
+            if field != "scales":
+                continue
+            node = tree
+            for each in path[:-1]:
+                node = node.setdefault(each, {})
+            node[path[-1]] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return tree or None
+
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step, laid out as `like` (shapes, types, shardings), on any mesh."""
         args = self._ocp.args

@@ -1,15 +1,19 @@
 """Where a run begins: fresh variables with hash tables made for its text, or a checkpoint's."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from v4jax import quant
 from v4jax.checkpoints import load as checkpoint
 from v4jax.config import ModelConfig
 from v4jax.datasets.hash_table import hash_table
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
-from v4jax.train import lora
+from v4jax.train import lora, quantized
 from v4jax.train.config import TrainConfig, flat
 from v4jax.train.optimizer import joined
 
@@ -30,6 +34,33 @@ def variables(config: TrainConfig, model: Transformer, count_V: np.ndarray | Non
         return fresh
     buffers = with_hash_tables(config.model, fresh["buffers"], count_V, config.seed)
     return fresh | {"buffers": buffers}
+
+
+def scales(config: TrainConfig, model: Transformer) -> Any:
+    """Scales of the checkpoint that the run starts from, for `TrainState.scales`.
+
+    Those of the matrices that it holds in the form in which the run will store them, in a tree of
+    their paths; None where there are none, or no stage is quantised.
+    """
+    if config.start is None or not any(stage.quantized for stage in config.stages):
+        return None
+    role_of = quantized.roles(model)
+    types = ("uint8",) if config.model.expert_dtype == "fp4" else ("uint8", "float32")
+    params = model.abstract_variables()["params"]
+    shapes = jax.eval_shape(functools.partial(quantized.stored, role_of=role_of), params)
+    shape_of = {
+        joined(path): leaf.scales.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes, is_leaf=quant.is_quantized)
+        if quant.is_quantized(leaf)
+    }
+
+    def kept(path, found):
+        same = found.shape == shape_of.get(joined(path)) and found.dtype.name in types
+        return found if same else None
+
+    found = checkpoint.load_scales(config.start, model.min_repeats)
+    tree = jax.tree_util.tree_map_with_path(kept, found)
+    return tree if jax.tree.leaves(tree) else None
 
 
 def adapted(config: TrainConfig, params):

@@ -15,17 +15,22 @@ from v4jax.train import lora, quantized
 from v4jax.train.batch import Batch
 from v4jax.train.lora import LoraConfig
 from v4jax.train.loss import LossWeights, count, loss
-from v4jax.train.optimizer import joined, matches, parameter_of
+from v4jax.train.optimizer import joined, matches, moved, parameter_of
 
 
 @struct.dataclass
 class TrainState:
-    """All that a step changes. step counts those that are done."""
+    """All that a step changes. step counts those that are done.
+
+    scales: those with which the params (merged, with LoRA) are stored, at some of their paths; None
+    where they follow no checkpoint's (see `train.quantized`).
+    """
 
     params: Any
     buffers: Any
     moments: Any
     step: Any
+    scales: Any = None
 
 
 @struct.dataclass
@@ -62,9 +67,11 @@ class StepConfig:
     lora: LoraConfig = LoraConfig()
 
 
-def new_state(params, buffers, optimizer: optax.GradientTransformation) -> TrainState:
+def new_state(
+    params, buffers, optimizer: optax.GradientTransformation, scales: Any = None
+) -> TrainState:
     """The state before the first step."""
-    return TrainState(params, buffers, optimizer.init(params), jnp.int32(0))
+    return TrainState(params, buffers, optimizer.init(params), jnp.int32(0), scales)
 
 
 def train_step(
@@ -82,17 +89,26 @@ def train_step(
         factor = jnp.minimum(1.0, config.clip / jnp.maximum(norm, 1e-30))
         gradients = jax.tree.map(lambda g: factor * g, gradients)
     directions, moments = optimizer.update(gradients, state.moments, state.params)
-    new = jax.tree.map(lambda w, d: w - rates.learning_rate * d, state.params, directions)
+    new = jax.tree.map(lambda w, d: moved(w, -rates.learning_rate * d), state.params, directions)
+    params = keep_untrained(config.trained, new, state.params)
     load = noted.pop("load")
     noted["targets"] = jnp.sum(batch.weights_BTJ[..., 0])
     noted |= {"grad_norm": norm, "learning_rate": rates.learning_rate, "load_cv": _spread(load)}
     state = TrainState(
-        params=keep_untrained(config.trained, new, state.params),
+        params=params,
         buffers=balanced(model, state.buffers, load, config.bias_step),
         moments=keep_untrained(config.trained, moments, state.moments),
         step=state.step + 1,
+        scales=_scales_after(model, config, params, state.scales),
     )
     return state, noted
+
+
+def _scales_after(model, config, params, before):
+    """In stages that are not quantised too: the one after them may be."""
+    if before is None:
+        return None
+    return quantized.follow(lora.merge(params, config.lora), quantized.roles(model), before)
 
 
 def accumulate(model, config: StepConfig, state: TrainState, batch: Batch, rates: Rates):
@@ -133,7 +149,7 @@ def _gradient_of(model, config, state, counts, mtp_weight):
         params = keep_untrained(config.trained, params, jax.lax.stop_gradient(params))
         params = lora.merge(params, config.lora)
         if role_of is not None:
-            params = quantized.straight_through(params, role_of)
+            params = quantized.straight_through(params, role_of, state.scales)
         variables = {"params": params, "buffers": state.buffers}
         options = {"mtp_weight": mtp_weight, "dense": config.dense}
         return loss(model, variables, part, config.losses, counts, **options)
