@@ -20,6 +20,7 @@ from v4jax.cli import process_flags
 from v4jax.errors import InputError
 from v4jax.hf.config import from_hf
 from v4jax.infer.generate import Generation, check_request, generate
+from v4jax.infer.generation_config import read_generation_config
 from v4jax.infer.sampling import Sampling
 from v4jax.infer.tokenizer import Tokenizer
 from v4jax.quant import QTensor
@@ -84,7 +85,7 @@ def _run(texts):
     config = from_hf(directory)
     tokenizer = _find_tokenizer(directory)
     prompts = _read_prompts(tokenizer, texts)
-    settings = _settings(config, demo=not (texts or FLAGS.prompt_ids))
+    settings = _settings(directory, config, demo=not (texts or FLAGS.prompt_ids))
     _check(config, prompts, settings)
     shards = _shards()
     model, params = checkpoint.load(
@@ -118,18 +119,24 @@ def _shards():
     return Shards(make_mesh(**parse_sizes(FLAGS.mesh)), PREFILL)
 
 
-def _settings(config, demo):
-    """What `generate` is told; demo: a flag that is not given has the demonstration's value."""
-    stop_ids = FLAGS.stop_ids
-    if stop_ids is None:
-        stop_ids = () if config.eos_token_id is None else config.eos_token_id
-    else:
-        stop_ids = _parse_ids("stop_ids", stop_ids)
+def _settings(directory, config, demo):
+    """What `generate` is told: flags, else what lies beside the checkpoint, else flags' defaults.
+
+    demo: without a prompt the demonstration's values stand in for flags that are not given.
+    """
     names = ("max_new_tokens", "temperature", "seed", "top_p", "top_k", "min_p", "max_length")
     values = {name: getattr(FLAGS, name) for name in names}
+    beside = read_generation_config(directory)._asdict()
+    ends = beside.pop("eos_token_id")
+    beside = {name: value for name, value in beside.items() if value is not None}
     if demo:
-        values |= {name: value for name, value in DEMO.items() if not FLAGS[name].present}
-    return values | {"stop_ids": stop_ids}
+        beside = DEMO | beside
+    values |= {name: value for name, value in beside.items() if not FLAGS[name].present}
+    if FLAGS.stop_ids is not None:
+        ends = _parse_ids("stop_ids", FLAGS.stop_ids)
+    elif ends is None:
+        ends = () if config.eos_token_id is None else config.eos_token_id
+    return values | {"stop_ids": ends}
 
 
 def _check(config, prompts, settings):
