@@ -7,7 +7,7 @@ sits in the model's variables, which depends on how its layers are cut into segm
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,6 @@ import numpy as np
 from v4jax.config import LayerSpec, ModelConfig, Segment, layer_place
 from v4jax.errors import InputError
 from v4jax.files.safetensors import NUMPY_DTYPES
-from v4jax.hf.layouts import transformers_key
 
 LAYOUTS = ("official", "transformers")
 WEIGHTS = ("stored", "bf16", "float32")
@@ -39,9 +38,9 @@ class StoredForm:
       matrices: dtype of the linear layers, `plain` or "F8_E4M3".
       experts: dtype of the routed experts, `plain`, "F8_E4M3" or "I8" (packed FP4).
       scale: dtype of the scales, "F8_E8M0" or "F32"; None where nothing is quantised.
-      loose: whether norms may be float32 or `plain` alike, as in checkpoints that are not
-        quantised; official ones have `plain` norms. Control tensors (hyper-connections, sinks,
-        biases, ape) are float32 in official ones, and may be `plain` in all.
+      loose: whether norms and control tensors (hyper-connections, sinks, biases, ape) may be
+        float32 or `plain` alike, as in checkpoints that are not quantised; official ones have
+        `plain` norms and float32 control tensors.
     """
 
     plain: str
@@ -123,29 +122,22 @@ def expanded_config(config: ModelConfig, weights: str) -> ModelConfig:
 
 
 def tensor_table(
-    config: ModelConfig,
-    layout: str = "official",
-    form: StoredForm | None = None,
-    plain_items: Collection[str] = (),
+    config: ModelConfig, layout: str = "official", form: StoredForm | None = None
 ) -> list[TensorSpec]:
     """Every tensor of a checkpoint, item after item.
 
     Args:
       layout: "official" or "transformers"; they differ in names, and the latter has no MTP.
       form: how the weights are stored; None for what the config announces.
-      plain_items: items whose weights are not quantised, whatever the form of the others.
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
     form = form or stored_form(config)
-    plain = StoredForm(form.plain, form.plain, form.plain, None, True)
     specs = [
         spec
         for item, prefix, layer, weights in _items(config)
         for path, shape, role in weights
-        for spec in _specs(
-            config, plain if item in plain_items else form, item, prefix, layer, path, shape, role
-        )
+        for spec in _specs(config, form, item, prefix, layer, path, shape, role)
     ]
     if layout == "official":
         return specs
@@ -177,6 +169,17 @@ def variable_place(
     segment, place, repeat = layer_place(cut, int(number))
     where = (collection, segment.name, f"block_{place}", *rest)
     return where, repeat if segment.repeats > 1 else None
+
+
+def transformers_key(key: str) -> str:
+    """The name under which transformers saves the tensor that officially is called `key`."""
+    if key == "head.weight":
+        return key
+    if key == "embed.weight":
+        return "model.embed_tokens.weight"
+    if key.startswith("hc_head_"):
+        return "model.hc_head.hc_" + key.removeprefix("hc_head_")
+    return "model." + key.replace(".attn.kv_norm.", ".attn.norm.")
 
 
 def scale_key(key: str) -> str:
@@ -317,9 +320,9 @@ def _official_name(names, expert):
 
 def _dtypes(form, role):
     if role == "table":
-        return ("I64", "I32")
-    if role == "control":  # exact in float32, in which it is kept
-        return ("F32", form.plain) if form.plain != "F32" else ("F32",)
+        return ("I64",)
+    if role == "control":
+        return ("F32", form.plain) if form.loose and form.plain != "F32" else ("F32",)
     if role == "norm" and form.loose and form.plain != "F32":
         return (form.plain, "F32")
     return (form.plain,)

@@ -43,7 +43,6 @@ def load(
     weights: str = "stored",
     numerics: str | None = None,
     shards: Shards = ONE_DEVICE,
-    verify: bool = True,
     **options: Any,
 ) -> tuple[Transformer, dict[str, Any]]:
     """Builds a model and loads its weights.
@@ -57,8 +56,6 @@ def load(
       numerics: None, or "native" for the official low-precision rounding.
       shards: a mesh and strategy for the model to run on. Each process then reads only the bytes
         that its devices hold; draft blocks, which are only passed on, are left out.
-      verify: hold tensors of our Orbax format that are read whole against their CRC-32, which
-        takes a second for every one to two gigabytes and thread.
       **options: further fields of `Transformer`, such as `min_repeats`.
 
     Returns:
@@ -67,7 +64,7 @@ def load(
     Raises:
       InputError: damaged or incomplete files, or tensors that are not those of the config.
     """
-    with open_checkpoint(path, verify) as source:
+    with open_checkpoint(path) as source:
         items = planned_items(source, weights)
         model = Transformer(
             source.config, dtype=dtype, numerics=numerics, sharding=shards, **options
@@ -105,14 +102,12 @@ def load_scales(path: str | os.PathLike, min_repeats: int = 4) -> dict[str, Any]
 
 
 @contextlib.contextmanager
-def open_checkpoint(
-    path: str | os.PathLike, verify: bool = True
-) -> Iterator[FolderSource | OrbaxSource]:
-    """Opens a checkpoint of any format for reading; see `source` and, for `verify`, `load`."""
+def open_checkpoint(path: str | os.PathLike) -> Iterator[FolderSource | OrbaxSource]:
+    """Opens a checkpoint of any format for reading; see `sources`."""
     path = locate(path)
     check_finished(path)
     whole = os.path.exists(os.path.join(path, MANIFEST_NAME))
-    source = OrbaxSource(path, verify) if whole else FolderSource(path)
+    source = OrbaxSource(path) if whole else FolderSource(path)
     with contextlib.closing(source):
         yield source
 

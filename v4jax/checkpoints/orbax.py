@@ -53,20 +53,13 @@ _CHUNK = 64 << 20  # larger stacks of experts are cut into a file an expert
 class OrbaxSource:
     """A checkpoint in our Orbax format, opened for reading; see `sources`.
 
-    Args:
-      verify: hold every tensor that is read whole against its CRC-32 in the manifest.
-
     Raises:
       InputError: no or a foreign manifest, missing items, or tensors that are not the config's.
     """
 
-    def __init__(self, path: str | os.PathLike, verify: bool = True):
+    def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        tensors, text = _read_manifest(self.path)
-        found = {key: (dtype, shape) for key, (dtype, shape, _) in tensors.items()}
-        self._checksums = {key: checksum for key, (_, _, checksum) in tensors.items()}
-        self._shapes = {key: shape for key, (_, shape) in found.items()}
-        self._verify = verify
+        found, text = _read_manifest(self.path)
         self.config_text = read_config(self.path)
         config = ModelConfig.from_hf(self.path)
         self.config, self.items = fit(config, found, self.path)
@@ -86,45 +79,16 @@ class OrbaxSource:
             with self.open_parts(name) as read:
                 yield read
             return
-        specs = self._as_saved(name)
-        read = reader(load_item(self.path, name, specs), specs)
-        yield functools.partial(self._read_whole, read, {spec.key: spec for spec in specs})
-
-    def _as_saved(self, name):
-        """An item's tensors in the shapes that they have on disk."""
-        return [spec._replace(shape=self._shapes[spec.key]) for spec in self.items[name]]
-
-    def _read_whole(self, read, specs, key, out):
-        """Reads a tensor whole and holds its bytes against the manifest."""
-        spec = specs[key]
-        same = out.shape == spec.shape
-        array = out if same else np.empty(spec.shape, spec.dtype)
-        read(key, array)
-        if self._verify and zlib.crc32(bytes_of(array)) != self._checksums[key]:
-            raise InputError(
-                f"{self.path}: the bytes of {key} are not those that were written (their CRC-32 "
-                f"is not the manifest's {self._checksums[key]}); the disk or a copy damaged them: "
-                "copy or convert the checkpoint again"
-            )
-        if not same:
-            out[...] = array[tuple(slice(n) for n in out.shape)]  # a hash table's first columns
+        yield reader(load_item(self.path, name, self.items[name]), self.items[name])
 
     @contextlib.contextmanager
     def open_parts(self, name: str) -> Iterator[Read]:
         """Reads regions straight from the item's Zarr files, without Orbax."""
-        specs = {spec.key: spec for spec in self._as_saved(name)}
-        wanted = {spec.key: spec.shape for spec in self.items[name]}
-        tree, _ = empty_tree(list(specs.values()))  # memory that nobody touches
+        specs = {spec.key: spec for spec in self.items[name]}
+        tree, _ = empty_tree(self.items[name])  # memory that nobody touches
         path = item_path(self.path, name)
 
         def read(key, out, region=None):
-            spec = specs[key]
-            if region in (None, whole(spec.shape)) and wanted[key] == spec.shape:
-                self._read_whole(part, specs, key, out)
-            else:
-                part(key, out, whole(wanted[key]) if region is None else region)
-
-        def part(key, out, region=None):
             spec = specs[key]
             names = spec.path if spec.part == "array" else (*spec.path, spec.part)
             leaf = functools.reduce(dict.__getitem__, names, tree)
@@ -134,10 +98,6 @@ class OrbaxSource:
             ZarrArray(os.path.join(path, ".".join(names)), leaf.shape).read_into(out, region)
 
         yield read
-
-    def file_key(self, key: str) -> str:
-        """The manifest has official keys."""
-        return key
 
     def close(self) -> None:
         """Nothing is kept open."""
@@ -335,7 +295,7 @@ def _check_same(path, expected, found, names):
 
 
 def _read_manifest(directory):
-    """Dtype, shape and CRC-32 of each tensor, and the manifest's text."""
+    """Dtype and shape of each tensor, and the manifest's text."""
     path = os.path.join(directory, MANIFEST_NAME)
     text = read_regular(path, MAX_BYTES)
     try:
@@ -357,5 +317,5 @@ def _tensor(item, key):
     tensor = item.object(key)
     if tensor.string("dtype") not in NUMPY_DTYPES:
         raise tensor.refuse("dtype", f"one of {', '.join(NUMPY_DTYPES)}")
-    checksum = tensor.integer("crc32", low=0, high=2**32 - 1)
-    return tensor["dtype"], tensor.integers("shape"), checksum
+    tensor.integer("crc32", low=0, high=2**32 - 1)
+    return tensor["dtype"], tensor.integers("shape")

@@ -7,7 +7,6 @@ Orbax format (`orbax_io`) and a model's variables (`checkpoint`). Each has
     config_text     the official config.json as bytes, None where the source has none
     items           item -> its list of `TensorSpec`, each with the one dtype that was found
     fingerprint     text that changes when the content may have changed
-    file_key(key)   what the files call the tensor that holds an official one
     open_item(name) a context manager; gives `read(key, out)`, which fills an array
 
 Folders and Orbax directories also have
@@ -30,11 +29,10 @@ from v4jax.checkpoints.expand import check_scales, expand
 from v4jax.config import WINDOW, ModelConfig
 from v4jax.errors import InputError
 from v4jax.files.json_reader import quote, word
-from v4jax.files.regions import shape_of, slices, whole
+from v4jax.files.regions import shape_of, slices
 from v4jax.files.regular import read_regular
 from v4jax.files.safetensors import SafetensorsFolder
 from v4jax.hf.config import MAX_CONFIG
-from v4jax.hf.layouts import LEFT_OUT, Stored, layout_of, stored
 from v4jax.weights import (
     BLOCK,
     GROUP,
@@ -43,6 +41,7 @@ from v4jax.weights import (
     scale_key,
     stored_form,
     tensor_table,
+    transformers_key,
 )
 
 JOURNAL_NAME = ".incomplete"  # there while a conversion into the directory is under way
@@ -65,61 +64,29 @@ class FolderSource:
         self._folder = SafetensorsFolder(self.path)
         entries = self._folder.entries
         found = {key: (entry.dtype, entry.shape) for key, entry in entries.items()}
+        transformers = any(key.startswith("model.") for key in found)
         text = read_config(self.path)
-        found = self._without_buffers(found)
-        config, layout = ModelConfig.from_hf(self.path), layout_of(found, self.path)
-        if layout in ("transformers", "modules"):  # which have no MTP
+        config = ModelConfig.from_hf(self.path)
+        self._file_keys = {}
+        if transformers:
             config = dataclasses.replace(config, mtp_layers=(), draft_layers=0)
-        found, self._stored = self._officially(config, layout, found)
-        announced = config
-        config = as_stored(config, found, self.path)
-        file_keys = {key: stored.key for key, stored in self._stored.items()}
-        self.config, self.items = fit(config, found, self.path, file_keys)
-        changed = layout != "official" or config is not announced
-        self.config_text = None if changed else text
+            self._file_keys = {
+                spec.key: transformers_key(spec.key) for spec in tensor_table(config)
+            }
+            official = {file_key: key for key, file_key in self._file_keys.items()}
+            found = {official.get(key, key): entry for key, entry in found.items()}
+        self.config, self.items = fit(config, found, self.path, self._file_keys)
+        self.config_text = None if transformers else text
         self.fingerprint = self._fingerprint(text)
-
-    def _without_buffers(self, found):
-        ignored = [key for key in found if LEFT_OUT.search(key)]
-        if ignored:
-            logging.warning(
-                "%s: %d tensors are left out (first %s): the config says what they hold",
-                self.path, len(ignored), ignored[0],
-            )  # fmt: skip
-        return {key: entry for key, entry in found.items() if key not in ignored}
-
-    def _officially(self, config, layout, found):
-        """What was found under official keys, and where the files hold it if elsewhere."""
-        if layout == "official":
-            return found, {}
-        if layout == "prefixed":
-            official = {key.removeprefix("model."): key for key in found}
-            return (
-                {key: found[file_key] for key, file_key in official.items()},
-                {key: Stored(file_key) for key, file_key in official.items()},
-            )
-        there = {spec.key: stored(layout, spec.key) for spec in tensor_table(config)}
-        known = {place.key for place in there.values()}
-        named = {k: _part(found[place.key], place) for k, place in there.items()
-                 if place.key in found}  # fmt: skip
-        return named | {k: v for k, v in found.items() if k not in known}, there
 
     @contextlib.contextmanager
     def open_item(self, name: str) -> Iterator[Read]:
-        shapes = {spec.key: spec.shape for spec in self.items[name]}
-
         def read(key, out, region=None):
-            place = self._stored.get(key, Stored(key))
-            file_shape = self._folder.entries[place.key].shape
-            self._folder.read_into(place.key, out, _within(place, file_shape, shapes[key], region))
+            self._folder.read_into(self._file_keys.get(key, key), out, region)
 
         yield read
 
     open_parts = open_item
-
-    def file_key(self, key: str) -> str:
-        """What the files call the tensor that holds an official one."""
-        return self._stored.get(key, Stored(key)).key
 
     def close(self) -> None:
         self._folder.close()
@@ -131,42 +98,6 @@ class FolderSource:
             digest.update(f"\0{name} {status.st_size} {status.st_mtime_ns}\0".encode())
             digest.update(file.header)
         return digest.hexdigest()
-
-
-def _part(entry, place):
-    """dtype and shape of an official tensor that is a part of one in the files."""
-    dtype, shape = entry
-    if place.expert is None:
-        return entry
-    if len(shape) != 3 or place.expert >= shape[0] or (place.half is not None and shape[1] % 2):
-        return dtype, shape  # which `fit` refuses by name
-    return dtype, (shape[1] if place.half is None else shape[1] // 2, shape[2])
-
-
-def _within(place, file_shape, shape, region):
-    """The region of a file's tensor that holds one of an official tensor of `shape`."""
-    if place.expert is None and tuple(file_shape) == tuple(shape):
-        return region
-    region = whole(shape) if region is None else region
-    if place.expert is None:
-        return region  # the first columns of a hash table
-    first = (place.half or 0) * shape[0]
-    rows = tuple(first + n for n in region[0])
-    return ((place.expert, place.expert + 1), rows, *region[1:])
-
-
-def as_stored(config: ModelConfig, found: Found, where: str) -> ModelConfig:
-    """The config with what its quantization_config says left out, if no tensor is quantised."""
-    dtype, _ = found.get("layers.0.attn.wq_a.weight", (None, None))
-    plain = {"BF16": "bf16", "F32": "float32"}
-    scaled = any(key.endswith((".scale", "weight_scale_inv")) for key in found)
-    if config.quantization is None or dtype not in plain or scaled:
-        return config
-    logging.warning(
-        "%s: config.json has a quantization_config and the weights are %s without scales; they are "
-        "loaded as they are", where, dtype,
-    )  # fmt: skip
-    return expanded_config(config, plain[dtype])
 
 
 def fit(
@@ -192,41 +123,10 @@ def fit(
     config = _count_blocks(config, found, where)
     sample = found.get("layers.0.attn.wq_a.scale")
     form = stored_form(config, None if sample is None else sample[0])
-    table = tensor_table(config, form=form, plain_items=_plain_blocks(config, form, found))
-    found = _with_narrow_tables(table, found, where)
+    table = tensor_table(config, form=form)
     carried = _carried(found, where) if config.draft_layers else []
     specs = matched([*table, *carried], found, where, file_keys)
     return config, by_item(specs)
-
-
-def _plain_blocks(config, form, found):
-    """MTP blocks whose matrices are not quantised, though the model's are."""
-    sampled = {
-        f"mtp_{k}": found.get(f"mtp.{k}.attn.wq_a.weight", (None, None))[0]
-        for k in range(len(config.mtp_layers))
-    }
-    return {item for item, dtype in sampled.items() if dtype == form.plain != form.matrices}
-
-
-def _with_narrow_tables(table, found, where):
-    """What was found, hash tables as wide as the config wants them where they are wider.
-
-    The first experts of each token are used: a table lists distinct ones, so they stay distinct.
-    """
-    narrow = {
-        spec.key: (dtype, spec.shape)
-        for spec in table
-        if spec.role == "table"
-        for dtype, shape in [found.get(spec.key, (None, ()))]
-        if dtype in spec.dtypes and shape[:1] == spec.shape[:1] and shape[1:] > spec.shape[1:]
-    }
-    if narrow:
-        key, (_, (_, count)) = next(iter(narrow.items()))
-        logging.warning(
-            "%s: hash tables list %d experts per token and num_experts_per_tok is %d; the first %d "
-            "are used", where, found[key][1][1], count, count,
-        )  # fmt: skip
-    return {**found, **narrow}
 
 
 def matched(
@@ -390,14 +290,9 @@ def _count_blocks(config, found, where):
                 f"hold {count} draft blocks (mtp.0 to mtp.{count - 1}); get the missing files"
             )
         return dataclasses.replace(config, mtp_layers=(), draft_layers=count)
-    if count < len(config.mtp_layers):
-        logging.warning(
-            "%s: config.json announces %d MTP blocks and the files hold %d; the others are left "
-            "out", where, len(config.mtp_layers), count,
-        )  # fmt: skip
-    if config.draft_layers or count > len(config.mtp_layers):
+    if config.draft_layers:
         return dataclasses.replace(config, mtp_layers=(WINDOW,) * count, draft_layers=0)
-    return dataclasses.replace(config, mtp_layers=config.mtp_layers[:count])
+    return config
 
 
 def _carried(found, where):

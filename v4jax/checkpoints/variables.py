@@ -40,12 +40,7 @@ class VariablesSource:
         self._carried = variables.get("carried", {})
         cut = _cut(config, variables["params"])
         self.config, form = _stored_config(config, leaves, cut)
-        plain = {
-            f"mtp_{k}"
-            for k in range(len(config.mtp_layers))
-            if ("params", f"mtp_{k}", "e_proj", "weight") in leaves  # no values and scales
-        }
-        table = tensor_table(self.config, form=form, plain_items=plain)
+        table = tensor_table(self.config, form=form)
         found, self._places = {}, {}
         repeats = {segment.name: segment.repeats for segment in cut}
         for spec in table:

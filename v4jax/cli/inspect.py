@@ -22,7 +22,7 @@ from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME, read_index
 from v4jax.named_configs import config_names, get_config
-from v4jax.weights import TensorSpec, tensor_table
+from v4jax.weights import TensorSpec, tensor_table, transformers_key
 
 FLAGS = flags.FLAGS
 
@@ -88,9 +88,11 @@ def _count_files(path):
 
 
 def _check(source):
+    # A folder without a text of the official config is one that transformers wrote.
+    key_in_file = transformers_key if source.config_text is None else str
     total = sum(spec.nbytes for specs in source.items.values() for spec in specs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=None) as bar:
-        return find_bad_values(source, source.file_key, bar.update)
+        return find_bad_values(source, key_in_file, bar.update)
 
 
 def contexts(config: ModelConfig, asked: int | None) -> list[int]:
