@@ -7,3 +7,7 @@ class InputError(ValueError):
     The command line prints its message on one line and exits with status 2; anything else is our
     own fault and keeps its traceback.
     """
+
+
+class ChecksumError(InputError):
+    """A tensor whose bytes are not those that were written."""

@@ -129,9 +129,10 @@ def test_the_loader_gets_its_settings(run, directory, monkeypatch):
     )
     run("--dtype=bfloat16", "--weights=float32", "--numerics=native", *short)
     asked = {"dtype": "bfloat16", "weights": "float32", "numerics": "native"}
-    assert seen == asked | {"shards": ONE_DEVICE}
-    run(*short)
-    assert seen == {"dtype": None, "weights": "stored", "numerics": None, "shards": ONE_DEVICE}
+    assert seen == asked | {"shards": ONE_DEVICE, "verify": True}
+    run("--noverify", *short)
+    asked = {"dtype": None, "weights": "stored", "numerics": None}
+    assert seen == asked | {"shards": ONE_DEVICE, "verify": False}
     run("--mesh=expert=4,sequence=2", *short)
     assert seen["shards"].mesh.shape["expert"] == 4 and seen["shards"].size("sequence") == 8
 

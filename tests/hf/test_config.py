@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import math
+import time
 
 import pytest
 
@@ -242,6 +243,54 @@ def test_nested_keys_are_checked_too(official, key, value, message):
     official[nested] = official[nested] | {key: value}
     with pytest.raises(InputError, match=message):
         ModelConfig.from_hf(official)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"n_routed_experts": 10**7}, "n_routed_experts is 10000000; expected 0 to 65536"),
+        ({"n_routed_experts": 60000}, "is 60000 and num_hidden_layers 43; expected 262144 experts"),
+        ({"compress_ratios": [0] * 10**7}, "compress_ratios has 10000000 entries; expected 4160"),
+        ({"compress_ratios": [0] * 200}, "200 entries|has 157 entries after the 43 layers"),
+        ({"v4jax_layers": [{"attention": "window"}] * 10**6}, "v4jax_layers has 1000000 entries"),
+        ({"num_nextn_predict_layers": 10**10}, "num_nextn_predict_layers is 10000000000; expected"),
+        ({"num_hidden_layers": 10**10}, "num_hidden_layers is 10000000000; expected 0 to 4096"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1; expected 0 to"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1; expected 0 to 64"),
+        ({"num_hash_layers": -3}, "num_hash_layers is -3; expected 0 to"),
+        ({"n_routed_experts": -8}, "n_routed_experts is -8; expected 0 to"),
+        ({"n_shared_experts": -1}, "n_shared_experts is -1; expected 0 to"),
+        ({"hc_sinkhorn_iters": 10**9}, "hc_sinkhorn_iters is 1000000000; expected 0 to 1000"),
+    ],
+)
+def test_counts_are_bounded_before_anything_is_built(official, changes, message):
+    started = time.monotonic()
+    with pytest.raises(InputError, match=message) as caught:
+        ModelConfig.from_hf(official | changes)
+    assert time.monotonic() - started < 1 and len(str(caught.value)) < 300
+    without = {k: v for k, v in official.items() if k != "compress_ratios"}
+    if "compress_ratios" not in changes:
+        layers = {"v4jax_layers": [{"attention": "window"}] * 43}
+        with pytest.raises(InputError, match=message):
+            ModelConfig.from_hf(without | layers | changes)
+
+
+def test_counts_of_the_transformers_form_are_bounded(transformers_config):
+    keys = _transformers(transformers_config).to_dict()
+    for name, value in (("num_hidden_layers", 10**10), ("n_routed_experts", 10**7),
+                        ("num_hidden_layers", -1), ("n_routed_experts", -2)):  # fmt: skip
+        with pytest.raises(InputError, match=f"{name} is {value}; expected 0 to"):
+            ModelConfig.from_hf(keys | {name: value})
+
+
+def test_keys_of_other_tools_change_nothing(official):
+    others = {"unsloth_version": "2026.1", "use_bfloat16": False, "repetition_penalty": 1.0,
+              "do_sample": True, "temperature": 0.6, "add_cross_attention": False}  # fmt: skip
+    config = ModelConfig.from_hf(official | others)
+    assert dataclasses.replace(config, extra=ModelConfig.from_hf(official).extra) == (
+        ModelConfig.from_hf(official)
+    )
+    assert config.to_hf() == official | others
 
 
 WRONG = (None, True, 0, -1, 1, 3, 1.5, math.nan, "x", [], ["x"], [None], {}, {"x": 1})

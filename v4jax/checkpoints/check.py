@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from v4jax.errors import ChecksumError
 from v4jax.files.threads import run_all
 from v4jax.weights import TensorSpec
 
@@ -23,14 +24,12 @@ _MASKS = {
 
 def find_bad_values(
     source,
-    key_in_file: Callable[[str], str] = lambda key: key,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> list[str]:
     """Reads every tensor of a checkpoint and names those with a bad value, one sentence each.
 
     Args:
       source: an opened checkpoint (see `sources`).
-      key_in_file: what the files call the tensor that officially has this key.
       progress: called with the number of bytes that were read.
     """
     findings = []
@@ -40,13 +39,17 @@ def find_bad_values(
 
                 def look_at(spec, read=read):
                     tensor = np.empty(spec.shape, spec.dtype)
-                    read(spec.key, tensor)
-                    progress(spec.nbytes)
+                    try:
+                        read(spec.key, tensor)
+                    except ChecksumError as error:
+                        return str(error).removeprefix(f"{source.path}: {spec.key} is ")
+                    finally:
+                        progress(spec.nbytes)
                     return bad_values(spec, tensor, source.config.n_routed_experts)
 
                 found = run_all(pool, look_at, specs)
             pairs = zip(specs, found, strict=True)
-            findings += [f"{key_in_file(spec.key)}: {text}" for spec, text in pairs if text]
+            findings += [f"{source.key_in_file(spec.key)}: {text}" for spec, text in pairs if text]
     return findings
 
 

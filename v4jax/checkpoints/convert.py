@@ -281,7 +281,7 @@ def _reopen_and_compare(task, part):
 
 
 def _compare_part(source, task, part):
-    with open_checkpoint(task.target) as other:
+    with open_checkpoint(task.target, verify=False) as other:  # compared bit by bit
         expected = planned_items(source, task.weights)
         _check_same_tensors(expected, other.items, source.path, task.target, task.weights)
         names = _share(expected, part)

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from v4jax.checkpoints.fit import refuse_mixed
 from v4jax.checkpoints.orbax import MANIFEST_NAME, OrbaxSource
 from v4jax.checkpoints.shards import ShardedLeaf, fill_leaves, identity
 from v4jax.checkpoints.source import JOURNAL_NAME, FolderSource, converting, planned_items
@@ -43,6 +44,7 @@ def load(
     weights: str = "stored",
     numerics: str | None = None,
     shards: Shards = ONE_DEVICE,
+    verify: bool = True,
     **options: Any,
 ) -> tuple[Transformer, dict[str, Any]]:
     """Builds a model and loads its weights.
@@ -56,6 +58,8 @@ def load(
       numerics: None, or "native" for the official low-precision rounding.
       shards: a mesh and strategy for the model to run on. Each process then reads only the bytes
         that its devices hold; draft blocks, which are only passed on, are left out.
+      verify: in our Orbax format, hold every tensor that is read whole against its checksum, which
+        takes about a second for each GB and core.
       **options: further fields of `Transformer`, such as `min_repeats`.
 
     Returns:
@@ -64,7 +68,7 @@ def load(
     Raises:
       InputError: damaged or incomplete files, or tensors that are not those of the config.
     """
-    with open_checkpoint(path) as source:
+    with open_checkpoint(path, verify) as source:
         items = planned_items(source, weights)
         model = Transformer(
             source.config, dtype=dtype, numerics=numerics, sharding=shards, **options
@@ -102,12 +106,14 @@ def load_scales(path: str | os.PathLike, min_repeats: int = 4) -> dict[str, Any]
 
 
 @contextlib.contextmanager
-def open_checkpoint(path: str | os.PathLike) -> Iterator[FolderSource | OrbaxSource]:
-    """Opens a checkpoint of any format for reading; see `sources`."""
+def open_checkpoint(
+    path: str | os.PathLike, verify: bool = True
+) -> Iterator[FolderSource | OrbaxSource]:
+    """Opens a checkpoint of any format for reading; see `sources`, and `load` for `verify`."""
     path = locate(path)
     check_finished(path)
     whole = os.path.exists(os.path.join(path, MANIFEST_NAME))
-    source = OrbaxSource(path) if whole else FolderSource(path)
+    source = OrbaxSource(path, verify) if whole else FolderSource(path)
     with contextlib.closing(source):
         yield source
 
@@ -192,7 +198,7 @@ class _Leaf:
 
 def _fill(source, items, cut: tuple[Segment, ...]):
     """Reads all items into the variables' arrays; each goes to the device once it is complete."""
-    leaves, places, repeats = _plan_leaves(items, cut)
+    leaves, places, repeats = _plan_leaves(source.path, items, cut)
     for where, leaf in leaves.items():
         leaf.buffer = _aligned(*leaf.form(repeats[where]))
     done = {}
@@ -222,7 +228,7 @@ def _fill_item(source, item, specs, leaves, places, pool):
 
 def _fill_mesh(source, items, model):
     """As `_fill`, onto the model's mesh."""
-    planned, where_of, repeats = _plan_leaves(items, model.segments())
+    planned, where_of, repeats = _plan_leaves(source.path, items, model.segments())
     shardings = sharded.variable_shardings(model)
     leaves, places, last_items = {}, {}, {}
     for where, leaf in planned.items():
@@ -239,7 +245,7 @@ def _fill_mesh(source, items, model):
     return _nest(fill_leaves(source, items, leaves, places, last_items))
 
 
-def _plan_leaves(items, cut):
+def _plan_leaves(name, items, cut):
     """Unfilled leaves by their path, each tensor's leaf and repeat, and each leaf's repeats."""
     leaves, places, repeats = {}, {}, {}
     lengths = {segment.name: segment.repeats for segment in cut}
@@ -250,6 +256,11 @@ def _plan_leaves(items, cut):
             places[spec.key] = (where, repeat)
             leaves.setdefault(where, _Leaf()).specs.append(spec)
             repeats[where] = None if repeat is None else lengths[path[1]]
+    refuse_mixed(
+        {where: leaf.specs for where, leaf in leaves.items()},
+        name,
+        "load it with weights='bf16' (--weights=bf16), which expands what is quantised",
+    )
     return leaves, places, repeats
 
 

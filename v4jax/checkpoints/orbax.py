@@ -31,12 +31,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from v4jax.checkpoints.source import Read, fit, read_config
+from v4jax.checkpoints.fit import fit
+from v4jax.checkpoints.source import Read, adapting, read_config, say_notes
 from v4jax.config import ModelConfig
-from v4jax.errors import InputError
+from v4jax.errors import ChecksumError, InputError
 from v4jax.files.atomic import sync_directory, write_atomically
 from v4jax.files.json_reader import MAX_BYTES, Fields, parse_json
-from v4jax.files.regions import whole
+from v4jax.files.regions import slices, whole
 from v4jax.files.regular import check_regular_below, read_regular
 from v4jax.files.safetensors import NUMPY_DTYPES, bytes_of
 from v4jax.files.threads import run_all
@@ -53,23 +54,32 @@ _CHUNK = 64 << 20  # larger stacks of experts are cut into a file an expert
 class OrbaxSource:
     """A checkpoint in our Orbax format, opened for reading; see `sources`.
 
+    Args:
+      verify: hold what is read whole against the checksums of the manifest. One pass more over
+        bytes in memory: about a second for a gigabyte and a core.
+
     Raises:
       InputError: no or a foreign manifest, missing items, or tensors that are not the config's.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, verify: bool = True):
         self.path = os.fspath(path)
-        found, text = _read_manifest(self.path)
-        self.config_text = read_config(self.path)
-        config = ModelConfig.from_hf(self.path)
-        self.config, self.items = fit(config, found, self.path)
+        found, checksums, text = _read_manifest(self.path)
+        self._checksums = checksums if verify else {}
+        config_text = read_config(self.path)
+        announced = ModelConfig.from_hf(self.path)
+        fitted = fit(announced, found, self.path)
+        self.config, self.items, self._stored = fitted.config, fitted.items, fitted.stored
+        self.notes, self.key_in_file = fitted.notes, str
+        say_notes(self.path, self.notes)
+        self.config_text = config_text if self.config == announced else None
         absent = [name for name in self.items if not os.path.isdir(item_path(self.path, name))]
         if absent:
             raise InputError(
                 f"{self.path}: {len(absent)} of {len(self.items)} items are missing, first "
                 f"items/{absent[0]}; copy or convert the checkpoint again"
             )
-        identity = os.path.realpath(self.path).encode() + b"\0" + self.config_text + text
+        identity = os.path.realpath(self.path).encode() + b"\0" + config_text + text
         self.fingerprint = hashlib.sha256(identity).hexdigest()
 
     @contextlib.contextmanager
@@ -79,25 +89,60 @@ class OrbaxSource:
             with self.open_parts(name) as read:
                 yield read
             return
-        yield reader(load_item(self.path, name, self.items[name]), self.items[name])
+        specs = self._stored_specs(name)
+        tree = load_item(self.path, name, specs)
+        parts = _parts(tree, specs)
+
+        def read(key, out, region):
+            self._check(key, parts[key])
+            out[...] = parts[key] if region is None else parts[key][slices(region)]
+
+        yield self._adapting(name, read)
 
     @contextlib.contextmanager
     def open_parts(self, name: str) -> Iterator[Read]:
         """Reads regions straight from the item's Zarr files, without Orbax."""
-        specs = {spec.key: spec for spec in self.items[name]}
-        tree, _ = empty_tree(self.items[name])  # memory that nobody touches
+        specs = {spec.key: spec for spec in self._stored_specs(name)}
+        tree, _ = empty_tree(specs.values())  # memory that nobody touches
         path = item_path(self.path, name)
 
-        def read(key, out, region=None):
+        def read(key, out, region):
             spec = specs[key]
             names = spec.path if spec.part == "array" else (*spec.path, spec.part)
             leaf = functools.reduce(dict.__getitem__, names, tree)
-            region = whole(spec.shape) if region is None else region
+            everything = whole(spec.shape)
+            region = everything if region is None else region
+            inside, target = region, out
             if spec.expert is not None:
-                region, out = ((spec.expert, spec.expert + 1), *region), out[None]
-            ZarrArray(os.path.join(path, ".".join(names)), leaf.shape).read_into(out, region)
+                inside, target = ((spec.expert, spec.expert + 1), *region), out[None]
+            ZarrArray(os.path.join(path, ".".join(names)), leaf.shape).read_into(target, inside)
+            if region == everything:
+                self._check(key, out)
 
-        yield read
+        yield self._adapting(name, read)
+
+    def _stored_specs(self, name):
+        """The tensors of an item as they are stored."""
+        specs = [(spec, self._stored.get(spec.key)) for spec in self.items[name]]
+        return [
+            spec if stored is None else spec._replace(dtypes=(stored[0],), shape=stored[1])
+            for spec, stored in specs
+        ]
+
+    def _adapting(self, name, read):
+        return adapting(read, self._stored, {spec.key: spec.shape for spec in self.items[name]})
+
+    def _check(self, key, tensor):
+        """Raises unless a whole tensor's bytes are those that were written."""
+        expected = self._checksums.get(key)
+        if expected is None:
+            return
+        found = zlib.crc32(bytes_of(np.ascontiguousarray(tensor)))
+        if found != expected:
+            raise ChecksumError(
+                f"{self.path}: {key} is damaged: its bytes have the CRC-32 {found:08x}; expected "
+                f"{expected:08x} as {MANIFEST_NAME} says, so copy or convert the checkpoint again"
+            )
 
     def close(self) -> None:
         """Nothing is kept open."""
@@ -187,16 +232,22 @@ def empty_tree(specs: list[TensorSpec]) -> tuple[dict, dict[str, np.ndarray]]:
 
 def reader(tree: dict, specs: list[TensorSpec]) -> Read:
     """Reads single tensors out of an item's tree."""
-    where = {spec.key: spec for spec in specs}
+    parts = _parts(tree, specs)
 
     def read(key, out):
-        spec = where[key]
-        leaf = tree
-        for name in spec.path if spec.part == "array" else (*spec.path, spec.part):
-            leaf = leaf[name]
-        out[...] = leaf if spec.expert is None else leaf[spec.expert]
+        out[...] = parts[key]
 
     return read
+
+
+def _parts(tree, specs):
+    """Each tensor's part of an item's tree."""
+    parts = {}
+    for spec in specs:
+        names = spec.path if spec.part == "array" else (*spec.path, spec.part)
+        leaf = functools.reduce(dict.__getitem__, names, tree)
+        parts[spec.key] = leaf if spec.expert is None else leaf[spec.expert]
+    return parts
 
 
 def write_manifest(
@@ -295,7 +346,7 @@ def _check_same(path, expected, found, names):
 
 
 def _read_manifest(directory):
-    """Dtype and shape of each tensor, and the manifest's text."""
+    """Dtype and shape of each tensor, its checksum, and the manifest's text."""
     path = os.path.join(directory, MANIFEST_NAME)
     text = read_regular(path, MAX_BYTES)
     try:
@@ -303,7 +354,9 @@ def _read_manifest(directory):
         kind, version = manifest.string("format"), manifest.integer("version")
         if (kind, version) == (FORMAT, VERSION):
             items = manifest.object("items").of_objects()
-            return {key: _tensor(item, key) for item in items.values() for key in item}, text
+            tensors = {key: _tensor(item, key) for item in items.values() for key in item}
+            found = {key: (dtype, shape) for key, (dtype, shape, _) in tensors.items()}
+            return found, {key: checksum for key, (*_, checksum) in tensors.items()}, text
     except InputError as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise InputError(f"{path}: not a manifest of ours ({reason}); get it again") from None
@@ -317,5 +370,5 @@ def _tensor(item, key):
     tensor = item.object(key)
     if tensor.string("dtype") not in NUMPY_DTYPES:
         raise tensor.refuse("dtype", f"one of {', '.join(NUMPY_DTYPES)}")
-    tensor.integer("crc32", low=0, high=2**32 - 1)
-    return tensor["dtype"], tensor.integers("shape")
+    checksum = tensor.integer("crc32", low=0, high=2**32 - 1)
+    return tensor["dtype"], tensor.integers("shape"), checksum

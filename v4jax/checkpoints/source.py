@@ -4,9 +4,11 @@ Three kinds look alike to their readers: a folder of safetensors files (here), a
 Orbax format (`orbax_io`) and a model's variables (`checkpoint`). Each has
 
     path, config    config is in agreement with the tensors that are there
-    config_text     the official config.json as bytes, None where the source has none
+    config_text     the official config.json as bytes, None where it is not that of the tensors
     items           item -> its list of `TensorSpec`, each with the one dtype that was found
     fingerprint     text that changes when the content may have changed
+    notes           a sentence for everything that is not as in the official checkpoints
+    key_in_file(key) what the files call the tensor that officially has this key
     open_item(name) a context manager; gives `read(key, out)`, which fills an array
 
 Folders and Orbax directories also have
@@ -15,45 +17,33 @@ Folders and Orbax directories also have
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import MappingProxyType
 
 import numpy as np
 from absl import logging
 
 from v4jax.checkpoints.expand import check_scales, expand
-from v4jax.config import WINDOW, ModelConfig
+from v4jax.checkpoints.fit import by_item, fit
+from v4jax.checkpoints.foreign import Found
+from v4jax.config import ModelConfig
 from v4jax.errors import InputError
-from v4jax.files.json_reader import quote, word
-from v4jax.files.regions import shape_of, slices
+from v4jax.files.regions import shape_of, slices, whole
 from v4jax.files.regular import read_regular
-from v4jax.files.safetensors import SafetensorsFolder
+from v4jax.files.safetensors import NUMPY_DTYPES, SafetensorsFolder
 from v4jax.hf.config import MAX_CONFIG
-from v4jax.weights import (
-    BLOCK,
-    GROUP,
-    TensorSpec,
-    expanded_config,
-    scale_key,
-    stored_form,
-    tensor_table,
-    transformers_key,
-)
+from v4jax.hf.names import names_for_errors, official_places
+from v4jax.weights import BLOCK, GROUP, TensorSpec, expanded_config, scale_key, tensor_table
 
 JOURNAL_NAME = ".incomplete"  # there while a conversion into the directory is under way
 CONFIG_NAME = "config.json"
 
-_CARRIED = re.compile(r"mtp\.\d{1,4}(\.\w{1,80}){1,8}", re.ASCII)
 Read = Callable[..., None]  # (key, out), or of parts (key, out, region)
-Found = Mapping[str, tuple[str, tuple[int, ...]]]  # key -> dtype, shape
 
 
 class FolderSource:
-    """A directory of safetensors files, in the official or the transformers layout.
+    """A directory of safetensors files, with official names or those of transformers.
 
     Raises:
       InputError: unreadable or damaged files, or tensors that are not those of the config.
@@ -64,27 +54,28 @@ class FolderSource:
         self._folder = SafetensorsFolder(self.path)
         entries = self._folder.entries
         found = {key: (entry.dtype, entry.shape) for key, entry in entries.items()}
-        transformers = any(key.startswith("model.") for key in found)
+        self._places = official_places(found, self.path)
+        self.key_in_file = names_for_errors(self._places)
+        found = {key: (place.dtype, place.shape) for key, place in self._places.items()}
         text = read_config(self.path)
-        config = ModelConfig.from_hf(self.path)
-        self._file_keys = {}
-        if transformers:
-            config = dataclasses.replace(config, mtp_layers=(), draft_layers=0)
-            self._file_keys = {
-                spec.key: transformers_key(spec.key) for spec in tensor_table(config)
-            }
-            official = {file_key: key for key, file_key in self._file_keys.items()}
-            found = {official.get(key, key): entry for key, entry in found.items()}
-        self.config, self.items = fit(config, found, self.path, self._file_keys)
-        self.config_text = None if transformers else text
+        announced = ModelConfig.from_hf(self.path)
+        fitted = fit(announced, found, self.path, self.key_in_file)
+        self.config, self.items, self._stored = fitted.config, fitted.items, fitted.stored
+        self.notes = fitted.notes
+        say_notes(self.path, self.notes)
+        renamed = any(place.key != key for key, place in self._places.items())
+        self.config_text = None if renamed or self.config != announced else text
         self.fingerprint = self._fingerprint(text)
 
     @contextlib.contextmanager
     def open_item(self, name: str) -> Iterator[Read]:
-        def read(key, out, region=None):
-            self._folder.read_into(self._file_keys.get(key, key), out, region)
+        shapes = {spec.key: spec.shape for spec in self.items[name]}
 
-        yield read
+        def read_stored(key, out, region):
+            place = self._places[key]
+            self._folder.read_into(place.key, out, place.part(region))
+
+        yield adapting(read_stored, self._stored, shapes)
 
     open_parts = open_item
 
@@ -100,72 +91,33 @@ class FolderSource:
         return digest.hexdigest()
 
 
-def fit(
-    config: ModelConfig,
-    found: Found,
-    where: str,
-    file_keys: Mapping[str, str] = MappingProxyType({}),
-) -> tuple[ModelConfig, dict[str, list[TensorSpec]]]:
-    """Holds the tensors that were found against those of the config, by official keys.
+def say_notes(where: str, notes: Iterable[str]) -> None:
+    """Warns of what is not as in the official checkpoints."""
+    for note in notes:
+        logging.warning("%s: %s", where, note)
+
+
+def adapting(read: Read, stored: Found, shapes: Mapping[str, tuple[int, ...]]) -> Read:
+    """A reader of tensors some of which are stored as another type or with more columns.
 
     Args:
-      config: what config.json says. MTP and DSpark draft blocks are counted by keys.
-      found: dtype and shape of each tensor.
-      where: the checkpoint's name, for errors; file_keys: what it calls a key, if differently.
-
-    Returns:
-      The config with the blocks that are there, and the items. Draft blocks become items
-      `carried_0`, ..., whose tensors are passed on as they are.
-
-    Raises:
-      InputError: a missing, extra, misshapen or wrongly typed tensor.
+      read: reads (key, out, region) as it is stored; region None for all of it.
+      stored: dtype and shape in the files of the tensors that are read as something else.
+      shapes: key -> shape as which a tensor is read.
     """
-    config = _count_blocks(config, found, where)
-    sample = found.get("layers.0.attn.wq_a.scale")
-    form = stored_form(config, None if sample is None else sample[0])
-    table = tensor_table(config, form=form)
-    carried = _carried(found, where) if config.draft_layers else []
-    specs = matched([*table, *carried], found, where, file_keys)
-    return config, by_item(specs)
 
+    def adapt(key, out, region=None):
+        if key not in stored:
+            read(key, out, region)
+            return
+        dtype, shape = stored[key]
+        if region is None and shape != shapes[key]:
+            region = whole(shapes[key])  # the first columns
+        buffer = np.empty(out.shape, NUMPY_DTYPES[dtype])
+        read(key, buffer, region)
+        out[...] = buffer
 
-def matched(
-    table: Iterable[TensorSpec], found: Found, where: str, file_keys: Mapping[str, str]
-) -> list[TensorSpec]:
-    """The table with the dtypes that were found; an error unless all of it fits."""
-    specs, problems = [], []
-    table = list(table)
-    for spec in table:
-        dtype, shape = found.get(spec.key, (None, None))
-        key = file_keys.get(spec.key, spec.key)
-        expected = f"expected {' or '.join(spec.dtypes)} {list(spec.shape)}"
-        if dtype is None:
-            problems.append(f"{key} is missing ({expected})")
-        elif dtype not in spec.dtypes or shape != spec.shape:
-            problems.append(f"{key} is {dtype} {quote(shape)} ({expected})")
-        elif spec.dtypes != (dtype,):
-            spec = spec._replace(dtypes=(dtype,))
-        specs.append(spec)
-    known = {spec.key for spec in table}
-    for key in found:
-        if key not in known:
-            dtype, shape = found[key]
-            found_as = f"{word(key)}, {dtype} {quote(shape)}"
-            problems.append(f"{found_as}, is not a tensor of this model")
-    if problems:
-        shown = "; ".join(problems[:4]) + ("; ..." if len(problems) > 4 else "")
-        raise InputError(
-            f"{where}: {len(problems)} tensors do not fit config.json: {shown}. Check that config "
-            "and weights are of the same checkpoint and that all of it is there"
-        )
-    return specs
-
-
-def by_item(specs: Iterable[TensorSpec]) -> dict[str, list[TensorSpec]]:
-    items = {}
-    for spec in specs:
-        items.setdefault(spec.item, []).append(spec)
-    return items
+    return adapt
 
 
 def planned_items(source, weights: str) -> dict[str, list[TensorSpec]]:
@@ -265,44 +217,3 @@ def read_config(path: str) -> bytes:
             f"{path}: {CONFIG_NAME} cannot be read (no such file); it belongs beside the weights"
         )
     return read_regular(where, MAX_CONFIG)
-
-
-def _count_blocks(config, found, where):
-    """The config with as many MTP or draft blocks as there are keys of them."""
-    numbers = {int(m[1]) for key in found if (m := re.match(r"mtp\.(\d{1,9})\.", key))}
-    count = len(numbers)
-    if not count and config.draft_layers:
-        raise InputError(
-            f"{where}: config.json announces {config.draft_layers} draft blocks and the files hold "
-            "no mtp.* tensors; get the missing files"
-        )
-    if numbers != set(range(count)):
-        raise InputError(
-            f"{where}: has blocks mtp.{quote(sorted(numbers))}; expected them to count from 0 "
-            "without gaps"
-        )
-    drafts = any(re.match(r"mtp\.\d+\.main_(proj|norm)\.", key) for key in found)
-    if drafts:
-        announced = config.draft_layers or len(config.mtp_layers)
-        if announced not in (count, 1):
-            raise InputError(
-                f"{where}: config.json announces {announced} blocks after the layers and the files "
-                f"hold {count} draft blocks (mtp.0 to mtp.{count - 1}); get the missing files"
-            )
-        return dataclasses.replace(config, mtp_layers=(), draft_layers=count)
-    if config.draft_layers:
-        return dataclasses.replace(config, mtp_layers=(WINDOW,) * count, draft_layers=0)
-    return config
-
-
-def _carried(found, where):
-    for key, (dtype, shape) in found.items():
-        if key.startswith("mtp."):
-            # Carried tensors are files by that name in our Orbax format.
-            if not _CARRIED.fullmatch(key):
-                raise InputError(
-                    f"{where}: holds the tensor {quote(key)}; expected a name such as "
-                    "mtp.0.attn.wq_a.weight, of letters, digits and _ between dots"
-                )
-            item = f"carried_{key.split('.')[1]}"
-            yield TensorSpec(key, shape, (dtype,), item, ("carried", key), role="carried")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from v4jax.checkpoints import orbax as orbax_io
+from v4jax.checkpoints.fit import refuse_mixed
 from v4jax.checkpoints.source import CONFIG_NAME, Read, converting
 from v4jax.config import ModelConfig
 from v4jax.files.atomic import write_atomically
@@ -74,6 +75,13 @@ class OrbaxTarget:
     def __init__(self, path: str | os.PathLike, items: dict[str, list[TensorSpec]]):
         self.path = os.fspath(path)
         self.items = items
+        for specs in items.values():
+            leaves = {}
+            for spec in specs:
+                part = () if spec.part == "array" else (spec.part,)
+                leaves.setdefault((*spec.path, *part), []).append(spec)
+            cure = "write official files (--to=official), or expand them (--weights=bf16)"
+            refuse_mixed(leaves, self.path, cure)
 
     def write_item(
         self,

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from v4jax.checkpoints.source import Read, by_item, matched
+from v4jax.checkpoints.fit import adapted, by_item, matched
+from v4jax.checkpoints.source import Read
 from v4jax.config import ModelConfig, segments
 from v4jax.errors import InputError
 from v4jax.files.safetensors import STORED_NAMES
@@ -45,7 +46,9 @@ class VariablesSource:
         repeats = {segment.name: segment.repeats for segment in cut}
         for spec in table:
             path, repeat = variable_place(cut, spec.item, spec.path)
-            where = path if spec.part == "array" else (*path, spec.part)
+            # An MTP block may be left in bf16 where the model is quantised.
+            plain = spec.part == "array" or (spec.item.startswith("mtp") and path in leaves)
+            where = path if plain and spec.part != "scales" else (*path, spec.part)
             self._places[spec.key] = (where, repeat)
             if where in leaves:
                 stack = () if spec.expert is None else (config.n_routed_experts,)
@@ -53,7 +56,8 @@ class VariablesSource:
                 found[spec.key] = _found(spec, leaves[where], stack)
         strange = leaves.keys() - {where for where, _ in self._places.values()}
         found |= {"/".join(path): _dtype_and_shape(leaves[path]) for path in sorted(strange)}
-        specs = matched(table, found, self.path, {})
+        specs, _, _ = adapted(table, found)
+        specs = matched(specs, found, self.path)
         self.items = by_item([*specs, *_carried_specs(self._carried)])
         self._leaves = leaves
 

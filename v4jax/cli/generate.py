@@ -65,6 +65,9 @@ def define_flags():
         "weights", "stored", ["stored", "bf16", "float32"], "How weights are kept in memory"
     )
     flags.DEFINE_enum("numerics", None, ["native"], "native: the official FP8 and FP4 rounding")
+    flags.DEFINE_bool(
+        "verify", True, "Hold an Orbax checkpoint's tensors against their checksums (1 s for 1 GB)"
+    )
     flags.DEFINE_integer("max_length", None, "Tokens of prompt and text that the cache can hold")
     flags.DEFINE_string(
         "mesh", None, "Run on many devices, as expert=4,sequence=2 (axes: data, fsdp, tensor too)"
@@ -94,6 +97,7 @@ def _run(texts):
         weights=FLAGS.weights,
         numerics=FLAGS.numerics,
         shards=shards,
+        verify=FLAGS.verify,
     )
     _say(_describe(FLAGS.checkpoint, model, params))
     _say("compiling for these lengths ...")

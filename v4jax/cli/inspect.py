@@ -2,7 +2,8 @@
 
 The argument is a checkpoint's directory or the name of a config (`v4jax inspect flash`). For a
 directory the headers of its files are read as well, and with --check every tensor: the exit status
-is 1 where a tensor is missing, superfluous, of the wrong shape or type, or holds a NaN.
+is 1 where a tensor is missing, superfluous, of the wrong shape or type, holds a NaN, or is not what
+the checksums of our Orbax format say.
 """
 
 import collections
@@ -22,7 +23,7 @@ from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME, read_index
 from v4jax.named_configs import config_names, get_config
-from v4jax.weights import TensorSpec, tensor_table, transformers_key
+from v4jax.weights import TensorSpec, tensor_table
 
 FLAGS = flags.FLAGS
 
@@ -74,6 +75,7 @@ def _describe_directory(path):
         table = [spec for specs in source.items.values() for spec in specs]
         report = describe(path, source.config, contexts(source.config, FLAGS.context), table)
         report["files"] = _count_files(directory)
+        report["notes"] = list(source.notes)
         if FLAGS.check:
             report["findings"] = _check(source)
         return source.config, report
@@ -88,11 +90,9 @@ def _count_files(path):
 
 
 def _check(source):
-    # A folder without a text of the official config is one that transformers wrote.
-    key_in_file = transformers_key if source.config_text is None else str
     total = sum(spec.nbytes for specs in source.items.values() for spec in specs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=None) as bar:
-        return find_bad_values(source, key_in_file, bar.update)
+        return find_bad_values(source, bar.update)
 
 
 def contexts(config: ModelConfig, asked: int | None) -> list[int]:

@@ -17,6 +17,8 @@ def as_text(config: ModelConfig, report: dict[str, Any]) -> str:
     """The report of `inspect.describe`, as tables."""
     parts = [_title(config, report), _layers(config, report), _stored(report)]
     parts += [_cache(report), _flops(report)]
+    if report.get("notes"):
+        parts.append("\n".join(["Notes", *(f"  {note}" for note in report["notes"])]))
     if "findings" in report:
         parts.append(_findings(report))
     return "\n\n".join(parts)

@@ -41,8 +41,57 @@ IMPLEMENTED_QUANTIZATION = {
     "weight_block_size": ([128, 128],),
 }
 
+# What training and serving tools leave in a config.json, and generation settings of old ones. They
+# describe a tool's run, another kind of model, or how text is drawn, and no number of this model.
+_OF_OTHER_TOOLS = frozenset(
+    {
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "_flash_attn_2_enabled",
+        "add_cross_attention",
+        "bad_words_ids",
+        "base_model_name_or_path",
+        "begin_suppress_tokens",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "gradient_checkpointing",
+        "keys_to_ignore_at_inference",
+        "length_penalty",
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "model_max_length",
+        "model_name",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "prefix",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "suppress_tokens",
+        "temperature",
+        "tie_encoder_decoder",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+    }
+)
 # They change no number of the forward pass.
-HARMLESS = frozenset(
+HARMLESS = _OF_OTHER_TOOLS | frozenset(
     {
         "_attn_implementation",
         "_commit_hash",

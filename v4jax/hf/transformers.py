@@ -34,7 +34,7 @@ def _transformers_layers(keys):
     }
     routing = {"hash_moe": "hash", "moe": "score"}
     kinds, rates = keys["layer_types"], keys["compress_rates"]
-    count = keys.get("num_hidden_layers")
+    count = integer(keys, "num_hidden_layers")
     for name, allowed in (("layer_types", attention), ("mlp_layer_types", routing)):
         if not isinstance(keys[name], (list, tuple)) or len(keys[name]) != count:
             raise InputError(
