@@ -55,7 +55,7 @@ def test_one_bit_is_found_by_whoever_reads(damaged, tmp_path):
 
 
 def test_one_bit_is_found_on_a_mesh(damaged):
-    shards = Shards(make_mesh(expert=4), PREFILL)
+    shards = Shards(make_mesh(expert=8), PREFILL)
     with pytest.raises(ChecksumError, match=KEY):
         load(damaged, shards=shards)
 

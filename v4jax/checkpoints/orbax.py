@@ -103,7 +103,7 @@ class OrbaxSource:
     def open_parts(self, name: str) -> Iterator[Read]:
         """Reads regions straight from the item's Zarr files, without Orbax."""
         specs = {spec.key: spec for spec in self._stored_specs(name)}
-        tree, _ = empty_tree(specs.values())  # memory that nobody touches
+        tree, _ = empty_tree(list(specs.values()))  # memory that nobody touches
         path = item_path(self.path, name)
 
         def read(key, out, region):
