@@ -15,10 +15,11 @@ from tests.support.checkpoints import small_config, synthetic
 from v4jax.checkpoints.journal import Journal
 from v4jax.checkpoints.load import load_variables, save_orbax
 from v4jax.checkpoints.orbax import OrbaxSource
+from v4jax.checkpoints.source import FolderSource
 from v4jax.config import WINDOW, ModelConfig
 from v4jax.datasets import files
 from v4jax.errors import InputError
-from v4jax.files.safetensors import INDEX_NAME, SafetensorsFolder
+from v4jax.files.safetensors import INDEX_NAME
 from v4jax.files.zarr import ZarrArray
 from v4jax.infer.cache_file import load_cache, save_cache
 from v4jax.infer.tokenizer import Tokenizer
@@ -82,8 +83,8 @@ def opened(kind, name):
 # The file, and what reads it.
 READERS = {
     "official/config.json": lambda root: ModelConfig.from_hf(root / "official" / "config.json"),
-    f"official/{INDEX_NAME}": opened(SafetensorsFolder, "official"),
-    "official/model-00001-of-00004.safetensors": opened(SafetensorsFolder, "official"),
+    f"official/{INDEX_NAME}": opened(FolderSource, "official"),
+    "official/model-00001-of-00004.safetensors": opened(FolderSource, "official"),
     "orbax/v4jax.json": opened(OrbaxSource, "orbax"),
     "orbax/items/embed/params.embed.weight/.zarray": read_zarr,
     "journal/.incomplete": lambda root: Journal(str(root / "journal"), PURPOSE),
