@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
+from tests.support import places
 from tests.support.selection import first
 from v4jax.kernels import blocks, membership
 from v4jax.kernels.indexer_topk import api, cases, xla
@@ -21,7 +22,15 @@ IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 CHOICES = [("xla", name) for name in cases.NUMERICS] + [
     (implementation, name)
     for implementation in ("pallas_tpu", "pallas_gpu")
-    for name in ("few_entries", "odd_heads", "two_queries", "long_tile", "long_decode")
+    for name in (
+        "few_entries",
+        "odd_heads",
+        "two_queries",
+        "long_tile",
+        "long_decode",
+        "packed",
+        "packed_reversed",
+    )
 ]
 
 
@@ -105,25 +114,80 @@ def test_choices_by_eye(implementation, name):
     assert np.nonzero(mask[0, 0])[0].tolist() == chosen
 
 
+# What hypothesis draws is sizes of few kinds and numbers of every kind: each size is a program.
+DRAWN = hypothesis.settings(max_examples=40, deadline=None)
+VALUES = np.array([0.0, -0.0, 1.0, 2.0, -1.0, 3.0, INF, -INF, NAN], np.float32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @hypothesis.given(data=strategies.data())
-@hypothesis.settings(max_examples=25, deadline=None)
+@DRAWN
 def test_any_ranges_and_any_values(implementation, data):
-    """Ranges in no order, empty ones among them; ties, infinities and no numbers in the keys."""
-    length, entries = 21, 140
-    number = strategies.integers(0, entries)
-    edges = np.array(data.draw(strategies.lists(number, min_size=2 * length, max_size=2 * length)))
-    low, high = (jnp.asarray(x[None], jnp.int32) for x in (edges[:length], edges[length:]))
-    value = strategies.sampled_from([0.0, -0.0, 1.0, 2.0, -1.0, INF, -INF, NAN])
-    values = data.draw(strategies.lists(value, min_size=entries, max_size=entries))
-    keys = jnp.asarray(values, jnp.float32)[None, :, None]
-    weight = data.draw(strategies.sampled_from([1.0, -1.0, 0.5]))
-    q = jnp.ones((1, length, 1, 1))
-    args = (q, jnp.full((1, length, 1), weight), keys, low, high)
+    """Ranges in no order; ties, infinities and no numbers in keys, queries and weights.
+
+    The values' sums are exact in any order, and so are those of the chain of bf16.
+    """
+    batch, entries, heads = 2, data.draw(strategies.sampled_from([140, 700])), 3
+    length = data.draw(strategies.sampled_from([1, 21]))
+    low, high = data.draw(places.ranges(batch, length, entries))
+    rng = np.random.default_rng(data.draw(strategies.integers(0, 2**20)))
+    some = data.draw(strategies.sampled_from([4, 6, 8, 9]))  # the first are finite
+    finite = data.draw(strategies.booleans())
+
+    def draw(*shape, most=some):
+        return jnp.asarray(rng.choice(VALUES[:most], size=shape))
+
+    least = min(some, 6) if finite else some
+    q, weight = draw(batch, length, heads, 2, most=least), draw(batch, length, heads, most=least)
+    args = (q, weight, draw(batch, entries, 2), low, high)
     topk = data.draw(strategies.sampled_from([1, 7, 60]))
-    mask = choose(*args, topk=topk, implementation=implementation)
-    np.testing.assert_array_equal(mask, stable_sort(args, topk))
+    chain = data.draw(strategies.booleans())
+    mask = choose(*args, topk=topk, chain=chain, implementation=implementation)
+    np.testing.assert_array_equal(mask, stable_sort(args, topk, chain=chain))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@hypothesis.given(data=strategies.data())
+@DRAWN
+def test_any_documents(implementation, data):
+    """Documents of any lengths in batches of rows, their entries in either order."""
+    case = cases.Case(
+        length=140,
+        entries=35,
+        topk=data.draw(strategies.sampled_from([1, 6])),
+        documents=data.draw(places.documents(140, 2)),
+        reverse=data.draw(strategies.booleans()),
+    )
+    args = cases.arguments(case, rounded=data.draw(strategies.booleans()))
+    mask = choose(*args, topk=case.topk, implementation=implementation)
+    np.testing.assert_array_equal(mask, stable_sort(args, case.topk))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("values", [9, 8, 6])
+@pytest.mark.parametrize("length", [1, 3])
+def test_long_rows_of_any_values(length, values, implementation):
+    """So many entries that the bounds of the threshold come from groups, and that ties abound."""
+    rng = np.random.default_rng(values)
+    keys = jnp.asarray(rng.choice(VALUES[:values], size=(1, 9000, 1)))
+    q = jnp.ones((1, length, 1, 1))
+    low = jnp.asarray(rng.integers(0, 300, (1, length)), jnp.int32)
+    args = (q, jnp.ones((1, length, 1)), keys, low, 9000 - low)
+    mask = choose(*args, topk=70, implementation=implementation)
+    np.testing.assert_array_equal(mask, stable_sort(args, 70))
+
+
+@pytest.mark.slow
+def test_thousands_of_tiny_documents():
+    documents = ((1, 2, 3, 4) * 200, (5, 4) * 222)
+    case = cases.Case(2000, 1, 2, heads=1, documents=documents)
+    args = cases.arguments(case)
+    for implementation in IMPLEMENTATIONS:
+        mask = choose(*args, topk=case.topk, implementation=implementation)
+        np.testing.assert_array_equal(mask, stable_sort(args, case.topk))
 
 
 def test_order_of_scores_as_integers():

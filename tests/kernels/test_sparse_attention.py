@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
+from tests.support import places
 from tests.support.selection import first
-from v4jax.kernels import membership
+from v4jax.kernels import blocks, membership, ranges
 from v4jax.kernels.sparse_attention import api, cases, mass, reference, xla
 from v4jax.kernels.sparse_attention.plan import Places, Plan
 
@@ -38,8 +39,14 @@ def sweep(names, quick):
     return first([row for row in rows if row[0] == "xla" or row[1] in quick], rows)
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "scale", "window", "topk"))
-def value_and_gradients(diff, weight, arrays, implementation, scale, window, topk=0):
+# The sizes of tiles are the TPU's; those of a GPU are fixed where arrays are float32.
+TILES = (blocks.TABLE["v5p"].sparse_attention, blocks.SparseAttention(queries=16, keys=128))
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "scale", "window", "topk", "tiles"))
+def value_and_gradients(
+    diff, weight, arrays, implementation, scale, window, topk=0, tiles=TILES[0]
+):
     """The output, and the gradients of its weighted sum."""
 
     def loss(diff):
@@ -48,7 +55,8 @@ def value_and_gradients(diff, weight, arrays, implementation, scale, window, top
         )
         return jnp.sum(out.astype(jnp.float32) * weight), out
 
-    (_, out), grads = jax.value_and_grad(loss, has_aux=True)(diff)
+    with blocks.on_trial("v5p", blocks.Blocks(tiles)):
+        (_, out), grads = jax.value_and_grad(loss, has_aux=True)(diff)
     return out, grads
 
 
@@ -70,6 +78,10 @@ def test_forward_and_gradients(implementation, case):
 def check_against_the_reference(case, implementation):
     diff, other = cases.make(case)
     static, arrays = split(other)
+    check_arrays(diff, arrays, static, implementation)
+
+
+def check_arrays(diff, arrays, static, implementation):
     weight = weight_like(diff["q_BTNH"])
     out, grads = value_and_gradients(diff, weight, arrays, implementation, **static)
     wanted, wanted_grads = value_and_gradients(diff, weight, arrays, "reference", **static)
@@ -79,29 +91,26 @@ def check_against_the_reference(case, implementation):
         np.testing.assert_allclose(grad, wanted_grads[name], atol=1e-5 * max(size, 1), rtol=1e-5)
 
 
+# What hypothesis draws is sizes of few kinds and numbers of every kind: each size is a program.
+DRAWN = hypothesis.settings(max_examples=40, deadline=None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @hypothesis.given(data=strategies.data())
-@hypothesis.settings(max_examples=30, deadline=None)
+@DRAWN
 def test_any_documents(implementation, data):
     """Documents of any lengths in batches of rows, their entries in either order."""
     length, batch = data.draw(strategies.sampled_from([60, 260])), 2
-    longest = data.draw(strategies.sampled_from([3, 20, length]))
-
-    def row():
-        lengths, room = [], length
-        while room > 0 and len(lengths) < 80:
-            lengths.append(data.draw(strategies.integers(1, min(longest, room))))
-            room -= lengths[-1]
-        return tuple(lengths)
-
+    ratio = data.draw(strategies.sampled_from([1, 4, 128]))
     case = cases.Case(
         length,
-        data.draw(strategies.sampled_from([1, 8, 24])),
-        1,
-        ratio=data.draw(strategies.sampled_from([1, 4, 128])),
+        data.draw(strategies.sampled_from([1, 24])),
+        max(length // ratio, 1),
+        ratio=ratio,
         choices=data.draw(strategies.sampled_from([0, 0, 3])),
-        documents=tuple(row() for _ in range(batch)),
+        batch=batch,
+        documents=data.draw(places.documents(length, batch)),
         reverse=data.draw(strategies.booleans()),
     )
     check_against_the_reference(case, implementation)
@@ -109,9 +118,30 @@ def test_any_documents(implementation, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_thousands_of_tiny_documents(implementation):
-    case = cases.Case(3000, 8, 1, documents=((1, 2, 3, 4) * 300, (5, 4) * 300), heads=1)
-    check_against_the_reference(case, implementation)
+@hypothesis.given(data=strategies.data())
+@DRAWN
+def test_any_places(implementation, data):
+    """Ranges, windows and choices in no order, and such as no document has."""
+    batch, entries, count, older = 2, 300, 7, 3
+    # Few queries: a TPU fetches rows one by one. More: tiles of them.
+    length = data.draw(strategies.sampled_from([11, 45]))
+    given = data.draw(strategies.sampled_from(["all", "chosen", "member"]))
+    diff, other = cases.make(cases.Case(length, 8, entries, older=older, batch=batch))
+    sink = strategies.sampled_from([-1e30, -30.0, 0.0, 30.0])
+    diff["sink_N"] = jnp.asarray(data.draw(strategies.lists(sink, min_size=3, max_size=3)))
+    static, arrays = split(other)
+    low, high = data.draw(places.ranges(batch, length, entries))
+    first = data.draw(places.integers((batch, length), 0, older + length))
+    arrays |= {"low_BT": low, "high_BT": high, "first_BT": first}
+    if given != "all":
+        chosen = data.draw(places.choices(batch, length, entries, count))
+        arrays["chosen_BTK"] = chosen
+    if given == "member":
+        seen = ranges.visible(chosen, *ranges.in_list(low, high, entries))
+        arrays["member_BTW"] = membership.from_indices(seen, entries)
+        static["topk"] = arrays.pop("chosen_BTK").shape[2]
+    static["tiles"] = data.draw(strategies.sampled_from(TILES))
+    check_arrays(diff, arrays, static, implementation)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from v4jax import quant
 from v4jax.config import LayerSpec, ModelConfig
-from v4jax.kernels import membership
+from v4jax.kernels import membership, ranges
 from v4jax.kernels.sparse_attention import api as sparse_attention
 from v4jax.kernels.sparse_attention.entries import flat
 from v4jax.model import rope
@@ -97,7 +97,9 @@ class Attention(nn.Module):
         if self.spec.attention == "csa":
             q_index = self.indexer.queries(*jax.lax.stop_gradient((x_BTD, q_lat)), turn)
             if replayed_BTK is not None:
-                choice = {"chosen_BTK": self._own_choice(replayed_BTK, entries, cache)}
+                chosen_BTK = self._own_choice(replayed_BTK, entries, cache)
+                # Of another run's choice a query gets what it may see, in its loss too.
+                choice = {"chosen_BTK": ranges.visible(chosen_BTK, low, high)}
             else:
                 places = (index_keys, low, high, context)
                 choice, aux = self._choose(*q_index, *places, self._in_parts(cache))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Inexact, Int, UInt32
 
-from v4jax.kernels import dispatch, membership
+from v4jax.kernels import dispatch, membership, ranges
 from v4jax.kernels.indexer_topk import chosen_scores, reference, stored_keys, xla
 from v4jax.kernels.indexer_topk.gpu import choice as pallas_gpu
 from v4jax.kernels.indexer_topk.gpu import scores as pallas_gpu_scores
@@ -59,7 +59,8 @@ def indexer_member(
     Args:
       q_BTIZ: index queries, weight_BTI their heads' weights, keys_BCZ the entries' keys, which may
         be `StoredKeys`: the choice is that of the keys they stand for.
-      low_BT, high_BT: a query may see entries low <= e < high.
+      low_BT, high_BT: a query may see entries low <= e < high, of those that there are. The ranges
+        of a row may stand in any order, overlap and be empty.
       topk: how many to choose.
       chain: bf16 rounding after every step of the score (section 10, point 7).
       implementation: None chooses; "xla", "reference", "pallas_tpu" or "pallas_gpu" by name.
@@ -75,7 +76,8 @@ def indexer_member(
     if topk == 0:
         return jnp.zeros((*low_BT.shape, membership.words(keys_BCZ.shape[1])), jnp.uint32)
     functions = _with(MEMBER, topk=topk, chain=chain)
-    args = _fixed(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT)
+    seen = ranges.in_list(low_BT, high_BT, keys_BCZ.shape[1])
+    args = _fixed(q_BTIZ, weight_BTI, keys_BCZ, *seen)
     return dispatch.run("indexer_member", implementation, functions, _refuse, *args)
 
 
@@ -112,7 +114,8 @@ def indexer_topk(
         for name in set(MEMBER) - set(INDICES)
     }
     functions = _with(INDICES, topk=topk, chain=chain) | from_member
-    args = _fixed(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT)
+    seen = ranges.in_list(low_BT, high_BT, keys_BCZ.shape[1])
+    args = _fixed(q_BTIZ, weight_BTI, keys_BCZ, *seen)
     return dispatch.run("indexer_topk", implementation, functions, _refuse, *args)
 
 

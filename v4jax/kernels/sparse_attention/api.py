@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int, UInt32
 
-from v4jax.kernels import dispatch
+from v4jax.kernels import dispatch, ranges
 from v4jax.kernels.sparse_attention import reference, xla
 from v4jax.kernels.sparse_attention.entries import check, flat
 from v4jax.kernels.sparse_attention.gpu import tiles as pallas_gpu
@@ -58,11 +58,12 @@ def sparse_attention(
       entries_BCH: compressed entries (or, for full attention, every token's own row): rows, rows
         in lanes or `StoredRows` (`entries`, `stored`). A cache from which a TPU decodes is kept in
         one of the latter two; of rows it would copy the list at every step.
-      low_BT, high_BT: a query may see entries low <= e < high.
-      chosen_BTK: the entries that a query attends to, -1 where there is none; each must lie in
-        [low, high) and stand once.
-      member_BTW: the same choice as a packed mask (`kernels.membership`); then `topk` is the
-        most that a query chooses. Neither: all of [low, high).
+      low_BT, high_BT: a query may see entries low <= e < high, of those that there are. The ranges
+        of a row may stand in any order, overlap and be empty.
+      chosen_BTK: the entries that a query attends to, in any order, -1 where there is none; one
+        outside [low, high) is as good as none, and each must stand once.
+      member_BTW: such a choice as a packed mask (`kernels.membership`) without a bit outside [low,
+        high); then `topk` is the most that a query chooses. Neither: all of [low, high).
       with_lse: also return the log-sum-exp of scores and sink, [B,T,N], which passes no gradient;
         `mass.attention_mass` reads it.
       implementation: None chooses; "xla", "pallas_tpu", "pallas_gpu" or "reference" by name.
@@ -77,8 +78,10 @@ def sparse_attention(
     check(entries_BCH, q_BTNH.shape[3])
     if entries_BCH is not None and entries_BCH.shape[1] == 0:
         entries_BCH = low_BT = high_BT = chosen_BTK = member_BTW = None
+    if entries_BCH is not None:
+        low_BT, high_BT = ranges.in_list(low_BT, high_BT, entries_BCH.shape[1])
     if chosen_BTK is not None:
-        topk = chosen_BTK.shape[2]
+        chosen_BTK, topk = ranges.visible(chosen_BTK, low_BT, high_BT), chosen_BTK.shape[2]
     plan = Plan(scale, window, topk)
     places = Places(first_BT, low_BT, high_BT, chosen_BTK, member_BTW)
     arrays = (q_BTNH, sink_N.astype(jnp.float32), window_BSH, entries_BCH, places)

@@ -4,7 +4,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from v4jax.kernels import packed_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,10 @@ SMALL = {
     "packed_short": Case(90, 8, 1, documents=((3,) * 29, (2, 5, 1, 1, 40))),
     "packed_chosen": Case(130, 8, 1, choices=3, documents=((50, 7), (2, 1, 90, 3))),
     "packed_reversed": Case(150, 8, 1, documents=((40, 60), (9, 30, 2)), reverse=True),
+    # Entries of one document in several tiles, many documents' in one, tiles without any between.
+    "packed_tiles": Case(700, 8, 1, ratio=2, documents=((290, *(1,) * 90, 40), (3, 690))),
+    "packed_tiny": Case(2000, 8, 1, documents=((1, 2, 3, 4) * 200, (5, 4) * 222), heads=1),
+    "packed_unseen": Case(90, 8, 3, ratio=128, documents=((30, 60), (1,) * 90)),
 }
 
 # Heads, head width, choices and window of the released models.
@@ -121,23 +126,8 @@ def _plain(case):
 
 def _packed(case):
     """The same of rows that hold several documents, whose entries stand in one list."""
-    rows = [_packed_row(case, lengths) for lengths in case.documents]
-    first, low, high, entries = zip(*rows, strict=True)
-    return *(jnp.asarray(np.stack(x), jnp.int32) for x in (first, low, high)), max(*entries, 1)
-
-
-def _packed_row(case, lengths):
-    lengths = [*lengths, case.length - sum(lengths)]
-    blocks = [n // case.ratio for n in lengths]
-    # Where each document's entries begin in the list.
-    before = np.cumsum([0, *blocks[:-1]])
-    if case.reverse:
-        before = sum(blocks) - before - blocks
-    position = np.concatenate([np.arange(n) for n in lengths])
-    document = np.repeat(np.arange(len(lengths)), lengths)
-    first = np.arange(case.length) - position
-    low = before[document]
-    return first, low, low + (position + 1) // case.ratio, max(sum(blocks), case.entries)
+    *places, entries = packed_rows.ranges(case.documents, case.length, case.ratio, case.reverse)
+    return *map(jnp.asarray, places), max(entries, case.entries)
 
 
 def specs(case: Case, dtype=jnp.bfloat16) -> tuple[dict, dict]:
