@@ -289,7 +289,7 @@ def test_the_command(instruct, tmp_path, capfd):
     assert status == 0
     assert out.startswith("converted ") and out.count("\n") == 1
     assert "tensors" in out and "MB/s" in out and "bytes" in out
-    assert "writing" in err and "verifying" in err and "comparing" in err and "B/s" in err
+    assert err == ""  # no bar is drawn into a pipe
     assert run(instruct, tmp_path / "t", "orbax", verify=True).done == "compared"
 
 

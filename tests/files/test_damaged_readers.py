@@ -25,6 +25,7 @@ from v4jax.infer.cache_file import load_cache, save_cache
 from v4jax.infer.tokenizer import Tokenizer
 from v4jax.kernels import blocks
 from v4jax.model.cache import Cache
+from v4jax.model.transformer import Transformer
 
 DEEP = 100_000
 WRONG = (None, True, False, 0, -1, 7, 1.5, "", "x", "..", "a\0b", "\ud83d", [], {}, [[]], [None])
@@ -55,11 +56,13 @@ def originals(tmp_path_factory):
     (root / "blocks.json").write_text('{"h100": {"sparse_attention": {"keys": 16}}}')
     (root / "journal").mkdir()
     Journal(str(root / "journal"), PURPOSE).add("embed", {"embed.weight": 5})
-    save_cache(root / "cache.safetensors", CACHE)
+    save_cache(root / "cache.safetensors", CACHE, MODEL, PARAMS)
     return root
 
 
 PURPOSE = {"source": "a", "to": "orbax", "weights": "stored", "content": "b"}
+MODEL = Transformer(small_config(layers=(WINDOW,)))
+PARAMS = {"params": {"w": np.arange(4, dtype=np.float32)}}
 CACHE = Cache(np.zeros(1, np.int32), np.zeros(1, np.int32), (), 8, 1)
 
 
@@ -95,7 +98,7 @@ READERS = {
     "chat/a.jsonl": lambda root: files.chat_documents(str(root / "chat/a.jsonl")),
     "tokens/a.npy": lambda root: files.token_arrays(str(root / "tokens")),
     "blocks.json": read_blocks,
-    "cache.safetensors": lambda root: load_cache(root / "cache.safetensors", CACHE),
+    "cache.safetensors": lambda root: load_cache(root / "cache.safetensors", CACHE, MODEL, PARAMS),
 }
 
 

@@ -12,6 +12,7 @@ from tests.train.test_resume import run_config
 from v4jax.cli.main import main
 from v4jax.datasets import files, tokenize
 from v4jax.datasets.config import DataConfig
+from v4jax.datasets.records import Piece
 from v4jax.errors import InputError
 from v4jax.files import atomic, writing
 from v4jax.train import loop, metrics, saves, sweep
@@ -145,7 +146,7 @@ def full_after(size):
 
 
 def test_a_full_disk_under_tokenised_data(tmp_path):
-    documents = [files.Document("a", (("some text " * 1000, 1.0),))]
+    documents = [files.Document("a", (Piece("some text " * 1000),))]
     tokenizer = tokenize.learn(documents, tokenize.BYTES)
     for size in (0, 1, 100, 4096, 20_000, 60_000):
         with full_after(size), pytest.raises(InputError, match=r"tokens_\w+.npz: cannot be writ"):

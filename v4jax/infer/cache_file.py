@@ -99,9 +99,10 @@ def load_cache(
     _check_format(path, about)
     _check_identity(path, about, _identity(model))
     for name in ("max_length", "max_rollback"):
-        if about.get(name) != str(getattr(like, name)):
+        made = str(about.get(name, "unknown"))[:60]
+        if made != str(getattr(like, name)):
             raise InputError(
-                f"{path} was made with {name} {str(about.get(name))[:60]} and this cache has "
+                f"{path} was made with {name} {made} and this cache has "
                 f"{getattr(like, name)}; make the cache with the same sizes"
             )
     _compare(path, stored, _leaves(like))
