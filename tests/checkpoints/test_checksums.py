@@ -46,7 +46,7 @@ def flip(path, where):
 
 
 def test_one_bit_is_found_by_whoever_reads(damaged, tmp_path):
-    sentence = f"{KEY} is damaged: its bytes have the CRC-32 .* as v4jax.json says"
+    sentence = f"the bytes of {KEY} are not those that were written: .* as v4jax.json says"
     for weights in ("stored", "bf16"):
         with pytest.raises(ChecksumError, match=sentence):
             load_variables(damaged, weights)
@@ -74,8 +74,8 @@ def test_check_names_the_tensor_and_goes_on(damaged, capsys):
     assert main(["v4jax", "inspect", damaged, "--check"]) == 1
     text = capsys.readouterr().out
     assert "Check: 2 found" in text
-    assert f"  {KEY}: damaged: its bytes have the CRC-32" in text
-    assert "  norm.weight: damaged" in text
+    assert f"  {KEY}: the bytes of {KEY} are not those that were written" in text
+    assert "  norm.weight: the bytes of norm.weight are not" in text
 
 
 @pytest.mark.parametrize("value", [None, -1, 2**32, "12", 1.5, True, [1]])

@@ -42,7 +42,7 @@ def find_bad_values(
                     try:
                         read(spec.key, tensor)
                     except ChecksumError as error:
-                        return str(error).removeprefix(f"{source.path}: {spec.key} is ")
+                        return str(error).removeprefix(f"{source.path}: ")
                     finally:
                         progress(spec.nbytes)
                     return bad_values(spec, tensor, source.config.n_routed_experts)

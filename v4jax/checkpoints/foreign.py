@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
-from v4jax.files.json_reader import word
+from v4jax.files.json_reader import quote, word
 
 Found = Mapping[str, tuple[str, tuple[int, ...]]]  # key -> dtype, shape
 
@@ -46,8 +46,9 @@ def refuse_foreign(found: Found, where: str, file_key: Callable[[str], str]) -> 
         words = set(key.split("."))
         if words.intersection(_ADAPTERS):
             raise InputError(
-                f"{where}: {word(file_key(key))} belongs to a LoRA adapter; expected whole "
-                "weights: merge the adapter into its base first (peft: merge_and_unload)"
+                f"{where}: {word(file_key(key))}, {found[key][0]} {quote(found[key][1])}, is not a "
+                "tensor of this model but of a LoRA adapter: merge the adapter into its base first "
+                "(peft: merge_and_unload)"
             )
         if words.intersection(_OTHER_FORMATS):
             raise InputError(
@@ -63,9 +64,9 @@ def refuse_foreign(found: Found, where: str, file_key: Callable[[str], str]) -> 
         )
     if "head.weight" not in found and "embed.weight" in found:
         raise InputError(
-            f"{where}: holds no head (head.weight or lm_head.weight), so these are the weights of "
-            "a base model, which predicts no token: save the model with its head, in transformers "
-            "DeepseekV4ForCausalLM and not its .model"
+            f"{where}: holds no output head (head.weight or lm_head.weight), so these are the "
+            "weights of a base model, which predicts no token: save the whole model, in "
+            "transformers DeepseekV4ForCausalLM and not its .model"
         )
 
 
@@ -91,13 +92,13 @@ def refuse_counts(config: ModelConfig, found: Found, where: str) -> None:
             f"{where}: n_routed_experts is {config.n_routed_experts} and the files hold "
             f"{experts} a layer; {check}"
         )
-    for key, (_, shape) in found.items():
+    for key, (dtype, shape) in found.items():
         width = shape[1] if key.endswith("gate.tid2eid") and len(shape) == 2 else None
         if width is not None and width < config.num_experts_per_tok:
             raise InputError(
-                f"{where}: num_experts_per_tok is {config.num_experts_per_tok} and {word(key)} "
-                f"names {width} experts a token; expected at most {width}: layers routed by token "
-                "id have no more, so fewer can be active and not more"
+                f"{where}: num_experts_per_tok is {config.num_experts_per_tok} and {word(key)} is "
+                f"{dtype} {quote(shape)}, which names {width} experts a token; expected "
+                f"num_experts_per_tok of at most {width}: fewer can be active, and no more"
             )
 
 

@@ -140,8 +140,9 @@ class OrbaxSource:
         found = zlib.crc32(bytes_of(np.ascontiguousarray(tensor)))
         if found != expected:
             raise ChecksumError(
-                f"{self.path}: {key} is damaged: its bytes have the CRC-32 {found:08x}; expected "
-                f"{expected:08x} as {MANIFEST_NAME} says, so copy or convert the checkpoint again"
+                f"{self.path}: the bytes of {key} are not those that were written: their CRC-32 is "
+                f"{found:08x}, expected {expected:08x} as {MANIFEST_NAME} says; copy or convert "
+                "the checkpoint again"
             )
 
     def close(self) -> None:
