@@ -5,15 +5,17 @@ import functools
 import itertools
 import json
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies
 
 from tests.support.selection import first
 from v4jax import quant
 from v4jax.kernels.grouped_matmul import api, formats, work_items
-from v4jax.kernels.grouped_matmul.cases import GROUPS, REAL, inputs, specs
+from v4jax.kernels.grouped_matmul.cases import GROUPS, REAL, ROWS, inputs, specs
 from v4jax.kernels.grouped_matmul.gpu import matmul as pallas_gpu
 from v4jax.kernels.grouped_matmul.gpu.tiles import plan as plan_gpu
 from v4jax.kernels.grouped_matmul.tpu import matmul as pallas_tpu
@@ -79,12 +81,35 @@ def store(weights, kind):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("groups", GROUPS)
 def test_forward_and_gradients(groups, implementation):
-    args = inputs(GROUPS[groups], 512, 256)
-    ours, wanted = run(args, implementation), run(args, "reference")
-    assert_close(ours, wanted)
-    empty = np.asarray(GROUPS[groups]) == 0
-    for dweight in ours[3:]:
-        assert np.all(np.asarray(dweight)[empty] == 0)
+    args = inputs(GROUPS[groups], 512, 256, rows=ROWS)
+    check(args, GROUPS[groups], implementation)
+
+
+def check(args, sizes, implementation):
+    """What rows behind the last group give is anything, and reaches no weight's gradient."""
+    (*ours, dw1, dw2, dw3), (*wanted, a, b, c) = run(args, implementation), run(args, "reference")
+    rows = sum(sizes)
+    assert_close([x[:rows] for x in ours], [x[:rows] for x in wanted])
+    assert_close([dw1, dw2, dw3], [a, b, c])
+    for dweight in (dw1, dw2, dw3):
+        assert np.all(np.asarray(dweight)[np.asarray(sizes) == 0] == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@hypothesis.given(data=strategies.data())
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_any_groups(implementation, data):
+    """Groups of any sizes, rows behind the last, one expert alone, as few rows as a decode step."""
+    rows, experts = data.draw(strategies.sampled_from([(ROWS, 6), (40, 1), (5, 6), (9, 12)]))
+    cuts = strategies.lists(
+        strategies.integers(0, rows), min_size=experts, max_size=experts, unique=False
+    )
+    ends = np.sort(data.draw(cuts))
+    if data.draw(strategies.booleans()):
+        ends[-1] = rows
+    sizes = tuple(int(n) for n in np.diff(ends, prepend=0))
+    check(inputs(sizes, 64, 32, rows=rows), sizes, implementation)
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
@@ -175,7 +200,7 @@ def test_every_fp4_code_and_the_extreme_scales(implementation):
 def test_items_cover_every_row_once(groups, tile):
     sizes = np.asarray(GROUPS[groups])
     owner = np.repeat(np.arange(len(sizes)), sizes)
-    work = work_items.tiles(jnp.asarray(sizes), len(owner), tile)
+    work = work_items.tiles(jnp.asarray(sizes), ROWS, tile)
     seen = np.full(len(owner), -1)
     for item in range(int(work.count_1[0])):
         rows = np.arange(int(work.tile_I[item]) * tile, int(work.tile_I[item] + 1) * tile)
@@ -185,7 +210,7 @@ def test_items_cover_every_row_once(groups, tile):
     np.testing.assert_array_equal(seen, owner)
     assert np.all(np.diff(work.tile_I) >= 0)
 
-    runs = work_items.runs(jnp.asarray(sizes), len(owner), tile)
+    runs = work_items.runs(jnp.asarray(sizes), ROWS, tile)
     seen = np.full(len(owner), -1)
     for group, begin, end in zip(*(np.asarray(t) for t in runs), strict=True):
         rows = np.arange(begin, max(begin, min(begin + tile, end)))

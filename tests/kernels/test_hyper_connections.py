@@ -2,10 +2,12 @@
 
 import functools
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies
 
 from tests.support.selection import first
 from v4jax.kernels.hyper_connections import api, cases, refusals
@@ -201,6 +203,33 @@ def test_extreme_logits(implementation):
     exact = results(case, "pre", "reference", arguments, cotangents, "float32")
     assert all(np.isfinite(x).all() for x in got)
     close(got[:3], exact[:3])
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_streams_of_zeros(implementation):
+    """Tokens whose streams are all zero among others: what rms_eps is for."""
+    case = cases.ODD
+    (h, *weights), cotangents = arrays(case, "pre", "float32")
+    arguments = h.at[:, 1::2].set(0), *weights
+    got = results(case, "pre", implementation, arguments, cotangents, "float32")
+    close(got, results(case, "pre", "reference", arguments, cotangents, "float32"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", KERNELS)
+@hypothesis.given(data=strategies.data())
+@hypothesis.settings(max_examples=6, deadline=None)
+def test_any_sizes(implementation, data):
+    """As many streams as a kernel takes, epsilons that count, sizes that no tile divides."""
+    streams = (1, 2, 4, 8) if implementation == "pallas_gpu" else range(1, 9)
+    batch, length, channels = (data.draw(strategies.integers(1, n)) for n in (3, 140, 40))
+    m = data.draw(strategies.sampled_from(streams))
+    rounds = data.draw(strategies.integers(1, 4))
+    eps = data.draw(strategies.sampled_from([1e-6, 1e-2]))
+    case = cases.Case("drawn", batch, length, m, channels, rounds, eps=eps, rms_eps=eps)
+    arguments, cotangents = arrays(case, "post_pre", "float32")
+    got = results(case, "post_pre", implementation, arguments, cotangents, "float32")
+    close(got, wanted(case, "post_pre", "float32")[0])
 
 
 def test_refusals():

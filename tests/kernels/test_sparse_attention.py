@@ -146,7 +146,7 @@ def test_any_places(implementation, data):
 
 @pytest.mark.parametrize(
     ("implementation", "case"),
-    sweep(["chosen_masked", "chosen_gathered", "one_query"], ["chosen_masked"]),
+    sweep(["chosen_masked", "chosen_gathered", "one_query", "packed_chosen"], ["chosen_masked"]),
 )
 def test_a_packed_choice_is_the_listed_one(implementation, case):
     diff, other = cases.make(cases.SMALL[case])
@@ -162,7 +162,7 @@ def test_a_packed_choice_is_the_listed_one(implementation, case):
 
 @pytest.mark.parametrize(
     ("implementation", "case"),
-    sweep(["every_entry", "chosen_masked", "chosen_gathered"], ["chosen_masked"]),
+    sweep(["every_entry", "chosen_masked", "chosen_gathered", "packed"], ["chosen_masked"]),
 )
 def test_bf16_is_as_near_as_bf16_can_be(implementation, case):
     """The error beside float32 is at most twice that of the reference computed in bf16."""
@@ -260,7 +260,11 @@ def test_what_a_kernel_cannot_take_is_said():
 
 
 @pytest.mark.parametrize(
-    "case", first(["every_entry", "chosen_masked"], ["every_entry", "chosen_masked", "one_query"])
+    "case",
+    first(
+        ["every_entry", "chosen_masked"],
+        ["every_entry", "chosen_masked", "one_query", "packed_chosen", "packed_reversed"],
+    ),
 )
 def test_the_mass_of_each_entry_is_its_share_of_the_joint_softmax(case):
     small = cases.SMALL[case]
@@ -270,9 +274,8 @@ def test_the_mass_of_each_entry_is_its_share_of_the_joint_softmax(case):
     _, lse = api.sparse_attention(**diff, **other, with_lse=True)
     keys = arrays.get("chosen_BTK")
     if keys is None:
-        entry = jnp.broadcast_to(
-            jnp.arange(small.entries)[None, None], (batch, length, small.entries)
-        )
+        count = entries.shape[1]
+        entry = jnp.broadcast_to(jnp.arange(count)[None, None], (batch, length, count))
         seen = (entry >= arrays["low_BT"][..., None]) & (entry < arrays["high_BT"][..., None])
         keys = jnp.where(seen, entry, -1)
     found = mass.attention_mass(diff["q_BTNH"], lse, entries, keys, scale=other["scale"])

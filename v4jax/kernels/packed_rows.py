@@ -10,9 +10,9 @@ def ranges(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """first, low and high, int32 [B, length], and how many entries the fullest row has.
 
-    A document of n tokens has n // ratio entries, and its token p sees (p + 1) // ratio of them. The
-    entries of a row stand in one list, in the order of its documents or (`reverse`) in the opposite
-    one, so that ranges decrease from one document to the next.
+    A document of n tokens has n // ratio entries, and its token p sees (p + 1) // ratio of them.
+    The entries of a row stand in one list, in the order of its documents or (`reverse`) in the
+    opposite one, so that ranges decrease from one document to the next.
 
     Args:
       documents: lengths of each row's documents; what they leave of a row is one more.

@@ -8,7 +8,8 @@ import numpy as np
 
 from v4jax import quant
 
-# Of as many rows and experts each, so that one compiled program serves them all.
+# Of as many experts each for as many rows, so that one compiled program serves them all.
+ROWS = 167
 GROUPS = {
     "even": (28, 28, 28, 28, 28, 27),
     "empty_groups": (0, 67, 0, 0, 100, 0),
@@ -16,6 +17,8 @@ GROUPS = {
     "single_rows": (1, 0, 1, 1, 163, 1),
     "skewed": (1, 96, 3, 33, 32, 2),
     "whole_pieces": (64, 0, 0, 39, 64, 0),  # of xla.py, at the longest it has for these rows
+    "rows_behind": (3, 0, 70, 0, 31, 0),
+    "no_rows": (0, 0, 0, 0, 0, 0),
 }
 
 
@@ -37,10 +40,14 @@ REAL = {
 }
 
 
-def inputs(sizes, d: int, f: int, dtype="float32"):
-    """Random x, gate, weights (w1, w2, w3) and the group sizes."""
+def inputs(sizes, d: int, f: int, dtype="float32", rows: int | None = None):
+    """Random x, gate, weights (w1, w2, w3) and the group sizes.
+
+    Args:
+      rows: as many as the groups have, or more: those behind the last group.
+    """
     keys = jax.random.split(jax.random.key(len(sizes)), 5)
-    rows, experts = sum(sizes), len(sizes)
+    rows, experts = sum(sizes) if rows is None else rows, len(sizes)
 
     def normal(key, *shape):
         return (jax.random.normal(key, shape) * 0.4).astype(dtype)
