@@ -7,11 +7,7 @@ from jaxtyping import Array, Int
 def in_list(
     low_BT: Int[Array, "b t"], high_BT: Int[Array, "b t"], entries: int
 ) -> tuple[Int[Array, "b t"], Int[Array, "b t"]]:
-<<<<<<< HEAD
-    """The ranges without what lies outside a list of so many entries, which kernels would load."""
-=======
     """The ranges without what lies outside a list of so many entries, which kernels load as is."""
->>>>>>> kern
     return jnp.maximum(low_BT, 0), jnp.minimum(high_BT, entries)
 
 
