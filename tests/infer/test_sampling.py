@@ -11,6 +11,7 @@ from v4jax.infer.sampling import Sampling
 
 OUT = -np.inf
 sample = jax.jit(sampling.sample)
+filtered = jax.jit(sampling.filtered)
 filter_top_k = jax.jit(sampling.filter_top_k)
 filter_top_p = jax.jit(sampling.filter_top_p)
 filter_min_p = jax.jit(sampling.filter_min_p)
@@ -68,6 +69,56 @@ def test_extreme_settings_keep_the_likeliest_token(temperature, top_k, top_p, mi
     assert token == best if alone else logits_BV[0, token] > -jnp.inf
 
 
+TINY = np.finfo(np.float32).tiny
+logits_of_six = strategies.lists(
+    strategies.one_of(
+        strategies.floats(-20, 20, width=32),
+        strategies.sampled_from([-np.inf, -3e38, -1.0, -1e-40, -0.0, 0.0, 1e-40, 1.0, 3e38]),
+    ),
+    min_size=6,
+    max_size=6,
+).filter(lambda logits: max(logits) > -np.inf)
+
+
+def power_of_ten(lowest, highest):
+    return strategies.floats(lowest, highest).map(lambda exponent: 10.0**exponent)
+
+
+def bounds(logits_V, setting):
+    """Which tokens stay for certain, and which may: by sorting, in float64."""
+    min_p = setting.min_p if setting.min_p >= TINY else 0.0
+    rank_V = np.argsort(np.argsort(-logits_V, kind="stable"), kind="stable")
+    stay_V = (rank_V < setting.top_k) | (setting.top_k == 0)
+    mass_V = np.where(stay_V, np.exp((logits_V - logits_V.max()) / setting.temperature), 0)
+    share_V = mass_V / mass_V.sum()
+    before_V = np.array([share_V[rank_V < rank].sum() for rank in rank_V])
+    possible_V = stay_V & (before_V < setting.top_p + 1e-5) & (mass_V >= 0.999 * min_p)
+    sure_V = stay_V & (before_V < setting.top_p - 1e-5) & (mass_V >= 1.001 * min_p)
+    return (sure_V & (mass_V > 1e-30)) | (rank_V == 0), possible_V
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+    logits_of_six,
+    power_of_ten(-320, 300),
+    strategies.integers(0, 7),
+    strategies.one_of(strategies.floats(0, 1, exclude_min=True), power_of_ten(-320, 0)),
+    strategies.one_of(strategies.floats(0, 1), power_of_ten(-320, 0)),
+)
+def test_any_settings_of_any_logits_keep_what_sorting_keeps(logits, temperature, k, top_p, min_p):
+    """Over all magnitudes: infinite, equal and vanishing logits, signed zeros, settings near 0."""
+    setting = sampling.check(Sampling(temperature, k, top_p, min_p))
+    logits_V = np.array(logits, np.float32)
+    token = int(sample(logits_V[None], row_keys(jax.random.key(k), 1, 0), setting)[0])
+    logits_V[np.abs(logits_V) < TINY] = 0.0  # as XLA compares them
+    if not setting.temperature:
+        assert logits_V[token] == logits_V.max()
+        return
+    sure_V, possible_V = bounds(logits_V.astype(np.float64), setting)
+    kept_V = np.asarray(filtered(logits_V[None], setting))[0] > -np.inf
+    assert (kept_V | ~sure_V).all() and (possible_V | ~kept_V).all() and kept_V[token]
+
+
 def test_greedy_ignores_the_filters():
     logits_BV = log(0.4, 0.6)
     keys_B = row_keys(jax.random.key(0), 1, 0)
@@ -86,6 +137,15 @@ def test_top_k(top_k, expected):
 def test_top_k_of_equals_keeps_the_lowest_ids():
     logits_BV = jnp.array([[1.0, 0.0, 1.0, -1.0, 1.0]])
     assert kept(filter_top_k(logits_BV, 2)) == [0, 2]
+    assert kept(filter_top_k(jnp.array([[-0.0, 0.0, -1.0]]), 1)) == [0]
+
+
+@pytest.mark.parametrize("temperature", [1e30, 8e37, 3e38])
+def test_no_temperature_hides_which_tokens_are_likelier(temperature):
+    """Divided by it, float32 flushes what tells these logits apart to 0."""
+    logits_BV = jnp.array([[1.0, 1.05, 1.1, 1.0]])
+    for setting in (Sampling(temperature, top_k=2), Sampling(temperature, top_p=0.4)):
+        assert kept(filtered(logits_BV, sampling.check(setting))) == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """From logits to the next token: greedy, temperature, top-k, top-p, min-p.
 
 Pure functions of float32 logits [B, V] (dimension key in `v4jax/model/transformer.py`). Each filter
-returns the logits with minus infinity where a token is out. Their order is temperature, top-k,
+returns the logits with minus infinity where a token is out. Their order is top-k, temperature,
 top-p, min-p: top-p counts the mass of what top-k left. Every tie goes to the lower token id.
 """
 
@@ -20,11 +20,12 @@ class Sampling(NamedTuple):
     """How a token is drawn; a pytree, so that other values compile nothing anew.
 
     Attributes:
-      temperature: 0 takes the most likely token, whatever the filters; so does one that float32
-        has no normal number for, below 1.2e-38.
+      temperature: 0 takes the most likely token, whatever the filters; so does one below 2.4e-38,
+        which float32 cannot divide by.
       top_k: how many of the most likely tokens stay; 0 leaves all.
       top_p: the fewest most likely tokens whose mass reaches this stay; 1 leaves all.
-      min_p: tokens less likely than this times the most likely one go; 0 leaves all.
+      min_p: tokens less likely than this times the most likely one go; 0 leaves all, and so does
+        one below 1.2e-38.
     """
 
     temperature: float = 0.0
@@ -64,7 +65,7 @@ def _check_number(name, value):
 
 def _temperature(value):
     """A temperature that float32 can divide by; one too near 0 is 0, the limit: greedy."""
-    smallest = float(np.finfo(np.float32).tiny)
+    smallest = 2 * float(np.finfo(np.float32).tiny)  # its half is a normal number
     # XLA may multiply by the reciprocal, which has to be a normal number too.
     return 0.0 if value < smallest else min(float(value), 1 / smallest)
 
@@ -96,21 +97,28 @@ def _greedy(logits_BV, keys_B, sampling):
 
 
 def _draw(logits_BV, keys_B, sampling):
-    temperature, top_k, top_p, min_p = sampling
-    logits_BV = with_temperature(logits_BV, temperature)
-    logits_BV = jax.lax.cond(top_k > 0, filter_top_k, _keep_all, logits_BV, top_k)
-    logits_BV = jax.lax.cond(top_p < 1, filter_top_p, _keep_all, logits_BV, top_p)
-    logits_BV = jax.lax.cond(min_p > 0, filter_min_p, _keep_all, logits_BV, min_p)
+    logits_BV = filtered(logits_BV, sampling)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
-def _keep_all(logits_BV, value):
+def filtered(logits_BV, sampling: Sampling):
+    """Logits over a temperature above 0, minus infinity where a token is out."""
+    temperature, top_k, top_p, min_p = sampling
+    # Before the temperature, which changes no order but may flush what tells two logits apart to 0.
+    kept_BV = jax.lax.cond(top_k > 0, filter_top_k, _keep_all, logits_BV, top_k)
+    logits_BV = with_temperature(kept_BV, temperature)
+    logits_BV = jax.lax.cond(top_p < 1, filter_top_p, _keep_all, logits_BV, top_p, kept_BV)
+    return jax.lax.cond(min_p > 0, filter_min_p, _keep_all, logits_BV, min_p)
+
+
+def _keep_all(logits_BV, value, order_BV=None):
     return logits_BV
 
 
 def with_temperature(logits_BV, temperature):
     """Logits over the temperature, the largest moved to 0 first so that none overflows upward."""
-    return (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature
+    half_BV = 0.5 * logits_BV  # exact, and a difference of halves never overflows
+    return (half_BV - jnp.max(half_BV, axis=-1, keepdims=True)) / (0.5 * temperature)
 
 
 def filter_top_k(logits_BV, top_k):
@@ -119,11 +127,15 @@ def filter_top_k(logits_BV, top_k):
     return _filter(logits_BV, _heaviest(logits_BV, ones_BV, jnp.float32(top_k)))
 
 
-def filter_top_p(logits_BV, top_p):
-    """Keeps the fewest most likely tokens whose mass is at least `top_p`, never fewer than one."""
+def filter_top_p(logits_BV, top_p, order_BV=None):
+    """Keeps the fewest most likely tokens whose mass is at least `top_p`, never fewer than one.
+
+    order_BV: what tells which of two tokens is likelier, before the temperature; the logits.
+    """
+    order_BV = logits_BV if order_BV is None else order_BV
     # XLA flushes what is below float32's normal numbers to 0, a mass that no token at all reaches.
     target = jnp.maximum(jnp.float32(top_p), jnp.finfo(jnp.float32).tiny)
-    return _filter(logits_BV, _heaviest(logits_BV, jax.nn.softmax(logits_BV), target))
+    return _filter(logits_BV, _heaviest(order_BV, jax.nn.softmax(logits_BV), target))
 
 
 def filter_min_p(logits_BV, min_p):
@@ -164,6 +176,7 @@ def _weight_where(mask_BV, weight_BV):
 
 def _ordered_bits(x):
     """float32 to uint32 in the same order: negative numbers count backwards as bits."""
+    x = jnp.where(jnp.abs(x) < jnp.finfo(jnp.float32).tiny, 0.0, x)  # equal, as XLA compares them
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)
