@@ -31,3 +31,16 @@ def small_batch(rows=2, length=64, ahead=2, seed=0, packed=True, vocab_size=331)
     documents = (np.arange(length + ahead)[None] >= ends[:, None]).astype(np.int32)
     counts = np.ones(tokens.shape, bool)
     return make_batch(tokens, documents, counts, ahead, packed)
+
+
+def ragged(documents, targets=None, ahead=2, seed=0, vocab_size=331):
+    """Rows of documents of given lengths, the rest of a row one more; only some are targets."""
+    length = 64 + ahead
+    tokens = np.random.default_rng(seed).integers(0, vocab_size, (len(documents), length))
+    ids = np.stack(
+        [np.repeat(np.arange(len(d) + 1), [*d, length - sum(d)])[:length] for d in documents]
+    )
+    counts = np.ones(tokens.shape, np.float32)
+    for row, kept in enumerate(targets or ()):
+        counts[row] *= np.isin(ids[row], kept)
+    return make_batch(tokens, ids, counts, ahead)

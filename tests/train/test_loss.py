@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support.selection import first
-from tests.support.train_models import small_batch, small_model
+from tests.support.train_models import ragged, small_batch, small_model
 from v4jax.errors import InputError
 from v4jax.train.batch import make_batch
 from v4jax.train.loss import LossWeights, count, loss
@@ -89,19 +89,6 @@ def test_parts_of_a_batch_add_up(dense):
     for layer, load in wanted["load"].items():
         np.testing.assert_array_equal(found[0]["load"][layer] + found[1]["load"][layer], load)
         assert load.sum() == 4 * (64 - (layer == 2)) * 2  # layer 2 is the MTP block, a token short
-
-
-def ragged(documents, targets=None, ahead=2, seed=0):
-    """Rows of documents of given lengths, the rest of a row one more; only some are targets."""
-    length = 64 + ahead
-    tokens = np.random.default_rng(seed).integers(0, 331, (len(documents), length))
-    ids = np.stack(
-        [np.repeat(np.arange(len(d) + 1), [*d, length - sum(d)])[:length] for d in documents]
-    )
-    counts = np.ones(tokens.shape, np.float32)
-    for row, kept in enumerate(targets or ()):
-        counts[row] *= np.isin(ids[row], kept)
-    return make_batch(tokens, ids, counts, ahead)
 
 
 # Documents of 3 tokens close no block of a CSA layer of ratio 4: the parts' counts differ.

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import meshes
 from tests.support.tiny import unsettle
-from tests.support.train_models import small_batch
+from tests.support.train_models import ragged
 from v4jax.config import CSA, HCA, ModelConfig, with_hash_routing
 from v4jax.model.transformer import Transformer
 from v4jax.train import loop, placement
@@ -50,7 +50,9 @@ def four(mesh):
 def gradients(shards):
     """A function from variables to gradients and figures as host arrays."""
     model, step = Transformer(config(), sharding=shards), StepConfig(losses=WEIGHTS, parts=2)
-    batch = placement.put_batch(shards, small_batch(rows=8, vocab_size=320), 8)
+    # Parts and shards whose documents close as many blocks of CSA as they may, some, or none.
+    rows = ragged([(66,)] * 4 + [(40, 20), (10, 20), (3,) * 22, (2,) * 33], vocab_size=320)
+    batch = placement.put_batch(shards, rows, 8)
 
     @jax.jit
     def run(variables, batch):

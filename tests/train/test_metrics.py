@@ -1,5 +1,6 @@
 """metrics.jsonl, TensorBoard files read back by hand, curves and the table of a sweep."""
 
+import functools
 import json
 import struct
 import time
@@ -11,6 +12,7 @@ import pytest
 from tests.support.tiny import tiny_config
 from v4jax import accounting
 from v4jax.cli.main import main
+from v4jax.model.transformer import Transformer
 from v4jax.train import curves, metrics, sweep
 
 
@@ -92,31 +94,49 @@ def test_a_step_takes_from_the_end_of_the_one_before_to_its_own():
     assert all(0.02 <= second < 0.4 for second in seconds)
 
 
-PARAMS = {
-    "layers_0": {"attn": {"indexer": {"wq_b": np.zeros((3, 2))}, "wq_a": np.zeros((2, 4))}},
-    "head": {"weight": np.zeros((2, 12))},
-}
+@functools.cache
+def shapes():
+    return Transformer(tiny_config(), min_repeats=2).abstract_variables()["params"]
+
+
+def trained_flops(trained, adapters=None):
+    """Operations of a step of a token, by what is trained, and of the forward pass's parts."""
+    config = tiny_config()
+    shares = metrics.passes(shapes() | (adapters or {}), trained, config)
+    parts = accounting.flops_per_token(config, 32, accounting.ONE_EACH)
+    return metrics.step_flops(config, 1, 64, shares), parts, sum(parts.values())
+
+
 ADAPTER = {"a": np.zeros((1, 4)), "b": np.zeros((2, 1))}
-ADAPTERS = {"lora": {"layers_0": {"attn": {"wq_a": ADAPTER}}}}
+ADAPTERS = {"lora": {"layers_0": {"block_0": {"attn": {"wq_a": ADAPTER}}}}}
 
 
-@pytest.mark.parametrize(
-    ("params", "trained", "indexer", "rest"),
-    [
-        (PARAMS, None, 3, 3),
-        (PARAMS, "/indexer/", 3, 1),
-        (PARAMS, "^(?!.*/indexer/)", 1, 3),
-        (PARAMS, "^head/", 1, 2.75),
-        (PARAMS | ADAPTERS, "^lora/", 1, 2),
-    ],
-)
-def test_operations_are_those_of_what_is_trained(params, trained, indexer, rest):
-    found = metrics.passes(params, trained)
-    assert (found.indexer, found.rest) == (indexer, rest)
-    config, (length, tokens) = tiny_config(), (64, 128)
-    parts = accounting.flops_per_token(config, length // 2, accounting.ONE_EACH)
-    wanted = indexer * parts["indexer"] + rest * (sum(parts.values()) - parts["indexer"])
-    assert metrics.step_flops(config, tokens, length, found) == tokens * wanted
+def test_operations_are_those_of_what_is_trained():
+    found, parts, forward = trained_flops(None)
+    assert found == pytest.approx(3 * forward)
+    assert trained_flops("^nothing/")[0] == pytest.approx(forward)
+    # The indexer learns from a loss of its own, through which nothing else does.
+    assert trained_flops("/indexer/")[0] == pytest.approx(forward + 2 * parts["indexer"])
+    assert trained_flops("^(?!.*/indexer/)")[0] == pytest.approx(found - 2 * parts["indexer"])
+    # Nothing flows back behind the head, and an embedding is a lookup.
+    # Norms and biases are leaves without a product: shares of weights are off by a hundredth.
+    assert trained_flops("^head/")[0] == pytest.approx(forward + 2 * parts["head"], rel=0.02)
+    rest = forward - parts["indexer"]
+    assert trained_flops("^embed/")[0] == pytest.approx(forward + rest + parts["attention"])
+    adapted = trained_flops("^lora/", ADAPTERS)[0]
+    assert adapted == pytest.approx(forward + rest + parts["attention"])
+
+
+def test_experts_cost_what_a_token_chooses_of_them():
+    whole, _, _ = trained_flops(None)
+    experts, parts, _ = trained_flops("/experts/")
+    rest, _, _ = trained_flops("^(?!.*/experts/)")
+    lookup, _, _ = trained_flops("^embed/")  # gradients of activations alone
+    config = tiny_config()
+    chosen = 2 * 3 * config.hidden_size * config.moe_intermediate_size * len(config.layers)
+    chosen *= config.num_experts_per_tok
+    assert experts - lookup == pytest.approx(chosen, rel=0.02)
+    assert whole > rest > lookup
 
 
 def test_dense_attention_is_counted_whole():
@@ -132,6 +152,16 @@ def test_a_batch_without_targets_has_no_loss_to_draw_or_average(tmp_path):
     assert curves.summary(lines)["step"] == 3 and "loss" not in curves.summary(lines[1:])
     curves.draw({"a": [lines]}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_a_summary_is_of_targets_and_of_all_steps():
+    """Losses weigh as many targets as they are of; a line stands for steps that are not logged."""
+    lines = [line(10 * i, 9.0) for i in range(1, 19)]
+    lines += [line(190, 1.0) | {"targets": 30.0}, line(200, 2.0) | {"targets": 10.0}]
+    for each in lines:
+        each["seconds"] = 6.0
+    found = curves.summary(lines)
+    assert found["loss"] == pytest.approx(1.25) and found["minutes"] == pytest.approx(20)
 
 
 def test_plot_draws_runs(tmp_path, capsys):

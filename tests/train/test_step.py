@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from tests.support.tiny import VARIANTS, tiny_config
-from tests.support.train_models import small_batch, small_model
+from tests.support.train_models import ragged, small_batch, small_model
 from v4jax.errors import InputError
+from v4jax.model.context import document_starts
 from v4jax.model.transformer import Transformer
 from v4jax.train import step
 from v4jax.train.loss import LossWeights
@@ -53,15 +54,18 @@ def test_every_parameter_moves_and_the_loss_falls():
         before = state
         state, noted = compiled(StepConfig())(state, batch, RATES)
         losses.append(float(noted["loss"]))
+    position = np.arange(64) - np.asarray(document_starts(batch.segment_ids_BT))
+    counted = [noted[name] for name in ("targets", "mtp_targets", "indexer_queries")]
+    targets = batch.weights_BTJ.sum((0, 1))
+    np.testing.assert_array_equal(counted, [*targets, (position >= 3).sum()])
     assert losses == sorted(losses, reverse=True)
     assert len(differing(state.params, before.params)) == len(jax.tree.leaves(state.params))
     assert int(state.step) == 4
 
 
 def test_accumulated_parts_are_the_whole_batch():
-    # Unpacked: the indexer's mean is a part's own, and here every part has as many queries.
     model, _ = small_model()
-    batch = small_batch(rows=4, packed=False)
+    batch = ragged([(66,), (40, 20), (3,) * 22, (2,) * 33])
     (whole, noted), (parts, noted_parts) = (
         jax.jit(functools.partial(accumulate, model, StepConfig(parts=n)))(begin(), batch, RATES)
         for n in (1, 2)

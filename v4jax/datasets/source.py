@@ -23,7 +23,8 @@ class Source:
       rows: what to train on. held_out: tokens of documents kept apart, or None.
       held_out_bytes: of their text. counts_V: how often each id occurs in the training text (None
         for synthetic data). tokenizer: of text. fingerprint: of all that the rows depend on.
-      names: of the documents to train on, in their order; empty where they have none.
+      names: of the documents to train on, in their order; empty where they have none. packed: as of
+        `DataConfig`.
     """
 
     rows: TextRows | SyntheticRows
@@ -33,12 +34,13 @@ class Source:
     counts_V: np.ndarray | None = None
     tokenizer: tokenizers.Tokenizer | None = None
     names: tuple[str, ...] = ()
+    packed: bool = True
 
     def rows_of(self, pattern: str | None) -> TextRows | SyntheticRows:
         """What to train on; with a pattern, of the documents whose names it is found in.
 
         Raises:
-          InputError: there is none.
+          InputError: there is none, or none with a target.
         """
         if pattern is None:
             return self.rows
@@ -49,7 +51,9 @@ class Source:
                 f"a stage's documents is {pattern!r}, which no document's name matches (names: "
                 f"{some}{', ...' if self.names[3:] else ''}); change it, or leave it out"
             )
-        return TextRows(tokenize.select(self.rows.tokens, kept), self.rows.seed)
+        tokens = tokenize.select(self.rows.tokens, kept)
+        _check_targets(tokens, self.packed, f"a stage's documents {pattern!r}")
+        return TextRows(tokens, self.rows.seed)
 
 
 def open_source(config: DataConfig, model: ModelConfig, tokenizer_at: Path | None = None) -> Source:
@@ -114,18 +118,26 @@ def _source(config, model, both, names=()):
     for part in both:
         if part is not None:
             tokenize.check(part, model.vocab_size)
-    if not train.counts.any():
-        raise InputError(
-            f"{config.path}: none of its {train.ids.size} tokens is a target; expected some, in "
-            "conversations the assistant's words"
-        )
+    _check_targets(train, config.packed, str(config.path)[:200])
     digest = hashlib.sha256(repr((config.seed, config.packed, names)).encode())
     for array in train:
         digest.update(np.ascontiguousarray(array))
     count_V = np.bincount(train.ids, minlength=model.vocab_size)
     kept = None if kept is None or not kept.ids.size else kept
     rows = TextRows(train, config.seed)
-    return Source(rows, digest.hexdigest(), kept, counts_V=count_V, names=names)
+    packed = config.packed
+    return Source(rows, digest.hexdigest(), kept, counts_V=count_V, names=names, packed=packed)
+
+
+def _check_targets(tokens, packed, where):
+    """Refuses what nothing could be learnt from: no step would have a loss."""
+    target = tokens.counts != 0
+    target[tokens.starts if packed else 0] = False  # nothing stands before them to predict them
+    if not target.any():
+        raise InputError(
+            f"{where}: none of its {target.size} tokens is a target; expected some behind the "
+            "first of their document, in conversations the assistant's words"
+        )
 
 
 def _tokenizer(config, model, documents, at):

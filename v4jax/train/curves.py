@@ -87,15 +87,26 @@ def _points(lines, field):
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, float | int]:
-    """A run's end: loss over its last tenth (if that has targets), held-out figures, speed."""
+    """A run's end: loss over its last tenth (if that has targets), held-out figures, speed.
+
+    The loss is a mean over targets, of which a step may have more than another. A line stands for
+    the steps since the one before it, which may not all be logged; minutes are those of steps.
+    """
     tail = lines[-max(1, len(lines) // 10) :]
     found = {"step": lines[-1]["step"]}
-    if losses := [value for _, value in _points(tail, "loss")]:
-        found["loss"] = float(np.mean(losses))
+    if losses := [(line["loss"], _targets(line)) for line in tail if line.get("loss") is not None]:
+        values, weights = zip(*losses, strict=True)
+        found["loss"] = float(np.average(values, weights=weights))
     for name in ("held_out", "held_out_bits_per_byte"):
         if values := _points(lines, name):
             found[name] = values[-1][1]
     if speeds := [value for _, value in _points(lines, "tokens_per_second")]:
         found["tokens_per_second"] = float(np.median(speeds))
-    found["minutes"] = sum(value for _, value in _points(lines, "seconds")) / 60
+    steps, seconds = np.array(_points(lines, "seconds") or [(0, 0)], np.float64).T
+    found["minutes"] = float(np.sum(np.diff(steps, prepend=0) * seconds)) / 60
     return found
+
+
+def _targets(line):
+    """Runs of before this was noted down had as many in every step, as far as anyone knows."""
+    return line.get("targets") or 1.0

@@ -54,6 +54,11 @@ def evaluator(config: TrainConfig, stage: Stage, model: Transformer, source: Sou
     return evaluate
 
 
+def check(config: TrainConfig, stage: Stage, source: Source) -> None:
+    """Refuses an evaluation of a stage that has no target to take a mean over."""
+    _rows(config, stage, source)
+
+
 def sums(model: Transformer, variables: dict, batch: Batch, dense: bool = False) -> jax.Array:
     """Of a batch's next tokens [3]: nats, how many are the likeliest, how many count."""
     out = model.apply(
@@ -87,6 +92,8 @@ def _rows(config, stage, source):
     if source.held_out is not None:
         of = TextRows(source.held_out, config.data.seed)
         length = min(length, max(1, (source.held_out.ids.size - 1) // 2))
+    if isinstance(of, TextRows) and of.tokens.ids.size < 2:
+        raise _no_target(config)
     batches = []
     for first in range(0, config.evaluate_rows, stage.batch):
         rows = take(of, range(first, first + stage.batch), 1_000_000, length, 1)
@@ -94,8 +101,12 @@ def _rows(config, stage, source):
         batch.weights_BTJ[config.evaluate_rows - first :] = 0  # rows beyond the last fill it up
         batches.append(batch)
     if not any(batch.weights_BTJ.any() for batch in batches):
-        raise InputError(
-            f"none of the {config.evaluate_rows} held-out rows has a target; give more rows "
-            "(evaluate_rows), hold out other documents (data.held_out), or leave evaluate_every out"
-        )
+        raise _no_target(config)
     return batches
+
+
+def _no_target(config):
+    return InputError(
+        f"none of the {config.evaluate_rows} held-out rows has a target; give more rows "
+        "(evaluate_rows), hold out other documents (data.held_out), or leave evaluate_every out"
+    )

@@ -50,6 +50,9 @@ from v4jax.train.signals import Signals
 from v4jax.train.step import Rates, StepConfig, TrainState, new_state, train_step
 
 NOT_INDEXER = "^(?!.*/indexer/)"
+# Figures that are means, and what of a line says over how much.
+COUNTED = {"loss": "targets", "mtp": "mtp_targets", "indexer": "indexer_queries"}
+COUNTED |= {f"indexer_{name}": "indexer_queries" for name in ("uniform", "captured")}
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
 
@@ -148,6 +151,7 @@ def _source(config, workdir):
     processes.agree("the run", {"data": source.fingerprint})
     for stage in config.stages:
         source.rows_of(stage.documents).check(stage.length, _ahead(config))
+        evaluate.check(config, stage, source)
     return source
 
 
@@ -196,12 +200,14 @@ def _run(run: _Run) -> Result:
     """Steps until the end or a signal; the last one's checkpoint is on disk when it returns."""
     done, saved = int(jax.device_get(run.state.step)), run.checkpoints.latest
     last: dict[str, Any] = {}
+    without_targets = 0
     shown = {"initial": done, "unit": "step", "dynamic_ncols": True}
     with tqdm(total=run.steps, disable=None, **shown) as bar:  # None: not into pipes
         while done < run.steps and not run.signals.stop:
             stage, _ = run.config.place(done)
             for line in _steps_of(run, stage, done):
                 last, done = line, line["step"]
+                without_targets += line["loss"] is None
                 _show(bar, line)
                 if "held_out" in line or (bar.disable and _saves(run.config, done)):
                     report.progress(line, run.steps)
@@ -211,6 +217,8 @@ def _run(run: _Run) -> Result:
     if done != saved:
         _save(run, done)
     run.checkpoints.wait()
+    if without_targets:
+        report.say(f"{without_targets} steps had no target, and no loss")
     if done >= run.config.steps:
         with jax.transfer_guard("allow"), writing(run.workdir / export.FOLDER):
             export.export(run.workdir, run.config, run.state, run.source.tokenizer)
@@ -233,7 +241,8 @@ def _steps_of(run: _Run, number: int, done: int):
     )
     evaluator = evaluate.evaluator(config, stage, model, run.source)
     rows = run.source.rows_of(stage.documents)
-    tokens, passes = stage.batch * stage.length, metrics.passes(run.state.params, options.trained)
+    tokens = stage.batch * stage.length
+    passes = metrics.passes(run.state.params, options.trained, config.model)
     flops = metrics.step_flops(config.model, tokens, stage.length, passes, options.dense)
     clock = metrics.Clock(tokens, stage.length, flops)
     program, ahead = None, None
@@ -275,8 +284,9 @@ def _line(run, clock, step, noted, batch, ended, evaluator=None):
     noted = {k: float(v) for k, v in jax.device_get(noted).items()}
     line = {"step": step, **noted, **clock.tick(ended)}
     _check_finite(run, line, batch)
-    if not line["targets"]:
-        line["loss"] = None  # a mean over nothing is no 0
+    for name, counted in COUNTED.items():
+        if name in line and not line[counted]:
+            line[name] = None  # a mean over nothing is no 0
     if evaluator is not None:
         line |= evaluator(run.state)
     if run.metrics and (step % run.config.log_every == 0 or step == run.steps):

@@ -8,7 +8,7 @@ import math
 import struct
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -221,37 +221,84 @@ def _time_of(noted):
 
 
 @dataclasses.dataclass(frozen=True)
+class Shares:
+    """Shares of a forward pass's operations, 0 to 1.
+
+    back: of products with weights, those through which gradients flow back; layers: of those in
+    layers. learnt: those whose weights get gradients.
+    """
+
+    back: float = 1.0
+    layers: float = 1.0
+    learnt: float = 1.0
+
+    def operations(self, of_weights: float, of_entries: float) -> float:
+        """With those of both passes; products of activations have two gradients to pass back."""
+        return of_weights * (1 + self.back + self.learnt) + of_entries * (1 + 2 * self.layers)
+
+
+@dataclasses.dataclass(frozen=True)
 class Passes:
-    """How often a step computes what one forward pass does: the indexer's share, and the rest's."""
+    """What a step computes backward: the indexer, which has a loss of its own, and the rest."""
 
-    indexer: float = 3.0
-    rest: float = 3.0
+    indexer: Shares = Shares()
+    rest: Shares = Shares()
 
 
-def passes(params: Any, trained: str | None) -> Passes:
-    """The passes of a step that trains some of the parameters.
+class _Weight(NamedTuple):
+    """A leaf of the params: its depth, the operations a token pays for it, whether it learns."""
 
-    One is forward. Where anything is trained there is one more for the gradients of activations,
-    and for those of weights the trained ones' share of one (adapters of LoRA, thin, count for
-    none). The indexer counts apart: it has a loss of its own, through which nothing else learns.
+    name: str
+    depth: float
+    operations: float
+    learns: bool
+
+
+def passes(params: Any, trained: str | None, config: ModelConfig) -> Passes:
+    """What a step computes that trains some of the parameters of the main model.
+
+    Gradients flow back as far as the first layer that learns, through the indexer only where it
+    does. Adapters of LoRA, thin, count for no operations of their own.
 
     Args:
       params: a tree of arrays or shapes. trained: as `StepConfig.trained`.
     """
-    leaves = [
-        (joined(path), math.prod(leaf.shape))
+    weights = [
+        _weight(joined(path), math.prod(leaf.shape), trained, config)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ]
+    weights = [weight for weight in weights if not weight.name.startswith("mtp_")]
+    indexer = [weight for weight in weights if "/indexer/" in weight.name]
+    rest = [weight for weight in weights if "/indexer/" not in weight.name]
+    return Passes(_shares([weight._replace(depth=0) for weight in indexer]), _shares(rest))
 
-    def of(group):
-        learns = any(trained is None or matches(trained, name) for name, _ in group)
-        own = [(name, size) for name, size in group if not name.startswith(SUBTREE + "/")]
-        whole = sum(size for _, size in own)
-        part = sum(size for name, size in own if trained is None or matches(trained, name))
-        return 1.0 + learns + (part / whole if whole else 0.0)
 
-    indexer = [leaf for leaf in leaves if "/indexer/" in leaf[0]]
-    return Passes(of(indexer), of([leaf for leaf in leaves if leaf not in indexer]))
+def _weight(path, size, trained, config):
+    name = path.removeprefix(SUBTREE + "/")
+    learns = trained is None or matches(trained, path)
+    top = name.split("/")[0]
+    if top == "embed" or name != path or name.endswith("/ape"):  # a lookup, an adapter, a sum
+        size = 0
+    if "/experts/" in name:
+        size *= config.num_experts_per_tok / config.n_routed_experts
+    layer = int(top.removeprefix("layers_")) if top.startswith("layers_") else math.inf
+    return _Weight(name, -1 if top == "embed" else layer, size, learns)
+
+
+def _shares(weights):
+    first = min((weight.depth for weight in weights if weight.learns), default=math.inf)
+    learns = any(weight.learns for weight in weights)
+    in_layers = [weight for weight in weights if weight.depth < math.inf]
+    return Shares(
+        back=_share(weights, lambda weight: learns and weight.depth >= first),
+        layers=_share(in_layers, lambda weight: weight.depth >= first),
+        learnt=_share(weights, lambda weight: weight.learns),
+    )
+
+
+def _share(weights, chosen):
+    whole = sum(weight.operations for weight in weights)
+    return sum(w.operations for w in weights if chosen(w)) / whole if whole else 0.0
 
 
 def step_flops(
@@ -259,14 +306,22 @@ def step_flops(
 ) -> float:
     """Operations of a training step, of the main model; nothing computed again counts.
 
+    Every row is taken for one document: in packed rows attention pays for less.
+
     Args:
       dense: CSA layers attend to every visible entry.
     """
     if dense:
         config = dataclasses.replace(config, index_topk=None)
-    parts = accounting.flops_per_token(config, length // 2, accounting.ONE_EACH)
-    indexer = parts.pop("indexer")
-    return tokens * (passes.indexer * indexer + passes.rest * sum(parts.values()))
+    context = length // 2
+    parts = accounting.flops_per_token(config, context, accounting.ONE_EACH)
+    scores = sum(
+        accounting.layer_flops(config, layer, context, accounting.ONE_EACH)["index_scores"]
+        for layer in config.layers
+    )
+    indexer, attention = parts.pop("indexer"), parts.pop("attention")
+    of_indexer = passes.indexer.operations(indexer - scores, scores)
+    return tokens * (of_indexer + passes.rest.operations(sum(parts.values()), attention))
 
 
 @functools.cache

@@ -92,7 +92,7 @@ def train_step(
     new = jax.tree.map(lambda w, d: moved(w, -rates.learning_rate * d), state.params, directions)
     params = keep_untrained(config.trained, new, state.params)
     load = noted.pop("load")
-    noted["targets"] = jnp.sum(batch.weights_BTJ[..., 0])
+    noted |= _counted(count(batch, model.config), noted)
     noted |= {"grad_norm": norm, "learning_rate": rates.learning_rate, "load_cv": _spread(load)}
     state = TrainState(
         params=params,
@@ -102,6 +102,16 @@ def train_step(
         scales=_scales_after(model, config, params, state.scales),
     )
     return state, noted
+
+
+def _counted(counts, noted):
+    """What the means of a step are over; the indexer's over queries of every ratio."""
+    found = {"targets": counts.tokens_J[0]}
+    if "mtp" in noted:
+        found["mtp_targets"] = jnp.sum(counts.tokens_J[1:])
+    if "indexer" in noted:
+        found["indexer_queries"] = sum(counts.queries.values())
+    return found
 
 
 def _scales_after(model, config, params, before):
