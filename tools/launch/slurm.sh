@@ -11,7 +11,7 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
-# Fill in: a Python environment with 'v4jax[cuda]', on a disk that all nodes see.
+# Fill in: a Python environment with v4jax and its extra cuda, on a disk that all nodes see.
 VENV="${V4JAX_VENV:-}"
 
 if [[ -z "$VENV" ]]; then
