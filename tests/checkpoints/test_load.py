@@ -255,7 +255,7 @@ def test_saving_refuses_other_variables(tmp_path, instruct):
         save_official(tmp_path / "x", config, variables)
     del block["attn"]["extra"]
     block["attn"]["attn_sink"] = sink[:2]
-    with pytest.raises(InputError, match=r"attn_sink is F32 \[2\] \(expected F32 or BF16 \[4\]\)"):
+    with pytest.raises(InputError, match=r"attn_sink is F32 \[2\] \(expected F32 \[4\]\)"):
         save_official(tmp_path / "x", config, variables)
     block["attn"]["attn_sink"] = sink
     block["ffn"]["experts"]["w1"] = block["ffn"]["experts"]["w1"].dequantize()

@@ -11,20 +11,24 @@ from v4jax.checkpoints.source import fit
 from v4jax.config import WINDOW
 from v4jax.errors import InputError
 
+# A model's tensors, so that the odd ones are not all there are.
+OTHERS = {"layers.0.attn.wq_a.weight": ("F32", (1,)), "head.weight": ("F32", (1,))}
+OTHERS |= {f"layers.0.ffn.experts.{i}.w1.weight": ("F32", (1,)) for i in range(8)}
+
 
 @pytest.mark.parametrize(
     "name", ["a\0b", "../../../x", "a/b", "", ".", "a..b", "é", "a" * 300, "a b", "a\nb"]
 )
 def test_names_of_carried_tensors_that_are_no_names_of_files(name):
     config = small_config(layers=(WINDOW,), mtp_layers=(), draft_layers=1)
-    found = {f"mtp.0.{name}": ("F32", (1,)), "mtp.0.main_norm.weight": ("F32", (1,))}
+    found = {f"mtp.0.{name}": ("F32", (1,)), "mtp.0.main_norm.weight": ("F32", (1,))} | OTHERS
     with pytest.raises(InputError, match="model: holds the tensor .*; expected a name") as caught:
         fit(config, found, "model")
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
 
 
 def test_a_block_whose_number_has_no_end():
-    found = {f"mtp.{'9' * 5000}.norm.weight": ("F32", (1,))}
+    found = {f"mtp.{'9' * 5000}.norm.weight": ("F32", (1,))} | OTHERS
     with pytest.raises(InputError, match="do not fit config.json") as caught:
         fit(small_config(layers=(WINDOW,), mtp_layers=()), found, "model")
     assert len(str(caught.value)) < 1000

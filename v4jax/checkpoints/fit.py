@@ -214,6 +214,16 @@ def matched(
     return specs
 
 
+def says_the_same(announced: ModelConfig, config: ModelConfig) -> bool:
+    """Whether a config.json says what was found: it may call MTP blocks drafts, or the reverse."""
+    blocks = (announced, config)
+    counts = {len(each.mtp_layers) + each.draft_layers for each in blocks}
+    alike = dataclasses.replace(
+        announced, mtp_layers=config.mtp_layers, draft_layers=config.draft_layers
+    )
+    return len(counts) == 1 and alike == config
+
+
 def by_item(specs: Iterable[TensorSpec]) -> dict[str, list[TensorSpec]]:
     """The tensors of each item, in their order."""
     items = {}

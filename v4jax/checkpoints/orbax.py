@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from v4jax.checkpoints.fit import fit
+from v4jax.checkpoints.fit import fit, says_the_same
 from v4jax.checkpoints.source import Read, adapting, read_config, say_notes
 from v4jax.config import ModelConfig
 from v4jax.errors import ChecksumError, InputError
@@ -72,7 +72,7 @@ class OrbaxSource:
         self.config, self.items, self._stored = fitted.config, fitted.items, fitted.stored
         self.notes, self.key_in_file = fitted.notes, str
         say_notes(self.path, self.notes)
-        self.config_text = config_text if self.config == announced else None
+        self.config_text = config_text if says_the_same(announced, self.config) else None
         absent = [name for name in self.items if not os.path.isdir(item_path(self.path, name))]
         if absent:
             raise InputError(

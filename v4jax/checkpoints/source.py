@@ -25,7 +25,7 @@ import numpy as np
 from absl import logging
 
 from v4jax.checkpoints.expand import check_scales, expand
-from v4jax.checkpoints.fit import by_item, fit
+from v4jax.checkpoints.fit import by_item, fit, says_the_same
 from v4jax.checkpoints.foreign import Found
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
@@ -64,7 +64,7 @@ class FolderSource:
         self.notes = fitted.notes
         say_notes(self.path, self.notes)
         renamed = any(place.key != key for key, place in self._places.items())
-        self.config_text = None if renamed or self.config != announced else text
+        self.config_text = text if not renamed and says_the_same(announced, self.config) else None
         self.fingerprint = self._fingerprint(text)
 
     @contextlib.contextmanager
