@@ -61,10 +61,10 @@ def fit(
     found = without_buffers(found, notes, file_key)
     refuse_foreign(found, where, file_key)
     config = _count_blocks(config, found, where, notes)
+    carried = list(_carried(found, where)) if config.draft_layers else []
     refuse_counts(config, found, where)
     config = _as_quantized(config, found, notes)
     table = tensor_table(config, form=stored_form(config, _scale_dtype(found)))
-    carried = _carried(found, where) if config.draft_layers else []
     specs, stored, differing = adapted(table, found)
     notes += differing.sentences(file_key)
     presented = {**found, **{key: (spec.dtypes[0], spec.shape) for key, spec in stored.items()}}

@@ -22,6 +22,7 @@ _OTHER_FORMATS = (
     "weight_zero_point",
     "weight_global_scale", "input_scale", "SCB",
 )  # fmt: skip
+_OFFICIAL = ("layers.", "mtp.", "embed.", "head.", "hc_head_")
 _IN_LAYER = re.compile(r"layers\.(\d{1,9})\.(?:ffn\.experts\.(\d{1,9})\.)?", re.ASCII)
 
 
@@ -55,7 +56,7 @@ def refuse_foreign(found: Found, where: str, file_key: Callable[[str], str]) -> 
                 f"{where}: {word(file_key(key))} is of another quantised format; only the "
                 "official FP8 and FP4 are read, so get the original or expand it to bf16 first"
             )
-    if not any(_IN_LAYER.match(key) for key in found):
+    if not any(key.startswith(_OFFICIAL) for key in found):
         first = next(iter(found), None)
         shown = "there is none" if first is None else f"the first is {word(file_key(first))}"
         raise InputError(
@@ -84,13 +85,13 @@ def refuse_counts(config: ModelConfig, found: Found, where: str) -> None:
     check = "check that config.json and weights are of the same checkpoint, and that all is there"
     if config.num_hidden_layers > layers:
         raise InputError(
-            f"{where}: num_hidden_layers is {config.num_hidden_layers} and the files hold "
-            f"{layers}; {check}"
+            f"{where}: the tensors do not fit config.json: num_hidden_layers is "
+            f"{config.num_hidden_layers} and the files hold {layers}; {check}"
         )
     if config.n_routed_experts != experts:
         raise InputError(
-            f"{where}: n_routed_experts is {config.n_routed_experts} and the files hold "
-            f"{experts} a layer; {check}"
+            f"{where}: the tensors do not fit config.json: n_routed_experts is "
+            f"{config.n_routed_experts} and the files hold {experts} a layer; {check}"
         )
     for key, (dtype, shape) in found.items():
         width = shape[1] if key.endswith("gate.tid2eid") and len(shape) == 2 else None

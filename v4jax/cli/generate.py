@@ -66,7 +66,7 @@ def define_flags():
     )
     flags.DEFINE_enum("numerics", None, ["native"], "native: the official FP8 and FP4 rounding")
     flags.DEFINE_bool(
-        "verify", True, "Hold an Orbax checkpoint's tensors against their checksums (1 s for 1 GB)"
+        "verify", True, "Hold an Orbax checkpoint's tensors against their checksums (0.3 s per GB)"
     )
     flags.DEFINE_integer("max_length", None, "Tokens of prompt and text that the cache can hold")
     flags.DEFINE_string(

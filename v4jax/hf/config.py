@@ -27,17 +27,11 @@ from v4jax.hf.keys import (
     IMPLEMENTED_QUANTIZATION,
     TRANSFORMERS_KEYS,
 )
+from v4jax.hf.limits import check_blocks, check_counts
 from v4jax.hf.transformers import in_official_words
 from v4jax.hf.values import integer, is_one_of, named, number, short, string
 
 MAX_CONFIG = 4 << 20  # bytes; that of the largest released model has 4 KB
-# Counts are bounded before anything is built from them: far beyond any model, and still fast. The
-# files of a checkpoint bound them further (`checkpoints.foreign.refuse_counts`).
-MAX_LAYERS = 4096
-MAX_BLOCKS = 64  # MTP and draft blocks after the layers
-MAX_EXPERTS = 65536
-MAX_ALL_EXPERTS = 1 << 18  # of all layers
-MAX_ITERATIONS = 1000  # of the Sinkhorn normalisation, which are unrolled
 FIELDS = dataclasses.fields(ModelConfig)
 INTEGERS = tuple(f.name for f in FIELDS if f.type is int and f.name != "draft_layers")
 NUMBERS = tuple(f.name for f in FIELDS if f.type is float)
@@ -69,7 +63,7 @@ def from_hf(source: str | os.PathLike | Mapping[str, Any]) -> ModelConfig:
     """
     where, keys = _read(source)
     try:
-        _check_counts(keys)
+        check_counts(keys)
         if TRANSFORMERS_KEYS & keys.keys():
             keys = in_official_words(keys)
         return _from_official(keys)
@@ -143,31 +137,6 @@ def _check_keys(keys):
     missing = [name for name in required if name not in keys]
     if missing:
         raise InputError(f"the keys {', '.join(missing)} are missing; expected all of them")
-
-
-def _check_counts(keys):
-    """Refuses counts that nothing could hold, and negative ones, before they are used."""
-    limits = {
-        "num_hidden_layers": MAX_LAYERS,
-        "num_hash_layers": MAX_LAYERS,
-        "num_nextn_predict_layers": MAX_BLOCKS,
-        "n_routed_experts": MAX_EXPERTS,
-        "n_shared_experts": MAX_EXPERTS,
-        "hc_sinkhorn_iters": MAX_ITERATIONS,
-    }
-    for name, most in limits.items():
-        if keys.get(name) is not None and not 0 <= integer(keys, name) <= most:
-            raise InputError(f"{name} is {keys[name]}; expected 0 to {most}")
-    for name, most in (("compress_ratios", MAX_LAYERS + MAX_BLOCKS), ("v4jax_layers", MAX_LAYERS)):
-        entries = keys.get(name)
-        if isinstance(entries, list | tuple) and len(entries) > most:
-            raise InputError(f"{name} has {len(entries)} entries; expected {most} or fewer")
-    experts, layers = keys.get("n_routed_experts") or 0, keys.get("num_hidden_layers") or 0
-    if experts * layers > MAX_ALL_EXPERTS:
-        raise InputError(
-            f"n_routed_experts is {experts} and num_hidden_layers {layers}; expected "
-            f"{MAX_ALL_EXPERTS} experts or fewer in all layers together"
-        )
 
 
 def _check_constants(keys):
@@ -258,11 +227,7 @@ def _blocks_after(keys, num_layers):
             f"compress_ratios ends in {short(tail)} after the {num_layers} layers; MTP and draft "
             "blocks have a window only, so expected zeros"
         )
-    if len(tail) > MAX_BLOCKS:
-        raise InputError(
-            f"compress_ratios has {len(tail)} entries after the {num_layers} layers; expected one "
-            f"for each MTP or draft block, {MAX_BLOCKS} at most"
-        )
+    check_blocks(len(tail), num_layers)
     drafts = any(name.startswith(DRAFT_PREFIX) and keys[name] for name in keys)
     if tail and (drafts or (len(tail) == 3 and claimed != 3)):
         return 0, len(tail)
