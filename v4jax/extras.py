@@ -1,10 +1,19 @@
 """How to install what an extra of the package needs, from wherever the package came."""
 
+import importlib.util
 import json
 import re
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlparse
+
+from v4jax.errors import InputError
+
+
+def require(module: str, extra: str, what: str) -> None:
+    """Raises `InputError` where a module that `what` needs is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise InputError(f"{what} needs {module}, which is not installed: {how_to_install(extra)}")
 
 
 def how_to_install(extra: str) -> str:

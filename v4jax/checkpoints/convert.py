@@ -31,6 +31,7 @@ from v4jax.files.json_reader import quote
 from v4jax.files.regular import read_regular
 from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME, bytes_of
 from v4jax.files.threads import run_all
+from v4jax.files.writing import possible_directory
 from v4jax.sharding import processes
 from v4jax.weights import expanded_config
 
@@ -179,6 +180,7 @@ class _Conversion:
     def _begin(self):
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise InputError(f"{self.path}: is a file; expected a new directory for the target")
+        possible_directory(self.path, "target")
         # Before the journal is made, so that a full disk leaves nothing behind.
         if not os.path.exists(os.path.join(self.path, JOURNAL_NAME)):
             self._check_space(self.items)

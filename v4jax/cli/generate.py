@@ -7,6 +7,7 @@ the form that --prompt_ids takes. What was loaded and how fast it went goes to s
 
 import collections
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -41,7 +42,7 @@ def define_flags():
     """Declares the flags of this subcommand."""
     flags.DEFINE_string("checkpoint", "nano", "Checkpoint directory, or the name of a packaged one")
     flags.DEFINE_multi_string(
-        "prompt", [], f"Text to continue, as TEXT itself (default: {DEFAULT_PROMPT!r})"
+        "prompt", [], "Text to continue, as TEXT itself (default: the first words of a class)"
     )
     flags.DEFINE_multi_string(
         "prompt_ids", [], "Token ids to continue, as 1,2,3, in place of --prompt"
@@ -247,12 +248,13 @@ def _is_quantised(leaf):
 
 
 def _find_directory() -> Path:
-    directory = Path(checkpoint.locate(FLAGS.checkpoint))
-    if not directory.is_dir():
+    path = checkpoint.locate(FLAGS.checkpoint)
+    if not os.path.isdir(path):  # where Path's is_dir raises, for a name too long
         raise InputError(
-            f"--checkpoint is {FLAGS.checkpoint!r}, and there is no directory {directory}; "
+            f"--checkpoint is {FLAGS.checkpoint[:200]!r}, and there is no directory {path[:200]}; "
             "expected a checkpoint's directory, or nano"
         )
+    directory = Path(path)
     checkpoint.check_finished(directory)
     return directory
 
@@ -277,7 +279,7 @@ def _parse_ids(flag, text) -> list[int]:
         return [int(part) for part in text.split(",")] if text.strip() else []
     except ValueError as error:
         raise InputError(
-            f"--{flag} is {text!r}; expected whole numbers between commas, such as 1,2,3"
+            f"--{flag} is {text[:200]!r}; expected whole numbers between commas, such as 1,2,3"
         ) from error
 
 

@@ -48,8 +48,8 @@ def run(source: str) -> int:
         config, report = _describe_config(source, get_config(source))
     else:
         raise InputError(
-            f"{source!r} is neither a directory nor a config; expected a checkpoint's directory or "
-            f"one of {', '.join(config_names())}"
+            f"{source[:200]!r} is neither a directory nor a config; expected a checkpoint's "
+            f"directory or one of {', '.join(config_names())}"
         )
     print(json.dumps(report, indent=2) if FLAGS.format == "json" else as_text(config, report))
     return FOUND_SOMETHING if report.get("findings") else 0

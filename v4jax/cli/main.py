@@ -6,6 +6,7 @@ it is called, so that help and mistakes answer at once.
 
 import contextlib
 import dataclasses
+import difflib
 import importlib
 import os
 import re
@@ -23,6 +24,8 @@ FLAGS = flags.FLAGS
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+QUOTED = 200  # characters of what was found that a sentence quotes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,25 +99,73 @@ SUBCOMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; `argv` starts with the program's name."""
     _print_anything()
-    args = list(sys.argv if argv is None else argv)[1:]
-    if not args:
-        print(_help(), file=sys.stderr)
-        return BAD_INPUT
-    name, *rest = args
-    if name in ("--help", "-h", "help"):
-        print(_help())
-        return 0
+    name, *args = list(sys.argv if argv is None else argv)[1:] or [""]
+    program = f"v4jax {name}" if name in SUBCOMMANDS else "v4jax"
+    try:
+        if name in SUBCOMMANDS:
+            if argv is None:
+                _prepare_process(SUBCOMMANDS[name])
+            status = _run(name, args)
+        else:
+            status = _say_about_us(name, args)
+        _flush()  # here a closed pipe can still be told from a mistake of ours
+        return status
+    except InputError as error:
+        return _complain(program, str(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _drop_stdout()
+        return BROKEN_PIPE
+    except OSError as error:
+        return _complain(program, _system_error(error))
+
+
+def _prepare_process(command):
+    if command.trains:
+        cpu_settings.compile_for_training()
+    if command.huge_pages:
+        cpu_settings.start_again_with_huge_pages()
+
+
+def _say_about_us(name, args):
+    """Help, the version, and what to say where no command is named."""
     if name in ("--version", "version"):
         print(f"v4jax {v4jax.__version__}")
         return 0
-    if name not in SUBCOMMANDS:
-        expected = ", ".join(SUBCOMMANDS)
-        return _complain("v4jax", f"there is no command {name!r}; expected one of {expected}")
-    if argv is None and SUBCOMMANDS[name].trains:
-        cpu_settings.compile_for_training()
-    if argv is None and SUBCOMMANDS[name].huge_pages:
-        cpu_settings.start_again_with_huge_pages()
-    return _run(name, rest)
+    if name in ("--help", "-h", "help"):
+        if args and args[0] in SUBCOMMANDS:
+            return _run(args[0], ["--help"])
+        print(_help())
+        return 0
+    if not name:
+        print(_help(), file=sys.stderr)
+        return BAD_INPUT
+    near = difflib.get_close_matches(name[:QUOTED], SUBCOMMANDS, n=1)
+    raise InputError(
+        f"there is no command {name[:QUOTED]!r}{f', maybe {near[0]}' if near else ''}; "
+        f"expected one of {', '.join(SUBCOMMANDS)}"
+    )
+
+
+def _flush():
+    if sys.stdout is not None:  # it is None where the shell has closed it
+        sys.stdout.flush()
+
+
+def _drop_stdout():
+    """Keeps the interpreter from flushing stdout once more when it exits, and complaining again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _system_error(error):
+    """What the system refused, where nothing closer to it made a sentence of it."""
+    try:
+        _flush()
+    except OSError:
+        _drop_stdout()
+    reason = error.strerror or str(error)[:QUOTED]
+    return reason if error.filename is None else f"{str(error.filename)[:QUOTED]}: {reason}"
 
 
 def _print_anything():
@@ -128,30 +179,24 @@ def _print_anything():
 def _run(name, args):
     command = SUBCOMMANDS[name]
     program = f"v4jax {name}"
-    try:
-        module = importlib.import_module(command.module)
-        with _flags_of(module) as own_flags:
-            if {"--help", "-h"} & set(args):
-                print(_command_help(name, own_flags))
-                return 0
-            if hasattr(module, "prepare"):  # flags that cannot be declared
-                args = module.prepare(args)
-            try:
-                arguments = FLAGS([program, *_underscored(args)])[1:]
-                _check_count(command.arguments, arguments)
-            except flags.Error as error:
-                return _complain(program, f"{_flag_error(error)}; see {program} --help")
-            status = module.run(*arguments)
-            sys.stdout.flush()  # here a closed pipe can still be told from a mistake of ours
-            return status
-    except InputError as error:
-        return _complain(program, str(error))
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more when it exits, and would complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+    module = importlib.import_module(command.module)
+    with _flags_of(module) as own_flags:
+        if _asks_for_help(args):
+            print(_command_help(name, own_flags))
+            return 0
+        if hasattr(module, "prepare"):  # flags that cannot be declared
+            args = module.prepare(args)
+        try:
+            arguments = FLAGS([program, *_underscored(args)])[1:]
+            _check_count(command.arguments, arguments)
+        except flags.Error as error:
+            raise InputError(f"{_flag_error(error)}; see {program} --help") from error
+        return module.run(*arguments)
+
+
+def _asks_for_help(args):
+    before = args[: args.index("--")] if "--" in args else args
+    return bool({"--help", "-h"} & set(before))
 
 
 @contextlib.contextmanager
@@ -177,6 +222,9 @@ def _underscored(args):
         match = re.match(r"--?([A-Za-z][\w-]*)(=.*)?$", arg, re.DOTALL)
         name = match[1].replace("-", "_") if match and not value_follows else ""
         declared = name in FLAGS
+        if arg.startswith("-") and not value_follows and len(arg.partition("=")[0]) > QUOTED:
+            # absl would look for names like it, letter by letter, each a call within the other.
+            raise flags.Error(f"Unknown command line flag '{arg.lstrip('-')}'")
         if declared or name.removeprefix("no") in FLAGS:
             arg = f"--{name}{match[2] or ''}"
         spelt.append(arg)
@@ -189,21 +237,27 @@ def _check_count(expected, found):
     if len(found) < len(needed):
         raise flags.Error(f"{needed[len(found)]} is missing")
     if len(found) > len(expected) and not (expected and "..." in expected[-1]):
-        raise flags.Error(f"there is an argument too many, {found[len(expected)]!r}")
+        raise flags.Error(f"there is an argument too many, {found[len(expected)][:QUOTED]!r}")
 
 
 def _flag_error(error):
     """absl's error as the house writes them: what, found, expected."""
     text = " ".join(str(error).split())
-    if match := re.match(r"Unknown command line flag '(\S+)'", text):
-        near = re.search(r"Did you mean: (\w+)", text)
-        return f"there is no flag --{match[1]}" + (f", maybe --{near[1]}" if near else "")
+    if match := re.match(r"Unknown command line flag '(.*)'", text):
+        return _unknown_flag(match[1], re.search(r"Did you mean: (\w+)", text))
     if match := re.match(r"Missing value for flag -*(\S+)", text):
         return f"--{match[1]} has no value; expected {_expected(FLAGS[match[1]])}"
-    if match := re.match(r"flag --(\w+)=(.*?): ", text):
-        found = "is missing" if match[2] == "None" else f"is {match[2]!r}"
+    if match := re.match(r"flag --(\w+)=(.*): ", text):
+        found = "is missing" if match[2] == "None" else f"is {match[2][:QUOTED]!r}"
         return f"--{match[1]} {found}; expected {_expected(FLAGS[match[1]])}"
-    return text
+    return text[: 2 * QUOTED]
+
+
+def _unknown_flag(name, near):
+    if near:
+        return f"there is no flag --{name[:QUOTED]}, maybe --{near[1]}"
+    # A text to continue may begin with a dash, and so may a file's name.
+    return f"there is no flag --{name[:QUOTED]}; an argument that begins with a dash follows --"
 
 
 def _expected(flag):

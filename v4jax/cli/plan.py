@@ -11,9 +11,11 @@ import sys
 
 from absl import flags
 
+from v4jax import extras
 from v4jax.chips import CHIPS
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
+from v4jax.files.writing import writable_file, writing
 from v4jax.named_configs import config_names, get_config
 from v4jax.plan import environment
 from v4jax.weights import WEIGHTS
@@ -47,12 +49,16 @@ def run() -> int:
         raise InputError("--topology is missing; expected CHIP:SHAPE, such as v5p:4x4x4")
     if FLAGS.search and FLAGS.mesh:
         raise InputError("--search and --mesh are both given; --search finds the mesh, drop one")
+    if FLAGS.picture:  # before minutes of compiling
+        extras.require("matplotlib", "plot", "--picture")
+        writable_file(FLAGS.picture, "--picture", ".png")
     environment.prepare()
     from v4jax.plan import report  # imports jax, which reads the environment
 
     plan = _plan(_job())
     if FLAGS.picture:
-        report.draw(plan, FLAGS.config, FLAGS.picture)
+        with writing(FLAGS.picture):
+            report.draw(plan, FLAGS.config, FLAGS.picture)
     if FLAGS.format == "json":
         print(json.dumps({"config": FLAGS.config} | report.as_json(plan), indent=2))
     else:
@@ -73,7 +79,7 @@ def _config():
         return ModelConfig.from_hf(FLAGS.config)
     if FLAGS.config not in config_names():
         raise InputError(
-            f"--config is {FLAGS.config!r}; expected a checkpoint's directory or one of "
+            f"--config is {FLAGS.config[:200]!r}; expected a checkpoint's directory or one of "
             f"{', '.join(config_names())}"
         )
     return get_config(FLAGS.config)

@@ -5,6 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from v4jax.errors import InputError
+from v4jax.files.writing import writable_file
 
 FLAGS = flags.FLAGS
 
@@ -18,6 +19,7 @@ def run(*directories: str) -> int:
     """Draws and says where; the exit status."""
     if not FLAGS.out:
         raise InputError("--out is missing; expected a PNG file")
+    writable_file(FLAGS.out, "--out", ".png")
     from v4jax.train import curves
 
     runs = {name: [curves.lines_of(Path(name))] for name in directories}

@@ -9,6 +9,7 @@ import json
 from absl import flags
 
 from v4jax.errors import InputError
+from v4jax.files.writing import writable_file, writing
 
 FLAGS = flags.FLAGS
 OPS = ["sparse_attention", "indexer_topk", "grouped_matmul", "hyper_connections"]
@@ -17,7 +18,7 @@ OPS = ["sparse_attention", "indexer_topk", "grouped_matmul", "hyper_connections"
 def define_flags():
     """Declares the flags of this subcommand."""
     flags.DEFINE_string("out", None, "JSON file for the table; V4JAX_BLOCKS puts it in force")
-    flags.DEFINE_multi_enum("op", OPS, OPS, "Operation to tune")
+    flags.DEFINE_multi_enum("op", OPS, OPS, "Operation to tune (default: all)")
     flags.DEFINE_integer("most", None, "Candidates of an operation to try at most", lower_bound=1)
     flags.DEFINE_boolean("tiny", False, "Small sizes, interpreted on a CPU: to try the command out")
 
@@ -26,6 +27,7 @@ def run() -> int:
     """Tunes, writes the table and says how many candidates ran; the exit status."""
     if not FLAGS.out:
         raise InputError("--out is missing; expected a file")
+    writable_file(FLAGS.out, "--out")  # the end of an hour is no time to find out
     import tqdm
 
     from v4jax.files.atomic import write_atomically
@@ -46,7 +48,8 @@ def run() -> int:
         table = tune.tune(platform, FLAGS.op, report, FLAGS.tiny, FLAGS.most)
     chip = blocks.chip(platform)
     text = json.dumps({chip: dataclasses.asdict(table)}, indent=2) + "\n"
-    write_atomically(FLAGS.out, text.encode())
+    with writing(FLAGS.out):
+        write_atomically(FLAGS.out, text.encode())
     good = sum(not trial.failure for trial in ran)
     print(f"{good} of {len(ran)} candidates ran on {chip}: {FLAGS.out}")
     return 0

@@ -31,6 +31,48 @@ def writable_directory(path: str | os.PathLike, flag: str) -> Path:
     return path
 
 
+def writable_file(path: str | os.PathLike, flag: str, suffix: str = "") -> None:
+    """Tries the place of a file before the work whose result it is to hold; leaves nothing there.
+
+    Args:
+      flag: what named it, for the message.
+      suffix: how its name has to end.
+
+    Raises:
+      InputError: no such directory, one that may not be written, or something else in the way.
+    """
+    path = Path(path)
+    if not path.name.lower().endswith(suffix):
+        raise InputError(f"{flag} is {str(path)[:200]!r}; expected a file's name with {suffix}")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.exists() and not path.is_file():
+            raise OSError("a directory is in the way" if path.is_dir() else "it is no regular file")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(
+            f"{flag} {str(path)[:200]}: cannot be written ({_reason(error)}); expected a file in a "
+            "directory that is there and may be written: give another"
+        ) from error
+
+
+def possible_directory(path: str | os.PathLike, flag: str) -> None:
+    """Tries whether a directory could be made, or written where it is there; makes nothing.
+
+    Raises:
+      InputError: a file is in the way, or the system lets nothing be written there.
+    """
+    above = Path(path).absolute()
+    try:
+        while not os.path.lexists(above):
+            above = above.parent
+        tempfile.TemporaryFile(dir=above).close()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{flag} {str(path)[:200]}: cannot be written ({str(above)[:200]}: {_reason(error)}); "
+            "expected a directory that may be written, or a place for a new one: give another"
+        ) from error
+
+
 def refused(path: str | os.PathLike, error: OSError, also: str = "") -> InputError:
     """The error for a file that could not be written, to be raised from `error`.
 

@@ -3,8 +3,7 @@
 import collections
 from typing import Any
 
-from v4jax.errors import InputError
-from v4jax.extras import how_to_install
+from v4jax import extras
 from v4jax.plan.plan import Plan
 from v4jax.tables import percent, short, table
 
@@ -174,12 +173,9 @@ def draw(plan: Plan, name: str, path: str) -> None:
     Raises:
       InputError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            "--picture needs matplotlib, which is not installed: " + how_to_install("plot")
-        ) from error
+    extras.require("matplotlib", "plot", "--picture")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_memory(left, per_device(plan))

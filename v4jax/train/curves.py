@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from v4jax import extras
 from v4jax.errors import InputError
-from v4jax.extras import how_to_install
 from v4jax.train import metrics
 
 # (field, name on the axis, logarithmic); drawn where some run has it.
@@ -41,10 +41,9 @@ def draw(runs: dict[str, list[list[dict[str, Any]]]], out: Path) -> None:
 
     Runs under one name (seeds of one config) have one colour.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError(f"drawing needs matplotlib: {how_to_install('plot')}") from None
+    extras.require("matplotlib", "plot", "drawing")
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
