@@ -98,6 +98,23 @@ def test_what_a_run_leaves(whole):
     assert json.loads((whole / "config.json").read_text())["model.hidden_size"] == 16
 
 
+def test_a_batch_without_a_target_has_no_loss_and_the_run_goes_on(tmp_path, capsys):
+    """Most of the text is masked: its batches are counted, and not as the best loss there is."""
+    pieces = [[["mute " * 30, 0], ["says " * 3, int(n % 4 == 0)]] for n in range(8)]
+    records = [json.dumps({"text": text}) + "\n" for text in pieces]
+    (tmp_path / "rare.jsonl").write_text("".join(records))
+    config = get_config(str(tmp_path / "rare.jsonl"))
+    stage = dataclasses.replace(config.stages[0], steps=8, batch=1)
+    config = dataclasses.replace(config, stages=(stage,), evaluate_every=None, checkpoint_every=50)
+    result = loop.train(config, tmp_path / "run")
+    lines = metrics.read(tmp_path / "run")
+    without = [line["targets"] == 0 for line in lines]
+    assert [line["loss"] is None for line in lines] == without and 0 < sum(without) < 8
+    assert all(0 < line["loss"] < 10 for line in lines if line["targets"])
+    assert f"{sum(without)} steps had no target" in capsys.readouterr().err
+    assert result.last == lines[-1]
+
+
 def test_the_export_is_a_checkpoint_of_ours(whole):
     model, variables = v4jax.load(whole / "model")
     assert model.config.hidden_size == 16

@@ -54,7 +54,7 @@ def test_every_parameter_moves_and_the_loss_falls():
         before = state
         state, noted = compiled(StepConfig())(state, batch, RATES)
         losses.append(float(noted["loss"]))
-    position = np.arange(64) - np.asarray(document_starts(batch.segment_ids_BT))
+    position = np.arange(64) - np.asarray(document_starts(jnp.asarray(batch.segment_ids_BT)))
     counted = [noted[name] for name in ("targets", "mtp_targets", "indexer_queries")]
     targets = batch.weights_BTJ.sum((0, 1))
     np.testing.assert_array_equal(counted, [*targets, (position >= 3).sum()])
