@@ -38,7 +38,7 @@ def run(op: str, implementation: str | None, functions: dict[str, Callable], ref
     kernels = {
         PLATFORMS[name]: functools.partial(function, interpret=False)
         for name, function in functions.items()
-        if name in PLATFORMS and (_refuse_varying(args) or refuse(name, *args)) is None
+        if name in PLATFORMS and (_refuse_checked() or refuse(name, *args)) is None
     }
     if not kernels:
         return functions["xla"](*args)
@@ -53,7 +53,7 @@ def _named(op, implementation, functions, refuse, *args):
     function = functions[implementation]
     if implementation not in PLATFORMS:
         return function(*args)
-    reason = _refuse_varying(args) or refuse(implementation, *args)
+    reason = _refuse_checked() or refuse(implementation, *args)
     if reason is not None:
         raise NotImplementedError(f"{op}, implementation {implementation!r}: {reason}")
     compiled = {PLATFORMS[implementation]: functools.partial(function, interpret=False)}
@@ -76,9 +76,9 @@ def _refuse_second(op, args):
         )
 
 
-def _refuse_varying(args):
+def _refuse_checked():
     """Pallas kernels do not say over which mesh axes their results vary."""
-    if any(varying.axes(x) for x in jax.tree.leaves(args)):
+    if varying.checked():
         return (
             "it stands in a jax.shard_map that checks how values vary over mesh axes; pass "
             "check_vma=False to shard_map"

@@ -10,7 +10,23 @@ import jax
 
 def axes(x: Any) -> frozenset[str]:
     """The mesh axes over which an array varies."""
-    kind = jax.typeof(x)
+    return _axes_of(jax.typeof(x))
+
+
+def checked() -> bool:
+    """Whether this is inside a `jax.shard_map` that checks.
+
+    Asked of an array that varies by nature, since those at hand may not say it: Flax traces the
+    body of a scan once with shapes alone.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if not manual:
+        return False
+    # In a program of its own: nothing is added to the one that is traced.
+    return bool(_axes_of(jax.make_jaxpr(lambda: jax.lax.axis_index(manual[0]))().out_avals[0]))
+
+
+def _axes_of(kind):
     if hasattr(kind, "manual_axis_type"):  # since JAX 0.10
         return kind.manual_axis_type.varying
     return getattr(kind, "vma", frozenset())
