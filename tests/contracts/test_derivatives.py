@@ -71,14 +71,15 @@ def test_hessian_vector_products():
     again = jax.jit(jax.grad(lambda p: dot(jax.grad(loss)(p), v)))(params)
     for a, b in zip(*map(jax.tree.leaves, (product, again)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
-    # Central difference of the gradients written by hand; float32 leaves it three digits.
-    step = 1e-3
+    # Central difference of the gradients written by hand. With longer steps choices of experts
+    # flip, and a difference is no derivative: 11 % off at 1e-3, 0.005 % at 1e-4.
+    step = 1e-4
     gradient = jax.jit(jax.grad(loss_of(None)))
     ahead, behind = (
         gradient(jax.tree.map(lambda x, d, s=s: x + s * d, params, v)) for s in (step, -step)
     )
     found = dot(jax.tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind), w)
-    np.testing.assert_allclose(found, one, rtol=2e-2)
+    np.testing.assert_allclose(found, one, rtol=1e-3)
 
 
 def test_every_order_traces_in_the_reference_path():

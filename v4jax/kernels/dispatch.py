@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import jax
 
+from v4jax.ops import varying
+
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
 
 
@@ -29,13 +31,14 @@ def run(op: str, implementation: str | None, functions: dict[str, Callable], ref
     """
     if implementation != "reference":
         _refuse_second(op, args)
+    args = varying.alike(*args)
     functions = {name: _in_32_bits(function) for name, function in functions.items()}
     if implementation is not None:
         return _named(op, implementation, functions, refuse, *args)
     kernels = {
         PLATFORMS[name]: functools.partial(function, interpret=False)
         for name, function in functions.items()
-        if name in PLATFORMS and refuse(name, *args) is None
+        if name in PLATFORMS and (_refuse_checked() or refuse(name, *args)) is None
     }
     if not kernels:
         return functions["xla"](*args)
@@ -50,7 +53,7 @@ def _named(op, implementation, functions, refuse, *args):
     function = functions[implementation]
     if implementation not in PLATFORMS:
         return function(*args)
-    reason = refuse(implementation, *args)
+    reason = _refuse_checked() or refuse(implementation, *args)
     if reason is not None:
         raise NotImplementedError(f"{op}, implementation {implementation!r}: {reason}")
     compiled = {PLATFORMS[implementation]: functools.partial(function, interpret=False)}
@@ -71,6 +74,16 @@ def _refuse_second(op, args):
             f"{op} has a gradient and no other derivative; for jax.jvp, jax.linearize and second "
             "derivatives build the model with kernels='reference'"
         )
+
+
+def _refuse_checked():
+    """Pallas kernels do not say over which mesh axes their results vary."""
+    if varying.checked():
+        return (
+            "it stands in a jax.shard_map that checks how values vary over mesh axes; pass "
+            "check_vma=False to shard_map"
+        )
+    return None
 
 
 def _in_32_bits(function):

@@ -21,6 +21,7 @@ from v4jax import config as config_lib
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.errors import InputError
 from v4jax.kernels.sparse_attention.entries import lanes_of
+from v4jax.ops import varying
 from v4jax.reprs import short_repr
 
 
@@ -235,6 +236,7 @@ def write_rows(buffer_RBCX, layer, rows_BKH, start_B, count_B):
 
     if rows.shape[0] == 1:
         return one(jnp.int32(0), buffer_RBCX)
+    buffer_RBCX = varying.with_axes_of(buffer_RBCX, layer, rows, start_B, count_B)
     return jax.lax.fori_loop(jnp.int32(0), jnp.int32(rows.shape[0]), one, buffer_RBCX)
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from v4jax.kernels import membership
 from v4jax.kernels.indexer_topk import api
 from v4jax.kernels.sparse_attention.mass import attention_mass
+from v4jax.ops import varying
 from v4jax.sharding import collectives
 
 # Elements of the largest array of a block of queries: scores of every head and entry.
@@ -86,7 +87,8 @@ def indexer_loss(
         return total + one(paid.entries_BCH, keys, *block), None
 
     blocks = _blocks(paid, index)
-    return jax.lax.scan(add, jnp.zeros(len(SUMS), jnp.float32), blocks)[0]
+    zeros = varying.with_axes_of(jnp.zeros(len(SUMS), jnp.float32), blocks, keys)
+    return jax.lax.scan(add, zeros, blocks)[0]
 
 
 def _of_chosen(static, scale, heads, entries, keys, q, lse, q_index, weight, low, high, chosen):

@@ -23,7 +23,7 @@ from jaxtyping import Array, Int
 from v4jax import config as config_lib
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.errors import InputError
-from v4jax.model import arguments, sharded
+from v4jax.model import ambient, arguments, sharded
 from v4jax.model import cache as cache_lib
 from v4jax.model.block import Unit
 from v4jax.model.cache import Cache
@@ -200,13 +200,14 @@ class Transformer(nn.Module):
           InputError: as `__call__`; arguments of another shape, type or (where their values are
             known: not inside `jax.jit`) range.
         """
-        alone = self.inside or "method" in options
-        if not alone:
-            arguments.check(self, *args, **options)
-        if alone or self.sharding.mesh is None:
-            with arguments.derivatives_explained():
-                return super().apply(variables, *args, **options)
-        return sharded.apply(self, variables, *args, **options)
+        if self.inside or "method" in options:
+            return super().apply(variables, *args, **options)
+        arguments.check(self, *args, **options)
+        if self.sharding.mesh is not None:
+            return sharded.apply(self, variables, *args, **options)
+        options |= {"tokens": args[0]} if args else {}
+        with arguments.derivatives_explained():
+            return ambient.run(super().apply, variables, options)
 
     @nn.nowrap
     def init(self, rngs, tokens=None, **options):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from v4jax import quant
 from v4jax.kernels.grouped_matmul import formats, reference
+from v4jax.ops import varying
 
 LONGEST = 384
 ALIGNED = 16  # rows
@@ -145,6 +146,7 @@ def _walk(group_sizes_E, rows, sizes, take, inputs, step, carry):
       inputs: padded arrays of rows.
       step: (carry, piece, expert's weights, *the piece's rows) -> carry.
     """
+    carry = varying.with_axes_of(carry, group_sizes_E, inputs)
     longest = sizes[-1]
     begin_E = jnp.cumsum(group_sizes_E) - group_sizes_E
     whole_E, left_E = group_sizes_E // longest, group_sizes_E % longest

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from v4jax.ops import varying
+
 ROWS, COLUMNS = 1, 0  # the axis that a row's, a column's sum runs over
 
 
@@ -65,7 +67,7 @@ def outside(logits_MMT, iterations, eps):
 
 
 def _ones(a_MMT):
-    return jnp.ones_like(a_MMT[0]), jnp.ones_like(a_MMT[0])
+    return varying.with_axes_of((jnp.ones_like(a_MMT[0]), jnp.ones_like(a_MMT[0])), a_MMT)
 
 
 def _scale(a_MMT, r_MT, c_MT, eps):
@@ -94,6 +96,7 @@ def _outside_backward(iterations, eps, logits_MMT, dout_MMT):
     """
     a_MMT = _begin(logits_MMT, eps)
     start = jnp.ones((iterations, *a_MMT.shape[1:]), a_MMT.dtype)
+    start = varying.with_axes_of(start, a_MMT)
 
     def again(k, history):
         new = _scale(a_MMT, *_at(history, k - 1), eps)

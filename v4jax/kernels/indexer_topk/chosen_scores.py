@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.kernels.indexer_topk import reference
+from v4jax.ops import varying
 
 # Elements of the gathered rows of a block, [B, Q, K, Z].
 BLOCK = 1 << 24
@@ -44,7 +45,8 @@ def _backward(chain, residuals, g_BTK):
         return dkeys.at[batch, chosen].add(drows), (dq, dweight)
 
     blocks, length = _blocks(residuals, q_BTIZ, weight_BTI, chosen_BTK, g_BTK)
-    dkeys, parts = jax.lax.scan(one, jnp.zeros(keys_BCZ.shape, jnp.float32), blocks)
+    zeros = varying.with_axes_of(jnp.zeros(keys_BCZ.shape, jnp.float32), blocks)
+    dkeys, parts = jax.lax.scan(one, zeros, blocks)
     dq, dweight = (_joined(part, length) for part in parts)
     return (
         dq.astype(q_BTIZ.dtype),

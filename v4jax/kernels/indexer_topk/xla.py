@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from v4jax.kernels import membership
 from v4jax.kernels.indexer_topk import reference, stored_keys
 from v4jax.kernels.indexer_topk.stored_keys import StoredKeys
+from v4jax.ops import varying
 
 QUERY_BLOCK = 128
 ENTRY_TILE = 1024
@@ -111,7 +112,7 @@ def index_scores_gradient(q_BTIZ, weight_BTI, keys_BCZ, g_BTC, *, chain=False):
         return (sums[0] + dq, sums[1] + dweight), dkeys
 
     zero = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_BTIZ, weight_BTI))
-    (dq, dweight), dkeys = jax.lax.scan(one, zero, (tiles, g))
+    (dq, dweight), dkeys = jax.lax.scan(one, varying.with_axes_of(zero, g), (tiles, g))
     return dq, dweight, _joined(dkeys, 1)[:, : keys_BCZ.shape[1]]
 
 
@@ -149,6 +150,7 @@ def _ordered_scores(q, weight, low, high, keys_BCZ, tile, chain):
     order = jnp.zeros((batch, queries, entries), jnp.uint32)
     if entries == tile:
         return body(0, order)
+    order = varying.with_axes_of(order, low)
     return jax.lax.fori_loop(jnp.min(low) // tile, -(-jnp.max(high) // tile), body, order)
 
 
@@ -199,6 +201,7 @@ def _kth_largest(order_BQC, topk):
         )
 
     start = (jnp.int32(31), jnp.zeros(rows, jnp.uint32), jnp.full(rows, count, jnp.int32))
+    start = varying.with_axes_of(start, order_BQC)
     _, threshold, reached = jax.lax.while_loop(unfinished, step, start)
     return threshold, reached
 

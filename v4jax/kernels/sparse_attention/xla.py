@@ -17,6 +17,7 @@ from v4jax.kernels import membership
 from v4jax.kernels.sparse_attention import query_blocks, stored
 from v4jax.kernels.sparse_attention.entries import flat, take
 from v4jax.kernels.sparse_attention.stored import StoredRows
+from v4jax.ops import varying
 
 # A block is twice the window between these: b queries meet b + window - 1 of its rows, masked.
 QUERY_BLOCKS = (32, 128)
@@ -101,7 +102,7 @@ def _take_block(block, index, q_BTNH, places):
 def _start(q_BQNH, sink_N):
     """The online softmax begins with the sink: its logit the maximum, weight 1, value 0."""
     top = jnp.broadcast_to(sink_N[None, None], q_BQNH.shape[:3])
-    return top, jnp.ones_like(top), jnp.zeros_like(q_BQNH)
+    return varying.with_axes_of((top, jnp.ones_like(top), jnp.zeros_like(q_BQNH)), q_BQNH)
 
 
 def _scores(plan, q_BQNH, kv, mask):
@@ -238,7 +239,7 @@ def backward(plan, q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout):
         dwindow, dentries = grads
         q_block, start, here = _take_block(block, index, q, places)
         _, _, own = _take_block(block, index, q, tuple(row))
-        dq = jnp.zeros_like(q_block)
+        dq = varying.with_axes_of(jnp.zeros_like(q_block), q_block)
         if window is not None:
             kv, mask = _band(plan, block, start, here, window, q.shape[1])
             dq, dkv = _tile_grads(plan, dq, q_block, kv, mask, own)
@@ -248,7 +249,7 @@ def backward(plan, q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout):
             dq, dentries = _entry_grads(plan, dq, q_block, entries, here, own, dentries)
         return (dwindow, dentries), dq
 
-    grads = (zeros(window), zeros(entries))
+    grads = varying.with_axes_of((zeros(window), zeros(entries)), q)
     (dwindow, dentries), dq = jax.lax.scan(run, grads, jnp.arange(q.shape[1] // block))
     if window is not None:
         before = max(plan.window - 1 - (window_BSH.shape[1] - length), 0)
