@@ -189,7 +189,7 @@ def _run(name, args):
         try:
             arguments = FLAGS([program, *_underscored(args)])[1:]
             _check_count(command.arguments, arguments)
-        except flags.Error as error:
+        except (flags.Error, ValueError) as error:  # ValueError: --noswitch=true
             raise InputError(f"{_flag_error(error)}; see {program} --help") from error
         return module.run(*arguments)
 

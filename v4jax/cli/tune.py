@@ -5,6 +5,7 @@ Progress goes to stderr, one summary line to stdout.
 
 import dataclasses
 import json
+import sys
 
 from absl import flags
 
@@ -42,7 +43,7 @@ def run() -> int:
         def report(trial):
             ran.append(trial)
             result = trial.failure or f"{1e3 * trial.score:.3f} ms"
-            bar.write(f"{trial.op} {trial.sizes}: {result}", file=bar.fp)
+            bar.write(f"{trial.op} {trial.sizes}: {result}", file=sys.stderr)
             bar.update()
 
         table = tune.tune(platform, FLAGS.op, report, FLAGS.tiny, FLAGS.most)

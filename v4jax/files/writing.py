@@ -46,6 +46,7 @@ def writable_file(path: str | os.PathLike, flag: str, suffix: str = "") -> None:
         raise InputError(f"{flag} is {str(path)[:200]!r}; expected a file's name with {suffix}")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
+        _check_name(path)
         if path.exists() and not path.is_file():
             raise OSError("a directory is in the way" if path.is_dir() else "it is no regular file")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -63,6 +64,7 @@ def possible_directory(path: str | os.PathLike, flag: str) -> None:
     """
     above = Path(path).absolute()
     try:
+        _check_name(above)
         while not os.path.lexists(above):
             above = above.parent
         tempfile.TemporaryFile(dir=above).close()
@@ -103,6 +105,12 @@ def append(file, content: bytes) -> None:
     view = memoryview(content)
     while view:
         view = view[file.write(view) :]
+
+
+def _check_name(path):
+    """Raises where a name cannot be any file's (a NUL, too long), there or not."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(path)
 
 
 def _reason(error):
