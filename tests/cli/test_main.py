@@ -210,3 +210,17 @@ def test_no_sentence_advises_an_index_that_does_not_have_us():
     root = extras.Path(v4jax.__file__).parent
     advising = [p for p in root.rglob("*.py") if "pip install 'v4jax[" in p.read_text()]
     assert advising == []
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("--seed=many", "--seed is 'many'; expected a whole number"),
+        ("--seed=a: b", "--seed is 'a: b'; expected a whole number"),
+        ("--temperature=hot: 9", "--temperature is 'hot: 9'; expected"),
+        ("--dtype=f: 8", "--dtype is 'f: 8'; expected float32 or bfloat16"),
+    ],
+)
+def test_a_value_is_shown_as_it_was_given(word, said, capsys):
+    assert main(["v4jax", "generate", word]) == 2
+    assert said in capsys.readouterr().err

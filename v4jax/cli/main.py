@@ -247,7 +247,10 @@ def _flag_error(error):
         return _unknown_flag(match[1], re.search(r"Did you mean: (\w+)", text))
     if match := re.match(r"Missing value for flag -*(\S+)", text):
         return f"--{match[1]} has no value; expected {_expected(FLAGS[match[1]])}"
-    if match := re.match(r"flag --(\w+)=(.*): ", text):
+    # Python's reason has a colon too, and so may the value: the reason begins with known words.
+    reason = r"invalid literal for int|could not convert string|value should be one of|\S+ is not "
+    match = re.match(rf"flag --(\w+)=(.*?): (?:{reason})", text)
+    if match := match or re.match(r"flag --(\w+)=(.*): ", text):
         found = "is missing" if match[2] == "None" else f"is {match[2][:QUOTED]!r}"
         return f"--{match[1]} {found}; expected {_expected(FLAGS[match[1]])}"
     return text[: 2 * QUOTED]
