@@ -87,6 +87,7 @@ def test_what_a_run_leaves(whole):
     for line in lines:
         wanted = {"loss", "tokens_per_second", "grad_norm", "learning_rate", "mfu", "indexer"}
         assert wanted <= set(line) and all(np.isfinite(v) for v in line.values())
+    assert not any("mtp" in line for line in lines)  # the model has no such block
     assert [line["step"] for line in lines if "held_out" in line] == [4, 8]
     # No step is counted as next to nothing, however its figures were read (on any machine).
     seconds = sorted(line["seconds"] for line in lines)

@@ -142,8 +142,8 @@ def loss_local(model, weights, dense, variables, batch, counts, mtp_weight):
     balance, load = _balance(model.config, out.aux["router_load"], counts, shards)
     objective = nats[0] + weights.balance * balance
     noted = {"loss": nats[0], "balance": balance, "load": load}
-    if weights.mtp:
-        noted["mtp"] = sum(nats[1:]) / max(len(nats) - 1, 1)
+    if nats[1:]:
+        noted["mtp"] = sum(nats[1:]) / len(nats[1:])
         objective += mtp_weight * noted["mtp"]
     if "indexer_loss" in out.aux:
         noted |= _indexer(model.config, out.aux["indexer_loss"], counts, shards, dense)
