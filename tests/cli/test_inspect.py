@@ -258,7 +258,11 @@ def test_damaged_checkpoints_are_refused(run, checkpoint, tmp_path, damage, mess
         (["inspect", "flash", "--format=xml"], "--format is 'xml'; expected text or json"),
         (["inspect", "flash", "--check=maybe"], "--check is 'maybe'; expected true or false"),
         (["inspect", "flash", "--chek"], "there is no flag --chek, maybe --check"),
-        (["inspekt"], "v4jax: there is no command 'inspekt', maybe inspect; expected one of generate, inspect"),
+        (
+            ["inspekt"],
+            "v4jax: there is no command 'inspekt', maybe inspect; expected one of generate, "
+            "inspect",
+        ),
         (["--versions"], "there is no command '--versions'"),
     ],
 )

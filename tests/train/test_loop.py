@@ -256,18 +256,19 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
         return TrainState(params, {}, {}, np.int32(1))
 
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(1, state(1), {"step": 1})
+    described = {"config": {}, "data": "the data's fingerprint", "step": 1}
+    checkpoints.save(1, state(1), described)
     checkpoints.wait()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))  # as good as a full disk
     try:
         with pytest.raises(InputError, match="could not be saved .*the one of step 1 is good"):
-            checkpoints.save(2, state(np.random.default_rng(0).random(1 << 20)), {"step": 2})
+            checkpoints.save(2, state(np.random.default_rng(0).random(1 << 20)), described)
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     again = Checkpoints(tmp_path, keep=2)
-    assert again.latest == 1 and again.run_of(1) == {"step": 1}
+    assert again.latest == 1 and again.run_of(1) == described
     like = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, state(0)))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     found = again.restore(1, placement.placed(like, jax.tree.map(lambda _: here, like)))
