@@ -69,8 +69,8 @@ def test_yarn_refuses_what_makes_no_sense():
 
 def test_a_base_of_one_is_fine_where_yarn_is_not_used():
     """Only YaRN divides by its logarithm."""
-    ModelConfig(compress_rope_theta=1.0, rope_scaling=None)
-    ModelConfig(compress_rope_theta=1.0, layers=(WINDOW,))
+    for fields in ({"rope_scaling": None}, {"layers": (WINDOW,)}):
+        assert ModelConfig(compress_rope_theta=1.0, **fields).compress_rope_theta == 1.0
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,9 @@ def test_what_changes_no_cached_number_does_not_count(filled, tmp_path):
     v4jax.save_cache(tmp_path / "cache", cache, model, variables)
     free = {"eos_token_id": 7, "max_position_embeddings": 8192, "extra": {"note": 1}}
     other = model.clone(config=dataclasses.replace(model.config, **free), kernels="xla")
-    v4jax.load_cache(tmp_path / "cache", cache, other, variables | {"carried": {"draft": 1}})
+    carried = variables | {"carried": {"draft": 1}}
+    found = v4jax.load_cache(tmp_path / "cache", cache, other, carried)
+    jax.tree.map(np.testing.assert_array_equal, found, cache)
 
 
 def test_a_cache_file_is_bound_to_its_weights(filled, tmp_path):

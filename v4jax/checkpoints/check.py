@@ -29,7 +29,7 @@ def find_bad_values(
     """Reads every tensor of a checkpoint and names those with a bad value, one sentence each.
 
     Args:
-      source: an opened checkpoint (see `sources`).
+      source: an opened checkpoint (see `source`).
       progress: called with the number of bytes that were read.
     """
     findings = []

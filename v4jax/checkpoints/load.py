@@ -1,7 +1,7 @@
 """Checkpoints into a model's variables and back: `load`, `save_official`, `save_orbax`.
 
-Formats: official and transformers safetensors (`sources`, `weights`), and our Orbax format, which
-is described at the top of `orbax_io`. One item (a layer) is read at a time, straight into the
+Formats: official and transformers safetensors (`source`, `weights`), and our Orbax format, which
+is described at the top of `orbax`. One item (a layer) is read at a time, straight into the
 stacked arrays that the model scans over.
 """
 
@@ -109,7 +109,7 @@ def load_scales(path: str | os.PathLike, min_repeats: int = 4) -> dict[str, Any]
 def open_checkpoint(
     path: str | os.PathLike, verify: bool = True
 ) -> Iterator[FolderSource | OrbaxSource]:
-    """Opens a checkpoint of any format for reading; see `sources`, and `load` for `verify`."""
+    """Opens a checkpoint of any format for reading; see `source`, and `load` for `verify`."""
     path = locate(path)
     check_finished(path)
     whole = os.path.exists(os.path.join(path, MANIFEST_NAME))

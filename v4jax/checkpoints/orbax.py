@@ -52,7 +52,7 @@ _CHUNK = 64 << 20  # larger stacks of experts are cut into a file an expert
 
 
 class OrbaxSource:
-    """A checkpoint in our Orbax format, opened for reading; see `sources`.
+    """A checkpoint in our Orbax format, opened for reading; see `source`.
 
     Args:
       verify: hold what is read whole against the checksums of the manifest. One pass more over

@@ -1,7 +1,7 @@
 """A checkpoint opened for reading: its config, and its tensors one by one under official keys.
 
 Three kinds look alike to their readers: a folder of safetensors files (here), a directory in our
-Orbax format (`orbax_io`) and a model's variables (`checkpoint`). Each has
+Orbax format (`orbax`) and a model's variables (`variables`). Each has
 
     path, config    config is in agreement with the tensors that are there
     config_text     the official config.json as bytes, None where it is not that of the tensors

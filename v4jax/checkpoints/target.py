@@ -70,7 +70,7 @@ class OfficialTarget:
 
 
 class OrbaxTarget:
-    """Our Orbax format, described in `orbax_io`."""
+    """Our Orbax format, described in `orbax`."""
 
     def __init__(self, path: str | os.PathLike, items: dict[str, list[TensorSpec]]):
         self.path = os.fspath(path)

@@ -26,7 +26,7 @@ _FLOATS = ("float32", "bfloat16")
 
 
 class VariablesSource:
-    """Variables as `checkpoint.load` makes them, cut with any `min_repeats`; see `sources`.
+    """Variables as `load` makes them, cut with any `min_repeats`; see `source`.
 
     Raises:
       InputError: variables that are not those of the config.

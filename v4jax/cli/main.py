@@ -18,14 +18,13 @@ from absl import flags
 import v4jax
 from v4jax.cli import cpu_settings
 from v4jax.errors import InputError
+from v4jax.files.json_reader import QUOTED
 
 FLAGS = flags.FLAGS
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
-
-QUOTED = 200  # characters of what was found that a sentence quotes
 
 
 @dataclasses.dataclass(frozen=True)

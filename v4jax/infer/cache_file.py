@@ -20,7 +20,7 @@ from safetensors.flax import save
 
 from v4jax.errors import InputError
 from v4jax.files.atomic import write_atomically
-from v4jax.files.json_reader import quote
+from v4jax.files.json_reader import parse_json, quote
 from v4jax.files.regular import check_regular
 from v4jax.model.cache import Cache
 from v4jax.model.transformer import Transformer
@@ -162,8 +162,8 @@ def _check_format(path, about):
 
 def _check_identity(path, about, expected):
     try:
-        found = json.loads(about.get("model", ""))
-    except (ValueError, RecursionError):
+        found = parse_json(about.get("model", ""), str(path), watched=frozenset(), nan=True)
+    except InputError:
         found = None
     if not isinstance(found, dict):
         raise InputError(f"{path} does not say what model filled it; read the prompt again")

@@ -38,28 +38,27 @@ def read_generation_config(directory: str | Path) -> GenerationDefaults:
     if not path.exists():
         return GenerationDefaults()
     fields = read_fields(path, MAX_BYTES)
-    ends = fields.get("eos_token_id")
-    if ends is not None and not isinstance(ends, list):
-        ends = [fields.integer("eos_token_id", low=0)]
-    elif ends is not None:
-        ends = fields.integers("eos_token_id")
-    limit = (
-        None if fields.get("max_new_tokens") is None else fields.integer("max_new_tokens", low=1)
+    several = isinstance(fields.get("eos_token_id"), list)
+    ends = (fields.integers if several else fields.integer)("eos_token_id", None, low=0)
+    ends = (ends,) if isinstance(ends, int) else ends
+    limit = fields.integer("max_new_tokens", None, low=1)
+    draws = fields.boolean("do_sample", None)
+    given = _sampling(fields, path)._asdict() if draws else {}
+    if draws is False:
+        given = {"temperature": 0.0}
+    return GenerationDefaults(None if ends is None else tuple(ends), max_new_tokens=limit, **given)
+
+
+def _sampling(fields, path):
+    """What a file that draws says of it, checked."""
+    sampling = Sampling(
+        temperature=fields.number("temperature", 1.0),
+        top_k=fields.integer("top_k", 0, low=0),
+        top_p=fields.number("top_p", 1.0),
+        min_p=fields.number("min_p", 0.0),
     )
-    sampling = Sampling(temperature=0.0)
-    draws = fields.get("do_sample") is not None and fields.boolean("do_sample")
-    if draws:
-        sampling = sampling._replace(temperature=1.0)
-        for name in ("temperature", "top_p", "min_p"):
-            if fields.get(name) is not None:
-                sampling = sampling._replace(**{name: fields.number(name)})
-        if fields.get("top_k") is not None:
-            sampling = sampling._replace(top_k=fields.integer("top_k", low=0))
     try:
         check(sampling)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    given = sampling._asdict() if draws else {}
-    if not draws and fields.get("do_sample") is not None:
-        given = {"temperature": 0.0}
-    return GenerationDefaults(None if ends is None else tuple(ends), max_new_tokens=limit, **given)
+    return sampling

@@ -81,7 +81,8 @@ def indexer_loss(
     paid = jax.tree.map(jax.lax.stop_gradient, paid)
     sums = _of_chosen if paid.chosen_BTK is not None else _of_all
     keys = index.keys_BCZ
-    one = jax.checkpoint(functools.partial(sums, _Static(*index[3:]), scale, heads))
+    static = _Static(index.topk, index.chain, index.implementation)
+    one = jax.checkpoint(functools.partial(sums, static, scale, heads))
 
     def add(total, block):
         return total + one(paid.entries_BCH, keys, *block), None

@@ -18,6 +18,7 @@ from v4jax import accounting, chips
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.files.atomic import write_atomically
+from v4jax.files.json_reader import parse_json
 from v4jax.files.writing import append, writing
 from v4jax.train.lora import SUBTREE
 from v4jax.train.optimizer import joined, matches
@@ -93,8 +94,8 @@ def _lines(content):
         if not raw:
             continue
         try:
-            line = json.loads(raw.decode())
-        except (ValueError, RecursionError):  # no UTF-8, no JSON, or nested without end
+            line = parse_json(raw.decode(), FILE, watched=frozenset(), nan=True)
+        except ValueError:  # no UTF-8, no JSON, or nested without end
             line = None
         yield raw, line if _is_line(line) else None
 

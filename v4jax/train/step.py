@@ -92,7 +92,6 @@ def train_step(
     new = jax.tree.map(lambda w, d: moved(w, -rates.learning_rate * d), state.params, directions)
     params = keep_untrained(config.trained, new, state.params)
     load = noted.pop("load")
-    noted |= _counted(count(batch, model.config), noted)
     noted |= {"grad_norm": norm, "learning_rate": rates.learning_rate, "load_cv": _spread(load)}
     state = TrainState(
         params=params,
@@ -122,15 +121,24 @@ def _scales_after(model, config, params, before):
 
 
 def accumulate(model, config: StepConfig, state: TrainState, batch: Batch, rates: Rates):
-    """Gradients like params (0 where nothing is trained) and the loss's parts, of a whole batch."""
+    """Gradients like params (0 where nothing is trained) and figures, of a whole batch.
+
+    The figures are the loss's parts and, by name, what their means are over.
+    """
     counts = count(batch, model.config)
     one = _gradient_of(model, config, state, counts, rates.mtp_weight)
     if config.parts == 1:
-        return one(batch)
-    parts = jax.tree.map(lambda x: _split(x, config.parts), batch)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, _first(parts)))
+        gradients, noted = one(batch)
+    else:
+        plus = _plus_in_parts if _gathers(model.sharding) else jnp.add
+        gradients, noted = _sum_of_parts(one, batch, config.parts, plus)
+    return gradients, noted | _counted(counts, noted)
 
-    plus = _plus_in_parts if _gathers(model.sharding) else jnp.add
+
+def _sum_of_parts(one, batch, number, plus):
+    """The function of every part of the batch, one after the other, added up."""
+    parts = jax.tree.map(lambda x: _split(x, number), batch)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, _first(parts)))
 
     def add(total, part):
         return jax.tree.map(plus, total, one(part)), None
