@@ -15,7 +15,7 @@ environment.prepare()
 import v4jax  # noqa: E402 (the environment comes first)
 from v4jax.config import CSA, HCA, WINDOW  # noqa: E402
 from v4jax.plan import compiler, plan, roofline, topology  # noqa: E402
-from v4jax.plan.job import Job, shards_of  # noqa: E402
+from v4jax.plan.job import Job, layout_of  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "scaling.json"
@@ -32,7 +32,7 @@ def measure(axis: str, count: int) -> dict:
     )
     job = Job(config, "prefill", TOKENS, 1)
     where = dataclasses.replace(SMALL if count <= SMALL.count else LARGEST, count=count)
-    counted = plan.count(job, where, shards_of(job, {axis: count}, where.devices))
+    counted = plan.count(job, where, layout_of(job, {axis: count}, where.devices))
     compiled = compiler.compile_job(job, where, {axis: count})
     sent = sum(c.count * c.bytes for c in compiled.collectives)
     seconds = sum(

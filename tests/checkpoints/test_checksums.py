@@ -15,7 +15,7 @@ from v4jax.cli.main import main
 from v4jax.config import CSA, WINDOW, with_hash_routing
 from v4jax.errors import ChecksumError, InputError
 from v4jax.sharding.mesh import make_mesh
-from v4jax.sharding.rules import PREFILL, Shards
+from v4jax.sharding.rules import PREFILL, Layout
 
 LAYERS = with_hash_routing((WINDOW, CSA), 1)
 LEAF = "items/layer_001/params.ffn.experts.w2.values"
@@ -55,7 +55,7 @@ def test_one_bit_is_found_by_whoever_reads(damaged, tmp_path):
 
 
 def test_one_bit_is_found_on_a_mesh(damaged):
-    shards = Shards(make_mesh(expert=8), PREFILL)
+    shards = Layout(make_mesh(expert=8), PREFILL)
     with pytest.raises(ChecksumError, match=KEY):
         load(damaged, shards=shards)
 

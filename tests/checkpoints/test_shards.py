@@ -15,7 +15,7 @@ from v4jax.files import regions
 from v4jax.model.sharded import variable_shardings
 from v4jax.quant import QTensor
 from v4jax.sharding.mesh import make_mesh
-from v4jax.sharding.rules import STRATEGIES, Shards
+from v4jax.sharding.rules import STRATEGIES, Layout
 
 FLOAT = ("train", dict(fsdp=2, expert=2, tensor=2))
 # The tiny model's matrices are single FP8 blocks, which only experts divide.
@@ -23,8 +23,8 @@ STORED = [("prefill", dict(fsdp=2, expert=4)), ("decode", dict(data=2, expert=2,
 CASES = [(*case, "stored") for case in STORED] + [(*FLOAT, "float32"), (*FLOAT, "bf16")]
 
 
-def shards_on(strategy, **sizes):
-    return Shards(make_mesh(**sizes), STRATEGIES[strategy])
+def layout_on(strategy, **sizes):
+    return Layout(make_mesh(**sizes), STRATEGIES[strategy])
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def check_placed(model, variables):
 @pytest.mark.parametrize("strategy, sizes, weights", CASES)
 def test_official(official, strategy, sizes, weights):
     model, variables = checkpoint.load(
-        official, weights=weights, shards=shards_on(strategy, **sizes)
+        official, weights=weights, shards=layout_on(strategy, **sizes)
     )
     check_placed(model, variables)
     same(variables, checkpoint.load(official, weights=weights)[1])
@@ -80,7 +80,7 @@ def test_official(official, strategy, sizes, weights):
 
 @pytest.mark.parametrize("strategy, sizes, weights", CASES[::2])
 def test_orbax(orbax, strategy, sizes, weights):
-    model, variables = checkpoint.load(orbax, weights=weights, shards=shards_on(strategy, **sizes))
+    model, variables = checkpoint.load(orbax, weights=weights, shards=layout_on(strategy, **sizes))
     check_placed(model, variables)
     same(variables, checkpoint.load(orbax, weights=weights)[1])
 
@@ -91,7 +91,7 @@ def test_no_byte_is_read_twice(kind, bytes_read, request):
     path = request.getfixturevalue(kind)
     with checkpoint.open_checkpoint(path) as source:
         total = sum(spec.nbytes for specs in source.items.values() for spec in specs)
-    checkpoint.load(path, shards=shards_on("prefill", fsdp=2, expert=4))
+    checkpoint.load(path, shards=layout_on("prefill", fsdp=2, expert=4))
     assert sum(bytes_read) == total
 
 
@@ -129,7 +129,7 @@ def test_a_mesh_that_does_not_divide(official):
     with pytest.raises(InputError, match="expert has size .* mesh axes"):
         config = small_config(n_routed_experts=6)
         path = official + "-odd"
-        checkpoint.load(synthetic(path, config), shards=shards_on("prefill", fsdp=2, expert=4))
+        checkpoint.load(synthetic(path, config), shards=layout_on("prefill", fsdp=2, expert=4))
 
 
 def test_a_damaged_zarr_file(orbax, tmp_path):
@@ -140,10 +140,10 @@ def test_a_damaged_zarr_file(orbax, tmp_path):
     chunk = next(path for path in folder.iterdir() if path.name != ".zarray")
     chunk.write_bytes(chunk.read_bytes()[:-3])
     with pytest.raises(InputError, match="embed.weight.* bytes; expected"):
-        checkpoint.load(copy, shards=shards_on("prefill", expert=8))
+        checkpoint.load(copy, shards=layout_on("prefill", expert=8))
 
 
 def test_blocks_that_the_mesh_cuts(official):
     """Scales of 128 x 128 blocks: a mesh may not cut one."""
     with pytest.raises(InputError, match="scales .* cannot be spread .*choose a mesh"):
-        checkpoint.load(official, shards=shards_on("train", fsdp=8))
+        checkpoint.load(official, shards=layout_on("train", fsdp=8))

@@ -16,7 +16,7 @@ from v4jax.config import LayerSpec
 from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
 from v4jax.sharding.mesh import make_mesh, parse_sizes
-from v4jax.sharding.rules import ONE_DEVICE, TRAIN, Shards
+from v4jax.sharding.rules import ONE_DEVICE, TRAIN, Layout
 
 ROWS, LENGTH = 2, 120
 DOCUMENTS = ((40, 40, 40), (3, 60, 7, 20, 30))
@@ -32,10 +32,10 @@ def model_on(sizes, kernels):
         hc_mult=2,
         hc_sinkhorn_iters=2,
     )
-    shards = ONE_DEVICE
+    layout = ONE_DEVICE
     if sizes:
-        shards = Shards(make_mesh(jax.devices()[:4], **parse_sizes(sizes)), TRAIN)
-    return Transformer(config, kernels=kernels, min_repeats=3, sharding=shards)
+        layout = Layout(make_mesh(jax.devices()[:4], **parse_sizes(sizes)), TRAIN)
+    return Transformer(config, kernels=kernels, min_repeats=3, sharding=layout)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import v4jax
 from tests.support import aot
 from v4jax.config import CSA, HCA
 from v4jax.plan import compiler, steps, topology
-from v4jax.plan.job import Job, shards_of
+from v4jax.plan.job import Job, layout_of
 
 # Flash's most common layers at full width.
 PAIR = dataclasses.replace(v4jax.get_config("flash"), layers=(CSA, HCA), mtp_layers=())
@@ -77,7 +77,7 @@ def test_a_plan_is_of_a_program_that_can_be_finished(mode, context, batch, name,
     job = Job(PAIR, mode, context, batch, weights, parts)
     where = topology.parse(name)
     planned = compiler.compile_job(job, where, sizes)
-    whole = steps.build(job, shards_of(job, sizes, where.devices)).lower().compile()
+    whole = steps.build(job, layout_of(job, sizes, where.devices)).lower().compile()
     analysis = whole.memory_analysis()
     print(mode, planned.peak, analysis.peak_memory_in_bytes)
     assert analysis.generated_code_size_in_bytes > 1e6

@@ -12,7 +12,7 @@ from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
 from v4jax.plan import exchange, memory, roofline, variables
 from v4jax.plan.hlo import Collective
-from v4jax.plan.job import Job, abstract_shards
+from v4jax.plan.job import Job, abstract_layout
 from v4jax.weights import tensor_table
 
 MILLION = 2**20
@@ -68,7 +68,7 @@ def test_held_weights(tiny, sizes, cut):
     """On a decode mesh experts are divided and the rest is on every device."""
     config, leaves = tiny
     job = Job(config, "decode", 256, 4)
-    held = memory.held(job, abstract_shards(job, sizes), leaves)
+    held = memory.held(job, abstract_layout(job, sizes), leaves)
     whole = sum(leaf.nbytes for leaf in leaves)
     experts = sum(leaf.nbytes for leaf in leaves if "experts" in leaf.path)
     cut = max(sizes.values())  # DECODE lays experts along fsdp and expert
@@ -81,14 +81,14 @@ def test_held_in_training(tiny):
     config, _ = tiny
     leaves = _leaves(config, "float32")
     job = Job(config, "train", 64, 8, "float32")
-    held = memory.held(job, abstract_shards(job, {"data": 8}), leaves)
+    held = memory.held(job, abstract_layout(job, {"data": 8}), leaves)
     trained = [leaf for leaf in leaves if leaf.path[0] == "params"]
     numbers = sum(np.prod(leaf.shape) for leaf in trained)
     others = sum(np.prod(leaf.shape) for leaf in trained if memory.moments(leaf) == 2)
     assert held.gradients == 4 * numbers
     assert held.optimizer == 4 * (numbers + others)
     assert held.gathered == numbers
-    parted = memory.held(job, abstract_shards(job, {"fsdp": 8}), leaves)
+    parted = memory.held(job, abstract_layout(job, {"fsdp": 8}), leaves)
     assert parted.gathered == numbers
     assert parted.weights < held.weights / 6
 
@@ -96,9 +96,9 @@ def test_held_in_training(tiny):
 def test_a_cache_by_hand():
     config = v4jax.get_config("flash")
     job = Job(config, "decode", MILLION, 16)
-    shards = abstract_shards(job, {"expert": 32})
-    assert shards.strategy.name == "decode_long"
-    held = memory.held(job, shards, [])
+    layout = abstract_layout(job, {"expert": 32})
+    assert layout.strategy.name == "decode_long"
+    held = memory.held(job, layout, [])
     entries = 2 * 512 * MILLION
     rows = 16 * (21 * (entries / 4 + 2 * 128 * MILLION / 4) + 20 * entries / 128) / 32
     windows = 16 * 43 * 127 * 2 * 512
@@ -109,7 +109,7 @@ def test_a_cache_by_hand():
 def test_operations_of_a_decoded_token_are_the_accounts():
     config = v4jax.get_config("flash")
     job = Job(config, "decode", MILLION, 1)
-    found = roofline.operations(job, abstract_shards(job, {"data": 1}))
+    found = roofline.operations(job, abstract_layout(job, {"data": 1}))
     expected = accounting.flops_per_token(config, MILLION, accounting.ONE_EACH)
     assert sum(found.values()) == pytest.approx(sum(expected.values()))
 
@@ -117,7 +117,7 @@ def test_operations_of_a_decoded_token_are_the_accounts():
 def test_prefill_is_the_sum_over_tokens(tiny):
     config, _ = tiny
     job = Job(config, "prefill", 1024, 2)
-    found = sum(roofline.operations(job, abstract_shards(job, {"data": 1})).values())
+    found = sum(roofline.operations(job, abstract_layout(job, {"data": 1})).values())
     head = 2 * config.hidden_size * config.vocab_size
     tokens = [
         sum(accounting.flops_per_token(config, n + 1, accounting.ONE_EACH).values()) - head
@@ -129,8 +129,8 @@ def test_prefill_is_the_sum_over_tokens(tiny):
 def test_training_is_four_forward_passes(tiny):
     config = dataclasses.replace(tiny[0], mtp_layers=())
     forward, step = Job(config, "prefill", 512, 2), Job(config, "train", 512, 2, "float32")
-    shards = abstract_shards(forward, {"data": 1})
-    once, all_ = roofline.operations(forward, shards), roofline.operations(step, shards)
+    layout = abstract_layout(forward, {"data": 1})
+    once, all_ = roofline.operations(forward, layout), roofline.operations(step, layout)
     for part in once:
         assert all_[part] == pytest.approx((4 * 512 if part == "head" else 4) * once[part])
 
@@ -138,8 +138,8 @@ def test_training_is_four_forward_passes(tiny):
 def test_work_is_divided_by_the_axes_that_share_it(tiny):
     config, _ = tiny
     job = Job(config, "decode", 1024, 1)
-    alone = roofline.operations(job, abstract_shards(job, {"data": 1}))
-    spread = roofline.operations(job, abstract_shards(job, {"expert": 4}))
+    alone = roofline.operations(job, abstract_layout(job, {"data": 1}))
+    spread = roofline.operations(job, abstract_layout(job, {"expert": 4}))
     ratio = {part: alone[part] / spread[part] for part in alone}
     shared = {"index_scores", "attention", "experts"}
     assert {part for part, times in ratio.items() if times == 4} == shared
@@ -149,7 +149,7 @@ def test_work_is_divided_by_the_axes_that_share_it(tiny):
 def test_the_last_slice_of_a_sequence_has_the_most_work():
     config = v4jax.get_config("flash")
     job = Job(config, "prefill", MILLION, 1)
-    uneven = [roofline.imbalance(job, abstract_shards(job, {"sequence": n})) for n in (1, 2, 8, 64)]
+    uneven = [roofline.imbalance(job, abstract_layout(job, {"sequence": n})) for n in (1, 2, 8, 64)]
     assert uneven[0] == 1 and uneven == sorted(uneven)
     # Of 1.37e15 operations 54 % grow with the position, so the last token has up to 1.5 times.
     assert 1.4 < uneven[-1] < 2
@@ -179,7 +179,7 @@ def test_expected_exchanges_of_training(tiny):
     config, _ = tiny
     leaves = _leaves(config, "float32")
     job = Job(config, "train", 64, 8, "float32")
-    found = exchange.expected(job, abstract_shards(job, {"fsdp": 2, "expert": 4}), leaves)
+    found = exchange.expected(job, abstract_layout(job, {"fsdp": 2, "expert": 4}), leaves)
     kinds = {(c.kind, c.axes) for c in found}
     assert ("all-to-all", ("expert",)) in kinds and ("all-gather", ("fsdp",)) in kinds
     assert not any("tensor" in c.axes or "sequence" in c.axes for c in found)
@@ -195,4 +195,4 @@ def test_bad_jobs(tiny):
     with pytest.raises(InputError, match="--weights"):
         Job(config, "train", 64, 1)
     with pytest.raises(InputError, match="expert has size .* expert=3"):
-        abstract_shards(Job(config, "decode", 64, 3), {"expert": 3})
+        abstract_layout(Job(config, "decode", 64, 3), {"expert": 3})

@@ -10,7 +10,7 @@ from v4jax.errors import InputError
 from v4jax.plan import plan as plan_lib
 from v4jax.plan import report, search, topology
 from v4jax.plan.hlo import Collective
-from v4jax.plan.job import Job, abstract_shards
+from v4jax.plan.job import Job, abstract_layout
 from v4jax.plan.plan import Compiled, Plan
 
 GB = 10**9
@@ -28,7 +28,7 @@ def made_up():
     job = Job(config, "decode", 256, 8)
     where = topology.parse("v5p:2x2x2")
     sizes = {"data": 2, "fsdp": 1, "expert": 4, "sequence": 1, "tensor": 1}
-    counted = plan_lib.count(job, where, abstract_shards(job, sizes))
+    counted = plan_lib.count(job, where, abstract_layout(job, sizes))
     arguments = {"weights": 20 * GB, "tokens": 4, "cache": 10 * GB}
     compiled = Compiled(arguments, 30 * GB, 40 * GB, None, FOUND, 0, 12.5, 20.0, 2 * GB)
     return Plan(job, where, sizes, "decode", counted, compiled)

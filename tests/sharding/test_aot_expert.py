@@ -16,12 +16,12 @@ TOKENS, WIDTH, HIDDEN, EXPERTS, CHOICES = 2048, 512, 256, 16, 3
 
 def compiled_gradient(name, strategy, waves=1, capacity=None, **sizes):
     """Kinds and counts of the collectives of forward and backward pass, in bfloat16."""
-    shards = routing.shards_on(strategy, topology.parse(name).devices, waves, capacity, **sizes)
-    tokens = PartitionSpec(shards.axes("batch") + shards.axes("sequence"))
-    stack = shards.spec("expert")
+    layout = routing.layout_on(strategy, topology.parse(name).devices, waves, capacity, **sizes)
+    tokens = PartitionSpec(layout.axes("batch") + layout.axes("sequence"))
+    stack = layout.spec("expert")
 
     def spec(shape, dtype, partition):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(shards.mesh, partition))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(layout.mesh, partition))
 
     args = [
         spec((TOKENS, WIDTH), jnp.bfloat16, tokens),
@@ -33,12 +33,12 @@ def compiled_gradient(name, strategy, waves=1, capacity=None, **sizes):
     ]
 
     def loss(*args):
-        return jnp.square(routing.routed(shards, EXPERTS)(*args)).sum()
+        return jnp.square(routing.routed(layout, EXPERTS)(*args)).sum()
 
     gradient = jax.grad(loss, argnums=(0, 1, 3, 4, 5))
-    with jax.sharding.use_abstract_mesh(shards.mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
         text = jax.jit(gradient).lower(*args).compile().as_text()
-    found, _ = hlo.collectives(text, dict(shards.mesh.shape))
+    found, _ = hlo.collectives(text, dict(layout.mesh.shape))
     return collections.Counter(each.kind for each in found)
 
 

@@ -17,7 +17,7 @@ from v4jax import quant
 from v4jax.errors import InputError
 from v4jax.plan import hlo
 from v4jax.sharding import expert
-from v4jax.sharding.rules import Shards
+from v4jax.sharding.rules import Layout
 
 MESHES = [
     ("train", dict(expert=8)),
@@ -42,7 +42,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def expected(inputs):
-    run = routing.with_gradients(Shards())
+    run = routing.with_gradients(Layout())
     return {name: jax.device_get(run(*args)) for name, args in inputs.items()}
 
 
@@ -69,7 +69,7 @@ def test_one_device_is_the_plain_sum(inputs, expected):
 
 @pytest.mark.parametrize("strategy, sizes", MESHES)
 def test_mesh_equals_one_device(strategy, sizes, inputs, expected):
-    check(routing.with_gradients(routing.shards_on(strategy, **sizes)), inputs, expected)
+    check(routing.with_gradients(routing.layout_on(strategy, **sizes)), inputs, expected)
 
 
 WAVES = [("train", 2), ("train", 3), ("train", 6), ("decode", 3)]
@@ -77,8 +77,8 @@ WAVES = [("train", 2), ("train", 3), ("train", 6), ("decode", 3)]
 
 @pytest.mark.parametrize("strategy, waves", first([("train", 3), ("decode", 3)], WAVES))
 def test_waves(strategy, waves, inputs, expected):
-    shards = routing.shards_on(strategy, data=2, expert=4, waves=waves)
-    check(routing.with_gradients(shards), inputs, expected)
+    layout = routing.layout_on(strategy, data=2, expert=4, waves=waves)
+    check(routing.with_gradients(layout), inputs, expected)
 
 
 def test_rows_are_sorted_alike_where_key_and_row_do_not_fit_one_number():
@@ -95,22 +95,22 @@ def test_rows_are_sorted_alike_where_key_and_row_do_not_fit_one_number():
 def test_all_to_all_sums_in_the_same_order(inputs, expected):
     """Not close: equal, whatever the mesh."""
     for sizes in (dict(expert=8), dict(data=4, expert=2)):
-        y, _ = routing.with_gradients(routing.shards_on("train", **sizes))(*inputs["random"])
+        y, _ = routing.with_gradients(routing.layout_on("train", **sizes))(*inputs["random"])
         np.testing.assert_array_equal(y, expected["random"][0])
 
 
 def test_capacity_that_suffices(inputs, expected):
     random = {"random": inputs["random"]}
-    shards = routing.shards_on("train", data=2, expert=4, capacity=3.0)
-    check(routing.with_gradients(shards), random, expected)
+    layout = routing.layout_on("train", data=2, expert=4, capacity=3.0)
+    check(routing.with_gradients(layout), random, expected)
 
 
 def pass_the_capacity():
     """18 rows a shard, all to the last one, and room for 1.5 times an even spread."""
     x, weights, *stacks = routing.arrays()
     chosen = routing.routings()["all to the last expert's shard"].astype(np.int32)
-    shards = routing.shards_on("train", expert=8, capacity=1.5)
-    y = jax.jit(routing.routed(shards))(x, weights, chosen, *stacks)
+    layout = routing.layout_on("train", expert=8, capacity=1.5)
+    y = jax.jit(routing.routed(layout))(x, weights, chosen, *stacks)
     print("came through", np.asarray(y).sum())
 
 
@@ -122,33 +122,33 @@ def test_capacity_that_is_passed_raises():
     # The last shard holds two experts, so 6 tokens send it 12 rows: 8 blocks of 12.
     needed = "needs room for 96 rows on a shard and has 32, 1.78 times an even spread of 18"
     assert needed in done.stderr
-    assert "capacity of at least 5.34 in Shards" in done.stderr
+    assert "capacity of at least 5.34 in Layout" in done.stderr
 
 
 def test_an_expert_chosen_twice_is_never_dropped_silently():
     """Three choices of the same expert, where a shard has two: more rows than distinct ones."""
     x, weights, *stacks = routing.arrays()
     chosen = jnp.zeros((routing.TOKENS, routing.CHOICES), jnp.int32)
-    y = jax.jit(routing.routed(routing.shards_on("train", expert=8)))(x, weights, chosen, *stacks)
+    y = jax.jit(routing.routed(routing.layout_on("train", expert=8)))(x, weights, chosen, *stacks)
     assert np.isnan(np.asarray(y)).all()
-    gathered = routing.routed(routing.shards_on("decode", expert=8))
-    one = routing.routed(Shards())(x, weights, chosen, *stacks)
+    gathered = routing.routed(routing.layout_on("decode", expert=8))
+    one = routing.routed(Layout())(x, weights, chosen, *stacks)
     y = jax.jit(gathered)(x, weights, chosen, *stacks)
     np.testing.assert_allclose(y, one, atol=2e-5 * float(jnp.abs(one).max()))
 
 
 def test_mixed_axes_are_refused():
-    shards = routing.shards_on("train", fsdp=2, expert=4)
-    table = dict(shards.strategy.table, batch=("data", "fsdp"), expert=("fsdp", "expert"))
-    mixed = dataclasses.replace(shards.strategy, table=tuple(table.items()))
+    layout = routing.layout_on("train", fsdp=2, expert=4)
+    table = dict(layout.strategy.table, batch=("data", "fsdp"), expert=("fsdp", "expert"))
+    mixed = dataclasses.replace(layout.strategy, table=tuple(table.items()))
     with pytest.raises(InputError, match=r"\['fsdp'\].*different tokens.*\['expert'\].*the same"):
-        routed = routing.routed(dataclasses.replace(shards, strategy=mixed))
+        routed = routing.routed(dataclasses.replace(layout, strategy=mixed))
         jax.eval_shape(routed, *specs())
 
 
 def test_experts_that_do_not_divide_are_refused():
     x, weights, *stacks = routing.arrays(experts=24)
-    routed = routing.routed(routing.shards_on("train", expert=8), experts=12)
+    routed = routing.routed(routing.layout_on("train", expert=8), experts=12)
     with pytest.raises(InputError, match="expert has size 12.*expert=8"):
         routed(x, weights, jnp.zeros((routing.TOKENS, 3), jnp.int32), *stacks)
 
@@ -159,10 +159,10 @@ def specs(dtype="float32"):
     return x.astype(dtype), weights, chosen, *(w.astype(dtype) for w in stacks)
 
 
-def collectives(shards, function, *args):
+def collectives(layout, function, *args):
     """Kinds and counts; sums over mesh axes of length 1 move nothing."""
     text = jax.jit(function).lower(*args).compile().as_text()
-    found, _ = hlo.collectives(text, dict(shards.mesh.shape))
+    found, _ = hlo.collectives(text, dict(layout.mesh.shape))
     real = [each for each in found if each.group > 1]
     return dict(collections.Counter(each.kind for each in real for _ in range(each.count)))
 
@@ -179,20 +179,20 @@ def collectives(shards, function, *args):
     ],
 )
 def test_collectives(strategy, waves, expected):
-    shards = routing.shards_on(strategy, expert=8, waves=waves)
-    assert collectives(shards, routing.routed(shards), *specs()) == expected
+    layout = routing.layout_on(strategy, expert=8, waves=waves)
+    assert collectives(layout, routing.routed(layout), *specs()) == expected
 
 
 def test_collectives_of_the_gradient():
     """Each exchange once more, the other way; nothing of a weight's size."""
-    shards = routing.shards_on("train", expert=8)
+    layout = routing.layout_on("train", expert=8)
 
     def run(x, weights, chosen, *stacks):
-        function = routing.routed(shards)
+        function = routing.routed(layout)
         y, pull = jax.vjp(lambda x, w, *s: function(x, w, chosen, *s), x, weights, *stacks)
         return y, pull(y)
 
-    assert collectives(shards, run, *specs()) == {"all-gather": 1, "all-to-all": 6}
+    assert collectives(layout, run, *specs()) == {"all-gather": 1, "all-to-all": 6}
 
 
 @pytest.mark.parametrize("kind", ("fp8", "fp4"))
@@ -203,22 +203,22 @@ def test_stored_experts_stay_stored(kind, strategy):
     quantize = {"fp8": quant.quantize_fp8, "fp4": quant.quantize_fp4}[kind]
     stacks = [quantize(w) for w in stacks]
     chosen = jnp.asarray(routing.routings()["random"], jnp.int32)
-    shards = routing.shards_on(strategy, expert=8)
-    program = jax.jit(routing.routed(shards)).lower(x, weights, chosen, *stacks).compile()
+    layout = routing.layout_on(strategy, expert=8)
+    program = jax.jit(routing.routed(layout)).lower(x, weights, chosen, *stacks).compile()
     moves = [
         line
         for line in program.as_text().splitlines()
         if any(f" {kind}(" in line or f" {kind}-start(" in line for kind in hlo.KINDS)
     ]
     assert moves and not any("u8[" in line or "f8e4m3fn[" in line for line in moves)
-    expected = routing.routed(Shards())(x, weights, chosen, *stacks)
+    expected = routing.routed(Layout())(x, weights, chosen, *stacks)
     found = program(x, weights, chosen, *stacks)
     np.testing.assert_allclose(found, expected, atol=2e-5 * float(jnp.abs(expected).max()))
 
 
 def test_rows_travel_in_the_activations_type():
-    shards = routing.shards_on("train", expert=8)
-    jaxpr = str(jax.make_jaxpr(routing.routed(shards))(*specs("bfloat16")))
+    layout = routing.layout_on("train", expert=8)
+    jaxpr = str(jax.make_jaxpr(routing.routed(layout))(*specs("bfloat16")))
     sent = [line for line in jaxpr.splitlines() if "all_to_all[" in line and "ragged" not in line]
     width = f",{routing.WIDTH}]"
     wide = [line for line in sent if width in line.split("=")[0]]
@@ -226,7 +226,7 @@ def test_rows_travel_in_the_activations_type():
 
 
 def test_one_device_has_no_collective_and_no_mask():
-    text = jax.jit(routing.routed(Shards())).lower(*specs()).as_text()
+    text = jax.jit(routing.routed(Layout())).lower(*specs()).as_text()
     assert not any(kind.replace("-", "_") in text for kind in hlo.KINDS)
 
 

@@ -14,7 +14,7 @@ from v4jax.errors import InputError
 from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
 from v4jax.sharding.mesh import AXES, make_mesh, parse_sizes
-from v4jax.sharding.rules import ONE_DEVICE, PREFILL, STRATEGIES, TRAIN, Shards, Strategy
+from v4jax.sharding.rules import ONE_DEVICE, PREFILL, STRATEGIES, TRAIN, Layout, Strategy
 
 
 def test_all_axes_are_always_there():
@@ -50,24 +50,24 @@ def test_one_device_has_no_axes():
 
 
 def test_specs():
-    shards = Shards(make_mesh(fsdp=2, expert=2, tensor=2), TRAIN)
-    assert shards.spec("expert", "mlp", "embed") == P(("expert",), ("tensor",), ("fsdp",))
-    assert shards.gathered("embed") == ("fsdp",)
-    assert shards.kept("expert") == ("expert",)
+    layout = Layout(make_mesh(fsdp=2, expert=2, tensor=2), TRAIN)
+    assert layout.spec("expert", "mlp", "embed") == P(("expert",), ("tensor",), ("fsdp",))
+    assert layout.gathered("embed") == ("fsdp",)
+    assert layout.kept("expert") == ("expert",)
 
 
 def test_axes_that_collide():
     table = (("batch", ("data",)), ("embed", ("data",)))
-    shards = Shards(make_mesh(data=8), Strategy("mine", table))
+    layout = Layout(make_mesh(data=8), Strategy("mine", table))
     with pytest.raises(InputError, match="'batch' and 'embed' of one array both lie on mesh axis"):
-        shards.spec("batch", "embed")
+        layout.spec("batch", "embed")
 
 
 def test_sizes_that_do_not_divide():
-    shards = Shards(make_mesh(fsdp=4, tensor=2), TRAIN)
+    layout = Layout(make_mesh(fsdp=4, tensor=2), TRAIN)
     with pytest.raises(InputError, match=r"expert has size 6, .*expert=4 .*do not divide"):
-        Shards(make_mesh(data=2, expert=4), PREFILL).check_divides({"expert": 6})
-    model = Transformer(meshes.config(), sharding=shards)
+        Layout(make_mesh(data=2, expert=4), PREFILL).check_divides({"expert": 6})
+    model = Transformer(meshes.config(), sharding=layout)
     with pytest.raises(InputError, match=r"batch has size 3, which mesh axes fsdp=4 .*do not"):
         jax.eval_shape(model.apply, model.abstract_variables(), jax.numpy.zeros((3, 8), int))
 
@@ -82,9 +82,9 @@ def abstract(name):
 def test_released_models_lie_on_a_mesh(name, strategy):
     """No axes of a weight collide, and every part is a whole number."""
     config = get_config(name)
-    shards = Shards(make_mesh(fsdp=2, expert=2, tensor=2), strategy)
-    model = Transformer(config, sharding=shards)
-    sharded.check(config, shards)
+    layout = Layout(make_mesh(fsdp=2, expert=2, tensor=2), strategy)
+    model = Transformer(config, sharding=layout)
+    sharded.check(config, layout)
     shapes = abstract(name)
     places = sharded.variable_shardings(model)
     parts = jax.tree.map(lambda x, place: place.shard_shape(x.shape), shapes, places)

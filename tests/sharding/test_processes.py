@@ -125,9 +125,9 @@ def test_rows_of_a_batch(mesh, wanted):
 
 
 def test_rows_that_a_mesh_does_not_divide():
-    shards = placement.Shards(make_mesh(jax.devices()[:4], data=2, fsdp=2), TRAIN)
+    layout = placement.Layout(make_mesh(jax.devices()[:4], data=2, fsdp=2), TRAIN)
     with pytest.raises(InputError, match="6"):
-        placement.own_rows(shards, 6)
+        placement.own_rows(layout, 6)
 
 
 @pytest.mark.slow

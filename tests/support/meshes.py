@@ -11,7 +11,7 @@ from v4jax.config import CSA, WINDOW, LayerSpec, ModelConfig, Yarn, with_hash_ro
 from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
 from v4jax.sharding.mesh import make_mesh, parse_sizes
-from v4jax.sharding.rules import Shards
+from v4jax.sharding.rules import Layout
 
 SEED = 1  # of the weights; of 0's routings one, in packed rows, lies within a rounding of another
 NUDGES = 8
@@ -70,7 +70,7 @@ def on_mesh(sizes: str, strategy) -> tuple[Transformer, dict]:
     sizes = parse_sizes(sizes)
     count = int(np.prod(list(sizes.values())))
     mesh = make_mesh(jax.devices()[:count], **sizes)
-    model = model.clone(sharding=Shards(mesh, strategy))
+    model = model.clone(sharding=Layout(mesh, strategy))
     return model, jax.device_put(variables, sharded.variable_shardings(model))
 
 

@@ -10,13 +10,13 @@ from jax.sharding import PartitionSpec
 from v4jax.kernels.grouped_matmul import api as grouped_matmul
 from v4jax.sharding.expert import route
 from v4jax.sharding.mesh import make_mesh
-from v4jax.sharding.rules import STRATEGIES, Shards
+from v4jax.sharding.rules import STRATEGIES, Layout
 
 TOKENS, WIDTH, HIDDEN, EXPERTS, CHOICES = 48, 16, 8, 16, 3
 
 
-def shards_on(strategy: str, devices=None, waves=1, capacity=None, **sizes) -> Shards:
-    return Shards(make_mesh(devices, **sizes), STRATEGIES[strategy], waves, capacity)
+def layout_on(strategy: str, devices=None, waves=1, capacity=None, **sizes) -> Layout:
+    return Layout(make_mesh(devices, **sizes), STRATEGIES[strategy], waves, capacity)
 
 
 def arrays(tokens=TOKENS, width=WIDTH, hidden=HIDDEN, experts=EXPERTS, choices=CHOICES):
@@ -78,29 +78,29 @@ def ffn(stacks, x_RD, weight_R, sizes_E):
     return _poisoned(y_RD, total)
 
 
-def route_local(shards, experts, x_XD, weights_XK, chosen_XK, *stacks):
-    return route(shards, x_XD, chosen_XK, weights_XK, experts, functools.partial(ffn, stacks))
+def route_local(layout, experts, x_XD, weights_XK, chosen_XK, *stacks):
+    return route(layout, x_XD, chosen_XK, weights_XK, experts, functools.partial(ffn, stacks))
 
 
-def routed(shards: Shards, experts=EXPERTS):
+def routed(layout: Layout, experts=EXPERTS):
     """(x, weights, chosen, *stacks) -> y, of whole arrays."""
-    body = functools.partial(route_local, shards, experts)
-    if shards.mesh is None:
+    body = functools.partial(route_local, layout, experts)
+    if layout.mesh is None:
         return body
-    tokens = PartitionSpec(shards.axes("batch") + shards.axes("sequence"))
-    stack = shards.spec("expert")
+    tokens = PartitionSpec(layout.axes("batch") + layout.axes("sequence"))
+    stack = layout.spec("expert")
     return jax.shard_map(
         body,
-        mesh=shards.mesh,
+        mesh=layout.mesh,
         in_specs=(tokens,) * 3 + (stack,) * 3,
         out_specs=tokens,
         check_vma=False,
     )
 
 
-def with_gradients(shards: Shards):
+def with_gradients(layout: Layout):
     """(x, weights, chosen, *stacks, cotangent) -> y and the gradients of all but `chosen`."""
-    function = routed(shards)
+    function = routed(layout)
 
     @jax.jit
     def run(x, weights, chosen, *rest):

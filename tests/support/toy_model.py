@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from v4jax.config import ModelConfig
 from v4jax.named_configs import get_config
-from v4jax.sharding.rules import ONE_DEVICE, Shards
+from v4jax.sharding.rules import ONE_DEVICE, Layout
 
 
 def toy_config(**changes):
@@ -34,7 +34,7 @@ class ToyOutput(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class ToyModel:
     config: ModelConfig = dataclasses.field(default_factory=toy_config)
-    sharding: Shards = ONE_DEVICE
+    sharding: Layout = ONE_DEVICE
 
     def init(self, key):
         embed_key, mix_key, head_key = jax.random.split(key, 3)

@@ -11,11 +11,11 @@ from v4jax.checkpoints import load as checkpoint
 from v4jax.files import regions
 from v4jax.sharding import processes
 from v4jax.sharding.mesh import make_mesh
-from v4jax.sharding.rules import STRATEGIES, Shards
+from v4jax.sharding.rules import STRATEGIES, Layout
 
 
-def shards_on(strategy: str, sizes: str) -> Shards:
-    return Shards(make_mesh(**json.loads(sizes)), STRATEGIES[strategy])
+def layout_on(strategy: str, sizes: str) -> Layout:
+    return Layout(make_mesh(**json.loads(sizes)), STRATEGIES[strategy])
 
 
 def load(path, strategy, sizes, weights):
@@ -28,7 +28,7 @@ def load(path, strategy, sizes, weights):
         return read[-1]
 
     regions.os.preadv = preadv
-    _, variables = checkpoint.load(path, weights=weights, shards=shards_on(strategy, sizes))
+    _, variables = checkpoint.load(path, weights=weights, shards=layout_on(strategy, sizes))
     count = sum(read)
     _, expected = checkpoint.load(path, weights=weights)
     held = right = 0
@@ -48,8 +48,8 @@ def restore(path, strategy, sizes):
     """Loads onto a mesh, saves through Orbax, restores onto another: equal in every part."""
     import orbax.checkpoint as ocp
 
-    _, variables = checkpoint.load(path + "/official", shards=shards_on("prefill", '{"expert": 4}'))
-    target = shards_on(strategy, sizes)
+    _, variables = checkpoint.load(path + "/official", shards=layout_on("prefill", '{"expert": 4}'))
+    target = layout_on(strategy, sizes)
     from v4jax.model import sharded
     from v4jax.model.transformer import Transformer
 

@@ -42,17 +42,17 @@ def four(mesh):
     if len(devices) < 4:
         pytest.skip("needs four devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
     from v4jax.sharding.mesh import make_mesh, parse_sizes
-    from v4jax.sharding.rules import TRAIN, Shards
+    from v4jax.sharding.rules import TRAIN, Layout
 
-    return Shards(make_mesh(devices[:4], **parse_sizes(mesh)), TRAIN)
+    return Layout(make_mesh(devices[:4], **parse_sizes(mesh)), TRAIN)
 
 
-def gradients(shards):
+def gradients(layout):
     """A function from variables to gradients and figures as host arrays."""
-    model, step = Transformer(config(), sharding=shards), StepConfig(losses=WEIGHTS, parts=2)
+    model, step = Transformer(config(), sharding=layout), StepConfig(losses=WEIGHTS, parts=2)
     # Parts and shards whose documents close as many blocks of CSA as they may, some, or none.
     rows = ragged([(66,)] * 4 + [(40, 20), (10, 20), (3,) * 22, (2,) * 33], vocab_size=320)
-    batch = placement.put_batch(shards, rows, 8)
+    batch = placement.put_batch(layout, rows, 8)
 
     @jax.jit
     def run(variables, batch):
@@ -70,7 +70,7 @@ def initial():
 @functools.cache
 def alone():
     """Gradients and figures of one device, and its gradients at weights a rounding away."""
-    step, variables = gradients(placement.shards_of(None)), initial()
+    step, variables = gradients(placement.layout_of(None)), initial()
     nudged = (meshes.nudged(variables["params"], seed) for seed in range(meshes.NUDGES))
     return *step(variables), [step(variables | {"params": params})[0] for params in nudged]
 
@@ -88,7 +88,7 @@ def test_gradients_are_those_of_one_device(mesh):
 def test_a_run_goes_on_on_another_mesh(tmp_path, monkeypatch):
     def run(mesh, workdir, steps):
         monkeypatch.setattr(
-            placement, "shards_of", lambda mesh: four(mesh) if mesh else placement.Shards()
+            placement, "layout_of", lambda mesh: four(mesh) if mesh else placement.Layout()
         )
         base = TrainConfig(
             model=config(),

@@ -31,7 +31,7 @@ from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
 from v4jax.quant import QTensor
 from v4jax.sharding import processes
-from v4jax.sharding.rules import ONE_DEVICE, Shards
+from v4jax.sharding.rules import ONE_DEVICE, Layout
 from v4jax.weights import TensorSpec, variable_place
 
 THREADS = 8
@@ -43,7 +43,7 @@ def load(
     dtype: str | None = None,
     weights: str = "stored",
     numerics: str | None = None,
-    shards: Shards = ONE_DEVICE,
+    shards: Layout = ONE_DEVICE,
     verify: bool = True,
     **options: Any,
 ) -> tuple[Transformer, dict[str, Any]]:

@@ -27,7 +27,7 @@ from v4jax.infer.tokenizer import Tokenizer
 from v4jax.quant import QTensor
 from v4jax.sharding import processes
 from v4jax.sharding.mesh import make_mesh, parse_sizes
-from v4jax.sharding.rules import ONE_DEVICE, PREFILL, Shards
+from v4jax.sharding.rules import ONE_DEVICE, PREFILL, Layout
 from v4jax.tables import short
 
 FLAGS = flags.FLAGS
@@ -91,7 +91,7 @@ def _run(texts):
     prompts = _read_prompts(tokenizer, texts)
     settings = _settings(directory, config, demo=not (texts or FLAGS.prompt_ids))
     _check(config, prompts, settings)
-    shards = _shards()
+    shards = _layout()
     model, params = checkpoint.load(
         directory,
         dtype=FLAGS.dtype,
@@ -112,7 +112,7 @@ def _run(texts):
     return 0
 
 
-def _shards():
+def _layout():
     """Where the model runs: one device, or the mesh of --mesh."""
     if FLAGS.mesh is None and processes.count() == 1:
         return ONE_DEVICE
@@ -121,7 +121,7 @@ def _shards():
             f"--mesh is missing; {processes.count()} processes with {jax.device_count()} devices "
             f"expect one, such as expert={jax.device_count()}"
         )
-    return Shards(make_mesh(**parse_sizes(FLAGS.mesh)), PREFILL)
+    return Layout(make_mesh(**parse_sizes(FLAGS.mesh)), PREFILL)
 
 
 def _settings(directory, config, demo):

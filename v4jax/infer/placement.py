@@ -28,12 +28,12 @@ class Placement:
     @classmethod
     def of(cls, model, rows: int) -> "Placement":
         """For `rows` prompts; the model's own strategy does not count."""
-        shards = model.sharding
-        if shards.mesh is None:
+        layout = model.sharding
+        if layout.mesh is None:
             return cls(model, model)
 
         def as_by(strategy):
-            return model.clone(sharding=dataclasses.replace(shards, strategy=strategy))
+            return model.clone(sharding=dataclasses.replace(layout, strategy=strategy))
 
         many, few = as_by(DECODE), as_by(DECODE_LONG)
         return cls(as_by(PREFILL), few if rows % many.sharding.size("batch") else many)

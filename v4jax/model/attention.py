@@ -114,7 +114,7 @@ class Attention(nn.Module):
             topk = self.config.index_topk or index_keys.shape[1]
             numerics = self.numerics
             index = Index(*q_index, index_keys, topk, numerics.native, numerics.kernels)
-            scale, heads = self.config.head_dim**-0.5, self.numerics.shards.kept("heads")
+            scale, heads = self.config.head_dim**-0.5, self.numerics.layout.kept("heads")
             aux |= {"indexer_loss": indexer_loss(paid, index, scale, heads)}
         if "attention" in context.aux:
             aux |= {"q": q, "kv": kv, "entries": flat(keys.get("entries_BCH")), "o": o}
@@ -151,11 +151,11 @@ class Attention(nn.Module):
 
     def _window(self, kv, context, cache, layer):
         """This call's rows behind those of the cache, and the first that each query may see."""
-        window, shards = self.config.sliding_window, self.numerics.shards
+        window, layout = self.config.sliding_window, self.numerics.layout
         older = None if cache is None else read_layer(cache.window, layer)
-        rows = sequence.joined_rows(shards, kv, older, window - 1)
+        rows = sequence.joined_rows(layout, kv, older, window - 1)
         if cache is not None:
-            last = sequence.last_rows(shards, rows, context.whole.total, older.shape[1])
+            last = sequence.last_rows(layout, rows, context.whole.total, older.shape[1])
             cache = cache.replace(window=write_layer(cache.window, layer, last))
         asking = context.asking()
         if context.last_only:
@@ -169,15 +169,15 @@ class Attention(nn.Module):
 
     def _all_tokens(self, kv, context, cache, layer):
         """Full attention: every token's own row is an entry, visible from itself on."""
-        position, shards = context.position, self.numerics.shards
-        kv = collectives.gather(kv, shards.axes("sequence"), 1)
+        position, layout = context.position, self.numerics.layout
+        kv = collectives.gather(kv, layout.axes("sequence"), 1)
         if cache is None:
-            row = context.row + shards.index("sequence") * position.shape[1]
+            row = context.row + layout.index("sequence") * position.shape[1]
             row = jnp.broadcast_to(row, position.shape)
             return {"entries_BCH": kv, "low_BT": row - position, "high_BT": row + 1}, None
         whole = context.whole
-        tokens = _write(shards, cache.tokens, layer, kv, whole.begin, whole.total)
-        kv = _read(shards, tokens, layer)
+        tokens = _write(layout, cache.tokens, layer, kv, whole.begin, whole.total)
+        kv = _read(layout, tokens, layer)
         high = context.asking().position + 1
         low, high = self._own(jnp.zeros_like(high), high, kv, cache)
         return {"entries_BCH": kv, "low_BT": low, "high_BT": high}, cache.replace(tokens=tokens)
@@ -198,47 +198,47 @@ class Attention(nn.Module):
 
     def _collect(self, new, rows, context, state, layer):
         """Old and new entries of all shards, and the compressor's state with the new ones."""
-        shards, ratio = self.numerics.shards, self.spec.ratio
-        new = sequence.collect_entries(shards, new, *context.closings(ratio), context.row.shape[1])
+        layout, ratio = self.numerics.layout, self.spec.ratio
+        new = sequence.collect_entries(layout, new, *context.closings(ratio), context.row.shape[1])
         if state is None:
             return new, None
         begin, total = context.whole.begin, context.whole.total
         first = begin // ratio
         count = (begin + total) // ratio - first
-        entries = _write(shards, state.entries, layer, new, first, count)
-        return _read(shards, entries, layer), state.replace(entries=entries, raw=rows)
+        entries = _write(layout, state.entries, layer, new, first, count)
+        return _read(layout, entries, layer), state.replace(entries=entries, raw=rows)
 
     def _in_parts(self, cache):
         """Whether each shard attends to its own part of the cached entries."""
-        return cache is not None and sequence.spread_entries(self.numerics.shards)
+        return cache is not None and sequence.spread_entries(self.numerics.layout)
 
     def _own(self, low, high, entries, cache):
         """[low, high) in the numbering of the entries at hand."""
         if not self._in_parts(cache):
             return low, high
-        return sequence.own_range(self.numerics.shards, low, high, entries.shape[1])
+        return sequence.own_range(self.numerics.layout, low, high, entries.shape[1])
 
     def _own_choice(self, chosen_BTK, entries, cache):
         if not self._in_parts(cache):
             return chosen_BTK
-        return sequence.own_entries(self.numerics.shards, chosen_BTK, entries.shape[1])
+        return sequence.own_entries(self.numerics.layout, chosen_BTK, entries.shape[1])
 
     def _attend(self, q, keys, in_parts):
         """The core attention and its log-sum-exp; of entries in parts, the merged partial ones."""
         options = {"scale": self.config.head_dim**-0.5, "implementation": self.numerics.kernels}
-        sink, shards = self.attn_sink, self.numerics.shards
+        sink, layout = self.attn_sink, self.numerics.layout
         in_parts = in_parts and "entries_BCH" in keys
         if in_parts:
             rows = keys["window_BSH"].shape[1] if "window_BSH" in keys else 0
-            sink, first = sequence.first_shard_only(shards, sink, keys.get("first_BT"), rows)
+            sink, first = sequence.first_shard_only(layout, sink, keys.get("first_BT"), rows)
             keys = keys | {"first_BT": first}
         o, lse = sparse_attention.sparse_attention(q, sink, with_lse=True, **options, **keys)
-        return sequence.merge_attention(shards, o, lse) if in_parts else o, lse
+        return sequence.merge_attention(layout, o, lse) if in_parts else o, lse
 
     def _choose(self, q_BTIZ, weight_BTI, keys_BCZ, low, high, context, in_parts):
         """The indexer's choice, or none where every visible entry would be in it."""
-        shards, count = self.numerics.shards, keys_BCZ.shape[1]
-        entries = count * (shards.size("entries") if in_parts else 1)
+        layout, count = self.numerics.layout, keys_BCZ.shape[1]
+        entries = count * (layout.size("entries") if in_parts else 1)
         topk, aux, wanted = self.config.index_topk or entries, {}, context.aux
         if "index_scores" in wanted:
             scores = self.indexer.scores(q_BTIZ, weight_BTI, keys_BCZ)
@@ -248,7 +248,7 @@ class Attention(nn.Module):
         places = (q_BTIZ, weight_BTI, keys_BCZ, low, high)
         if in_parts:
             best = self.indexer.best(*places, min(topk, count))
-            chosen, own = sequence.best_of_all(shards, *best, count, topk)
+            chosen, own = sequence.best_of_all(layout, *best, count, topk)
             choice = {"chosen_BTK": own}
         else:
             choice = self.indexer.choose(*places, topk)
@@ -260,7 +260,7 @@ class Attention(nn.Module):
         config, numerics = self.config, self.numerics
         cos, sin = (angle[:, :, None] for angle in turn)
         o = self._rotated(numerics.round(o), cos, sin, inverse=True)
-        groups = config.o_groups // numerics.shards.size("heads")
+        groups = config.o_groups // numerics.layout.size("heads")
         o = o.reshape(*o.shape[:2], groups, -1)
         z = self.wo_a.grouped(o, groups)
         return self.wo_b("btx,dx->btd", z.reshape(*z.shape[:2], -1))
@@ -273,18 +273,18 @@ def _indices(choice, entries):
     return choice.get("chosen_BTK")
 
 
-def _write(shards, buffer_RBCX, layer, new_BEH, start_B, count_B):
+def _write(layout, buffer_RBCX, layer, new_BEH, start_B, count_B):
     """A cache's buffer with new entries at `start`; each shard writes those of its own part."""
-    first = shards.index("entries") * buffer_RBCX.shape[2]
+    first = layout.index("entries") * buffer_RBCX.shape[2]
     return write_rows(buffer_RBCX, layer, new_BEH, start_B - first, count_B)
 
 
-def _read(shards, buffer_RBCX, layer):
+def _read(layout, buffer_RBCX, layer):
     """A layer's cached entries: of all shards, unless each attends to its own."""
     entries = read_layer(buffer_RBCX, layer)
-    if sequence.spread_entries(shards):
+    if sequence.spread_entries(layout):
         return entries
-    return collectives.gather(entries, shards.axes("entries"), 1)
+    return collectives.gather(entries, layout.axes("entries"), 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -52,12 +52,12 @@ class Compressor(nn.Module):
           Entry i is number start // m + i of its row, or in a packed row the i-th whose block
           closes; those past the last closed block are garbage and are not to be kept.
         """
-        raw_BTX, shards = self._raw(x_BTD, context), self.numerics.shards
+        raw_BTX, layout = self._raw(x_BTD, context), self.numerics.layout
         older = None if state is None else read_layer(state.raw, layer)
-        joined = sequence.joined_rows(shards, raw_BTX, older, raw_rows(self.spec))
+        joined = sequence.joined_rows(layout, raw_BTX, older, raw_rows(self.spec))
         rows = None
         if state is not None:
-            last = sequence.last_rows(shards, joined, context.whole.total, older.shape[1])
+            last = sequence.last_rows(layout, joined, context.whole.total, older.shape[1])
             rows = write_layer(state.raw, layer, last)
         reach = joined.shape[1] - raw_BTX.shape[1]
         if context.document is not None:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int
 
 from v4jax.errors import InputError
 from v4jax.sharding import collectives, sequence
-from v4jax.sharding.rules import ONE_DEVICE, Shards
+from v4jax.sharding.rules import ONE_DEVICE, Layout
 
 # Auxiliary outputs that a call can ask for, and the names under which `aux` has them if others:
 # mhc as mhc_attn and mhc_ffn; attention as q, kv, entries (none in window layers) and o;
@@ -52,7 +52,7 @@ class Context:
     whole: "Whole"
     aux: tuple[str, ...] = struct.field(pytree_node=False, default=())
     dense: bool = struct.field(pytree_node=False, default=False)
-    shards: Shards = struct.field(pytree_node=False, default=ONE_DEVICE)
+    layout: Layout = struct.field(pytree_node=False, default=ONE_DEVICE)
     last_only: bool = struct.field(pytree_node=False, default=False)
 
     def wanted(self, x_BTX: Array) -> Array:
@@ -61,7 +61,7 @@ class Context:
 
     def last(self, x_BTX: Array) -> Array:
         """Each row's last real token of the whole call, [B,1,...], on all shards."""
-        return sequence.row_of_all(self.shards, x_BTX, jnp.maximum(self.whole.total - 1, 0))
+        return sequence.row_of_all(self.layout, x_BTX, jnp.maximum(self.whole.total - 1, 0))
 
     def asking(self) -> "Context":
         """The places of the tokens whose output is wanted."""
@@ -90,7 +90,7 @@ class Context:
             return jnp.zeros_like(high), high
         closed = self.whole.closed(ratio)
         before = jnp.pad(closed, ((0, 0), (1, 0)))
-        high = collectives.part(closed, self.shards.axes("sequence"), 1)
+        high = collectives.part(closed, self.layout.axes("sequence"), 1)
         return jnp.take_along_axis(before, self.document, axis=1), high
 
     def closings(self, ratio: int) -> tuple[Array | None, Array | None]:
@@ -99,21 +99,21 @@ class Context:
         The row of the whole call at which entry i of this call closes [B,C], past the last real one
         anything; and how many entries close before each shard's slice [B,S].
         """
-        shards, length = self.shards.size("sequence"), self.tokens.shape[1]
-        first = length * jnp.arange(shards, dtype=jnp.int32)[None]
+        layout, length = self.layout.size("sequence"), self.tokens.shape[1]
+        first = length * jnp.arange(layout, dtype=jnp.int32)[None]
         if self.document is not None:
             closed = self.whole.closed(ratio)
             before = jnp.where(first > 0, closed[:, first[0] - 1], 0)
-            return closing_rows(closed, shards * length // ratio), before
+            return closing_rows(closed, layout * length // ratio), before
         begin = self.whole.begin
         if begin is None:
             if length % ratio == 0:
                 return None, None
-            entry = jnp.arange(shards * length // ratio, dtype=jnp.int32)[None]
+            entry = jnp.arange(layout * length // ratio, dtype=jnp.int32)[None]
             row, before = ratio * entry + ratio - 1, first // ratio
             batch = self.tokens.shape[0]
             return tuple(jnp.broadcast_to(x, (batch, x.shape[1])) for x in (row, before))
-        entry = jnp.arange((shards * length + ratio - 1) // ratio, dtype=jnp.int32)[None]
+        entry = jnp.arange((layout * length + ratio - 1) // ratio, dtype=jnp.int32)[None]
         begin = begin[:, None]
         row = ratio * (begin // ratio + entry) + ratio - 1 - begin
         return row, (begin + first) // ratio - begin // ratio
@@ -148,7 +148,7 @@ def check_packed(segment_ids, cache, lengths) -> None:
 
 
 def place_tokens(
-    tokens_BT, lengths_B, start_B, segment_ids_BT, aux=(), dense=False, shards=ONE_DEVICE
+    tokens_BT, lengths_B, start_B, segment_ids_BT, aux=(), dense=False, layout=ONE_DEVICE
 ) -> Context:
     """The context of one call from the whole of it; see `Transformer.__call__`."""
     batch, length = tokens_BT.shape
@@ -162,12 +162,12 @@ def place_tokens(
         document = document_starts(segment_ids_BT)
         position = row - document
     whole = Whole(start_B, total, position, document)
-    return slice_of(tokens_BT, whole, tuple(aux), dense, shards)
+    return slice_of(tokens_BT, whole, tuple(aux), dense, layout)
 
 
-def slice_of(tokens_BT, whole: Whole, aux, dense, shards: Shards) -> Context:
+def slice_of(tokens_BT, whole: Whole, aux, dense, layout: Layout) -> Context:
     """This shard's slice of a call; all of it where "sequence" has no axes."""
-    axes = shards.axes("sequence")
+    axes = layout.axes("sequence")
     tokens, position, document = (
         None if x is None else collectives.part(x, axes, 1)
         for x in (tokens_BT, whole.position, whole.document)
@@ -177,7 +177,7 @@ def slice_of(tokens_BT, whole: Whole, aux, dense, shards: Shards) -> Context:
         first = jax.lax.axis_index(axes) * tokens.shape[1]
         start = first + (jnp.zeros_like(count) if start is None else start)
         count = jnp.clip(count - first, 0, tokens.shape[1])
-    return Context(tokens, position, start, count, document, whole, aux, dense, shards)
+    return Context(tokens, position, start, count, document, whole, aux, dense, layout)
 
 
 def closing_rows(closed_BT: Int[Array, "b t"], entries: int) -> Int[Array, "b c"]:

@@ -15,7 +15,7 @@ from v4jax.kernels.quantized_matmul import api as quantized_matmul
 from v4jax.ops import derivatives, products
 from v4jax.quant import round_to
 from v4jax.sharding import collectives
-from v4jax.sharding.rules import ONE_DEVICE, Shards
+from v4jax.sharding.rules import ONE_DEVICE, Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Numerics:
         chains of section 10 (points 2 and 7) and the Hadamard rotation.
       kernels: the implementation of every kernel by name ("xla", "pallas_tpu", ...); None takes
         the best of the platform that the program is compiled for.
-      shards: the mesh that the pass runs on, inside `shard_map`; by default one device.
+      layout: the mesh that the pass runs on, inside `shard_map`; by default one device.
     """
 
     dtype: str = "float32"
     native: bool = False
     kernels: str | None = None
-    shards: Shards = ONE_DEVICE
+    layout: Layout = ONE_DEVICE
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
@@ -76,13 +76,13 @@ def weight(
         )
         return value.value
     value = nn.unbox(module.get_variable(collection, name))
-    shards = module.numerics.shards
-    expected = tuple(n // shards.size(axis) for n, axis in zip(shape, axes, strict=True))
+    layout = module.numerics.layout
+    expected = tuple(n // layout.size(axis) for n, axis in zip(shape, axes, strict=True))
     if tuple(value.shape) != expected:
         where = "/".join((*module.scope.path, name))
         raise InputError(f"weight {where} has shape {tuple(value.shape)}; expected {expected}")
     for dimension, axis in enumerate(axes):
-        if not (parts := shards.gathered(axis)):
+        if not (parts := layout.gathered(axis)):
             continue
         if isinstance(value, quant.QTensor) or used_as is None:
             gather = functools.partial(collectives.gather, axes=parts, dimension=dimension)
@@ -135,7 +135,7 @@ class Projection(nn.Module):
         """The projection of `x`, rounded once to the activation dtype."""
         y = project(equation, x, self.weight, self.numerics, self.quantize_input)
         # Shards that hold parts of the contracted axis have partial sums.
-        y = collectives.total(y, self.numerics.shards.kept(self.axes[1]))
+        y = collectives.total(y, self.numerics.layout.kept(self.axes[1]))
         return self.numerics.round(y)
 
     def grouped(self, x: Array, groups: int) -> Array:

@@ -122,8 +122,8 @@ class Experts(nn.Module):
             )
 
         tokens = x_BTD.reshape(-1, d), chosen_BTK.reshape(-1, k), weights_BTK.reshape(-1, k)
-        shards, kernels = self.numerics.shards, self.numerics.kernels
-        return expert.route(shards, *tokens, e, ffn, kernels).reshape(x_BTD.shape)
+        layout, kernels = self.numerics.layout, self.numerics.kernels
+        return expert.route(layout, *tokens, e, ffn, kernels).reshape(x_BTD.shape)
 
 
 class SharedExpert(nn.Module):
@@ -182,7 +182,7 @@ class MoE(nn.Module):
         if self.config.n_shared_experts:
             y = y + self.shared_experts(x_BTD).astype(jnp.float32)
         # Shards that hold parts of the experts' width have partial sums.
-        y = collectives.total(y, self.numerics.shards.kept("mlp"))
+        y = collectives.total(y, self.numerics.layout.kept("mlp"))
         named = {"router_experts": chosen, "router_weights": weights, "router_scores": scores}
         if "router_load" in context.aux:
             named["router_load"] = _load(chosen, scores, context.real)

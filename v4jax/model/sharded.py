@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from v4jax.config import ModelConfig
 from v4jax.model.cache import Cache, CompressorState, LayerCache
 from v4jax.model.context import check_packed
-from v4jax.sharding.rules import Shards
+from v4jax.sharding.rules import Layout
 
 # Axes of auxiliary outputs; arrays whose rows are the call's tokens have "sequence" in place 1.
 _AUX_AXES = {
@@ -34,13 +34,13 @@ _AUX_AXES = {
 }
 
 
-def check(config: ModelConfig, shards: Shards) -> None:
+def check(config: ModelConfig, layout: Layout) -> None:
     """Refuses a mesh that does not divide the model.
 
     Raises:
       InputError: naming the axis, its size and the mesh axes.
     """
-    shards.check_divides(
+    layout.check_divides(
         {
             "vocab": config.vocab_size,
             "embed": config.hidden_size,
@@ -52,7 +52,7 @@ def check(config: ModelConfig, shards: Shards) -> None:
         }
     )
     # Heads stay with their group of the output projection.
-    shards.check_divides({"heads": config.o_groups})
+    layout.check_divides({"heads": config.o_groups})
 
 
 def variable_specs(model) -> dict[str, Any]:
@@ -61,9 +61,9 @@ def variable_specs(model) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=32)
-def _variable_specs(config, min_repeats, shards):
+def _variable_specs(config, min_repeats, layout):
     return jax.tree.map(
-        lambda names: shards.spec(*names),
+        lambda names: layout.spec(*names),
         _logical_axes(config, min_repeats),
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
@@ -81,9 +81,9 @@ def variable_shardings(model) -> dict[str, Any]:
     return _on_mesh(model.sharding, variable_specs(model))
 
 
-def cache_specs(shards: Shards, cache: Cache) -> Cache:
+def cache_specs(layout: Layout, cache: Cache) -> Cache:
     """PartitionSpecs of a decode state."""
-    rows, entries = shards.spec(None, "batch"), shards.spec(None, "batch", "entries")
+    rows, entries = layout.spec(None, "batch"), layout.spec(None, "batch", "entries")
 
     def compressor(state):
         return None if state is None else CompressorState(entries=entries, raw=rows)
@@ -97,18 +97,18 @@ def cache_specs(shards: Shards, cache: Cache) -> Cache:
         )
 
     layers = {name: tuple(map(layer, blocks)) for name, blocks in cache.layers.items()}
-    batch = shards.spec("batch")
+    batch = layout.spec("batch")
     return cache.replace(lengths=batch, spare=batch, layers=layers)
 
 
-def cache_shardings(shards: Shards, cache: Cache) -> Cache:
+def cache_shardings(layout: Layout, cache: Cache) -> Cache:
     """`cache_specs` on the mesh."""
-    return _on_mesh(shards, cache_specs(shards, cache))
+    return _on_mesh(layout, cache_specs(layout, cache))
 
 
-def _on_mesh(shards, specs):
+def _on_mesh(layout, specs):
     return jax.tree.map(
-        lambda spec: NamedSharding(shards.mesh, spec),
+        lambda spec: NamedSharding(layout.mesh, spec),
         specs,
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
@@ -117,7 +117,7 @@ def _on_mesh(shards, specs):
 def init(model, rngs):
     """Fresh variables, made where they lie: no device ever holds all of them."""
     check(model.config, model.sharding)
-    alone = model.clone(sharding=Shards())
+    alone = model.clone(sharding=Layout())
     return jax.jit(alone.init, out_shardings=variable_shardings(model))(rngs)
 
 
@@ -136,34 +136,34 @@ def apply(
     **options,
 ):
     """`Transformer.__call__` of global arrays on the model's mesh."""
-    shards = model.sharding
-    check(model.config, shards)
+    layout = model.sharding
+    check(model.config, layout)
     check_packed(segment_ids, cache, lengths)
     tokens = jnp.asarray(tokens, jnp.int32)
     batch, length = tokens.shape
-    shards.check_divides({"batch": batch})
-    padding = -length % shards.size("sequence")
+    layout.check_divides({"batch": batch})
+    padding = -length % layout.size("sequence")
     tokens, lengths, segment_ids, replay = _padded(padding, tokens, lengths, segment_ids, replay)
     specs = variable_specs(model)
     variables = {name: tree for name, tree in variables.items() if name in specs}
-    row = shards.spec("batch")
+    row = layout.spec("batch")
     in_specs = (
         {name: specs[name] for name in variables},
         row,
-        None if cache is None else cache_specs(shards, cache),
+        None if cache is None else cache_specs(layout, cache),
         None if lengths is None else row,
         None if segment_ids is None else row,
-        shards.spec("batch", "sequence"),
+        layout.spec("batch", "sequence"),
     )
     body = functools.partial(apply_local, model.clone(inside=True), logits, mtp, aux, options)
     out = jax.shard_map(
         body,
-        mesh=shards.mesh,
+        mesh=layout.mesh,
         in_specs=in_specs,
         out_specs=_output_specs(model, logits, mtp, aux, cache, replay),
         check_vma=False,
     )(variables, tokens, cache, lengths, segment_ids, replay)
-    return _cut(out, length, padding, shards)
+    return _cut(out, length, padding, layout)
 
 
 def apply_local(
@@ -215,24 +215,24 @@ def _padded(padding, tokens, lengths, segment_ids, replay):
 def _output_specs(model, logits, mtp, aux, cache, replay):
     from v4jax.model.transformer import Output  # it imports this module
 
-    shards, config = model.sharding, model.config
-    rows = shards.spec("batch", "sequence")
-    table = {name: shards.spec(*axes) for name, axes in _AUX_AXES.items()}
-    table |= {"router_load": shards.spec("batch"), "indexer_loss": PartitionSpec()}
-    if cache is not None and not shards.axes("sequence"):
+    layout, config = model.sharding, model.config
+    rows = layout.spec("batch", "sequence")
+    table = {name: layout.spec(*axes) for name, axes in _AUX_AXES.items()}
+    table |= {"router_load": layout.spec("batch"), "indexer_loss": PartitionSpec()}
+    if cache is not None and not layout.axes("sequence"):
         for name, axes in (
             ("entries", ("batch", "entries")),
             ("index_keys", ("batch", "entries")),
             ("index_scores", ("batch", None, "entries")),
         ):
-            table[name] = shards.spec(*axes)
+            table[name] = layout.spec(*axes)
     predictions = len(config.mtp_layers) if mtp else 0
-    vocab = shards.spec("batch", "sequence" if logits == "all" else None, "vocab")
+    vocab = layout.spec("batch", "sequence" if logits == "all" else None, "vocab")
     normed = logits == "normed"
-    further = shards.spec("batch", "sequence", "vocab")
+    further = layout.spec("batch", "sequence", "vocab")
     return Output(
         logits=vocab if logits in ("all", "last") else None,
-        cache=None if cache is None else cache_specs(shards, cache),
+        cache=None if cache is None else cache_specs(layout, cache),
         mtp_logits=() if normed else (further,) * predictions,
         aux={name: table[name] for name in _aux_names(config, aux, replay)},
         streams=rows if logits == "none" else None,
@@ -258,14 +258,14 @@ def _aux_names(config, wanted, replay):
     return names
 
 
-def _cut(out, length, padding, shards):
+def _cut(out, length, padding, layout):
     """The output without the rows of the padding."""
 
     def rows(x):
         return x[:, :length]
 
     predictions = out.mtp_logits, out.mtp_normed
-    if shards.axes("sequence"):  # each prediction further has a row less
+    if layout.axes("sequence"):  # each prediction further has a row less
         predictions = tuple(
             tuple(x[:, : length - k - 1] for k, x in enumerate(group)) for group in predictions
         )

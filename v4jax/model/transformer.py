@@ -33,7 +33,7 @@ from v4jax.model.layers import Numerics, RMSNorm, weight
 from v4jax.model.mtp import MTPBlock
 from v4jax.reprs import short_repr
 from v4jax.sharding import collectives
-from v4jax.sharding.rules import ONE_DEVICE, Shards
+from v4jax.sharding.rules import ONE_DEVICE, Layout
 
 
 @struct.dataclass
@@ -84,7 +84,7 @@ class Transformer(nn.Module):
     min_repeats: int = 4
     remat: bool = False
     kernels: str | None = None
-    sharding: Shards = ONE_DEVICE
+    sharding: Layout = ONE_DEVICE
     inside: bool = False
 
     @nn.nowrap
@@ -94,8 +94,8 @@ class Transformer(nn.Module):
             raise InputError(f"numerics is {self.numerics!r}; expected None or 'native'")
         native = self.numerics == "native"
         default = "bfloat16" if native else self.config.dtype
-        shards = self.sharding if self.inside else ONE_DEVICE
-        return Numerics(str(jnp.dtype(self.dtype or default)), native, self.kernels, shards)
+        layout = self.sharding if self.inside else ONE_DEVICE
+        return Numerics(str(jnp.dtype(self.dtype or default)), native, self.kernels, layout)
 
     @nn.nowrap
     def segments(self) -> tuple[config_lib.Segment, ...]:
@@ -172,8 +172,8 @@ class Transformer(nn.Module):
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         self._check(tokens, cache, segment_ids, lengths, logits, mtp, aux)
         start = None if cache is None else cache.lengths
-        shards = self.rounding().shards
-        context = place_tokens(tokens, lengths, start, segment_ids, aux, dense, shards)
+        layout = self.rounding().layout
+        context = place_tokens(tokens, lengths, start, segment_ids, aux, dense, layout)
         h_BTMD = self._streams(context.tokens)
         last_only = logits == "last" and self._can_narrow(tokens, cache, aux, replay)
         h_BTMD, cache, found = self._layers(h_BTMD, context, cache, replay or {}, last_only)
@@ -291,8 +291,8 @@ class Transformer(nn.Module):
         Not in a scan, whose steps are one program; nor where each shard has a slice of the row.
         """
         several = tokens.shape[1] > 1 and cache is not None and not (aux or replay)
-        shards = self.rounding().shards
-        return several and self.segments()[-1].repeats == 1 and not shards.axes("sequence")
+        layout = self.rounding().layout
+        return several and self.segments()[-1].repeats == 1 and not layout.axes("sequence")
 
     def _logits(self, y_BTD):
         y, table = y_BTD.astype(jnp.float32), self.head.table().astype(jnp.float32)
@@ -301,19 +301,19 @@ class Transformer(nn.Module):
     def _mtp(self, h_BTMD, tokens_BT, context: Context, found, replay):
         """Each MTP block's normed state: block k reads block k - 1's streams and ids k further."""
         states = []
-        shards, length = self.rounding().shards, tokens_BT.shape[1]
+        layout, length = self.rounding().layout, tokens_BT.shape[1]
         for k, block in enumerate(self.mtp):
             # Positions and documents stay those of the streams: the block attends among them. The
             # last k + 1 rows have no such token; nothing before them sees them.
             tokens_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
             total = jnp.maximum(context.whole.total - k - 1, 0)
             whole = context.whole.replace(total=total)
-            here = slice_of(tokens_BT, whole, context.aux, False, shards)
+            here = slice_of(tokens_BT, whole, context.aux, False, layout)
             e_BTD = self.embed.rows(here.tokens).astype(self.rounding().dtype)
             number = len(self.config.layers) + k
             given = {name: layers[number] for name, layers in replay.items() if number in layers}
             h_BTMD, y_BTD, aux = block(h_BTMD, e_BTD, here, given)
-            states.append(y_BTD if shards.axes("sequence") else y_BTD[:, : length - k - 1])
+            states.append(y_BTD if layout.axes("sequence") else y_BTD[:, : length - k - 1])
             for name, value in aux.items():
                 if value is not None:
                     found.setdefault(name, {})[number] = value
@@ -346,11 +346,11 @@ class _Table(nn.Module):
         self.weight = weight(self, "weight", self.shape, self.axes, self.init_fn)
 
     def rows(self, ids):
-        shards, count = self.numerics.shards, self.weight.shape[0]
-        axes = shards.kept(self.axes[0])
+        layout, count = self.numerics.layout, self.weight.shape[0]
+        axes = layout.kept(self.axes[0])
         if not axes:
             return self.weight[ids]
-        here = ids - shards.index(self.axes[0]) * count
+        here = ids - layout.index(self.axes[0]) * count
         rows = self.weight[jnp.clip(here, 0, count - 1)]
         mine = ((here >= 0) & (here < count))[..., None]
         return collectives.total(jnp.where(mine, rows, 0), axes)

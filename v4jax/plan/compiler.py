@@ -23,7 +23,7 @@ import jax
 
 from v4jax.plan import hlo, steps
 from v4jax.plan.hlo import Collective
-from v4jax.plan.job import Job, shards_of
+from v4jax.plan.job import Job, layout_of
 from v4jax.plan.topology import Topology
 
 ROOM = "RESOURCE_EXHAUSTED"  # how XLA says that a program does not fit
@@ -76,14 +76,14 @@ def compile_job(job: Job, topology: Topology, sizes: Mapping[str, int]) -> Compi
       InputError: sizes that are not the devices', or that do not divide the model or the job.
     """
     started = time.perf_counter()
-    shards = shards_of(job, sizes, topology.devices)
-    planned = steps.build(job, shards)
+    layout = layout_of(job, sizes, topology.devices)
+    planned = steps.build(job, layout)
     tpu = topology.chip.platform == "tpu"
     settled = _until_placed(job, topology, sizes) if tpu else _whole(planned)
     seconds = time.perf_counter() - started
     found, unknown = [], 0
     if settled.failure is None:
-        found, unknown = hlo.collectives(settled.text, dict(shards.mesh.shape))
+        found, unknown = hlo.collectives(settled.text, dict(layout.mesh.shape))
     return Compiled(
         arguments={kind: planned.bytes(kind) for kind in planned.arguments},
         argument=settled.argument,
@@ -223,7 +223,7 @@ def _compile(path):
     """The other process; prints why it stopped, if it gets so far."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     job, topology, sizes, folder = pickle.loads(pathlib.Path(path).read_bytes())
-    lowered = steps.build(job, shards_of(job, sizes, topology.devices)).lower()
+    lowered = steps.build(job, layout_of(job, sizes, topology.devices)).lower()
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     try:
         lowered.compile(compiler_options=options)

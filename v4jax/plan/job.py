@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.sharding.mesh import complete, make_mesh
-from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL, TRAIN, TRAIN_LONG, Shards, Strategy
+from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL, TRAIN, TRAIN_LONG, Layout, Strategy
 
 MODES = ("train", "prefill", "decode")
 
@@ -25,7 +25,7 @@ class Job:
       batch: rows.
       weights: how they are stored: "stored", "bf16" or "float32" (training keeps masters).
       parts: microbatches of a training step, one after the other.
-      waves: parts in which a layer's tokens go to their experts; see `Shards`.
+      waves: parts in which a layer's tokens go to their experts; see `Layout`.
     """
 
     config: ModelConfig
@@ -78,7 +78,7 @@ def strategy(job: Job, sizes: Mapping[str, int]) -> Strategy:
     return few if job.rows % rows else many
 
 
-def shards_of(job: Job, sizes: Mapping[str, int], devices: Sequence[Any]) -> Shards:
+def layout_of(job: Job, sizes: Mapping[str, int], devices: Sequence[Any]) -> Layout:
     """The mesh and strategy of a job on real or described devices.
 
     Raises:
@@ -87,18 +87,18 @@ def shards_of(job: Job, sizes: Mapping[str, int], devices: Sequence[Any]) -> Sha
     return _checked(job, make_mesh(devices, **sizes))
 
 
-def abstract_shards(job: Job, sizes: Mapping[str, int]) -> Shards:
-    """`shards_of` without devices, to count with."""
+def abstract_layout(job: Job, sizes: Mapping[str, int]) -> Layout:
+    """`layout_of` without devices, to count with."""
     full = complete(sizes, math.prod(sizes.values()))
     return _checked(job, AbstractMesh(tuple(full.values()), tuple(full)))
 
 
 def _checked(job, mesh):
-    shards = Shards(mesh, strategy(job, mesh.shape), waves=job.waves)
-    shards.check_divides({"batch": job.rows} | _model_sizes(job.config))
+    layout = Layout(mesh, strategy(job, mesh.shape), waves=job.waves)
+    layout.check_divides({"batch": job.rows} | _model_sizes(job.config))
     if job.mode != "decode":
-        shards.check_divides({"sequence": job.context})
-    return shards
+        layout.check_divides({"sequence": job.context})
+    return layout
 
 
 def _model_sizes(c):

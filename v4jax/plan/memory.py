@@ -6,7 +6,7 @@ import math
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.plan.job import Job
 from v4jax.plan.variables import Leaf
-from v4jax.sharding.rules import Shards
+from v4jax.sharding.rules import Layout
 
 MASTER = 4  # bytes of a float32 number: gradients and optimizer moments
 
@@ -38,7 +38,7 @@ class Held:
         return self.weights + self.optimizer + self.cache
 
 
-def held(job: Job, shards: Shards, leaves: list[Leaf]) -> Held:
+def held(job: Job, layout: Layout, leaves: list[Leaf]) -> Held:
     """What a device of a mesh holds.
 
     Args:
@@ -47,22 +47,22 @@ def held(job: Job, shards: Shards, leaves: list[Leaf]) -> Held:
     trained = [leaf for leaf in leaves if leaf.path[0] == "params"] if job.mode == "train" else []
     cache = cache_read = 0.0
     if job.mode != "train":
-        cache, cache_read = _cache(job, shards)
+        cache, cache_read = _cache(job, layout)
     return Held(
-        weights=sum(leaf.nbytes / parts(shards, leaf) for leaf in leaves),
-        routed=_of(shards, leaves, "experts"),
-        embedding=_of(shards, leaves, "embed"),
-        optimizer=sum(MASTER * moments(leaf) * _numbers(shards, leaf) for leaf in trained),
-        gradients=sum(MASTER * _numbers(shards, leaf) for leaf in trained),
+        weights=sum(leaf.nbytes / parts(layout, leaf) for leaf in leaves),
+        routed=_of(layout, leaves, "experts"),
+        embedding=_of(layout, leaves, "embed"),
+        optimizer=sum(MASTER * moments(leaf) * _numbers(layout, leaf) for leaf in trained),
+        gradients=sum(MASTER * _numbers(layout, leaf) for leaf in trained),
         cache=cache,
         cache_read=cache_read,
-        gathered=sum(math.prod(leaf.shape) / _kept(shards, leaf) for leaf in trained),
+        gathered=sum(math.prod(leaf.shape) / _kept(layout, leaf) for leaf in trained),
     )
 
 
-def parts(shards: Shards, leaf: Leaf) -> int:
+def parts(layout: Layout, leaf: Leaf) -> int:
     """Into how many parts a leaf is cut."""
-    return math.prod(shards.size(axis) for axis in leaf.axes)
+    return math.prod(layout.size(axis) for axis in leaf.axes)
 
 
 def moments(leaf: Leaf) -> int:
@@ -76,28 +76,28 @@ def _muon(leaf):
     return len(leaf.shape) - stacked == 2 and "vocab" not in leaf.axes and leaf.path[-1] != "ape"
 
 
-def _numbers(shards, leaf):
-    return math.prod(leaf.shape) / parts(shards, leaf)
+def _numbers(layout, leaf):
+    return math.prod(leaf.shape) / parts(layout, leaf)
 
 
-def _kept(shards, leaf):
-    return math.prod(shards.mesh.shape[a] for axis in leaf.axes for a in shards.kept(axis))
+def _kept(layout, leaf):
+    return math.prod(layout.mesh.shape[a] for axis in leaf.axes for a in layout.kept(axis))
 
 
-def _of(shards, leaves, name):
-    return sum(leaf.nbytes / parts(shards, leaf) for leaf in leaves if name in leaf.path)
+def _of(layout, leaves, name):
+    return sum(leaf.nbytes / parts(layout, leaf) for leaf in leaves if name in leaf.path)
 
 
-def _cache(job, shards):
+def _cache(job, layout):
     """Bytes of a device's rows, and those that a decoded token reads."""
-    rows = job.batch / shards.size("batch")
-    found = [_layer_cache(job.config, layer, job.context, shards) for layer in job.config.layers]
+    rows = job.batch / layout.size("batch")
+    found = [_layer_cache(job.config, layer, job.context, layout) for layer in job.config.layers]
     return rows * sum(all_ for all_, _ in found), rows * sum(read for _, read in found)
 
 
-def _layer_cache(c: ModelConfig, layer: LayerSpec, length, shards):
+def _layer_cache(c: ModelConfig, layer: LayerSpec, length, layout):
     """A layer's bytes a row, and those read: entries in bf16, the compressor's raw rows float32."""
-    spread = shards.size("entries")
+    spread = layout.size("entries")
     if layer.attention == "full":
         entries = 2 * c.head_dim * length / spread
         return entries, entries

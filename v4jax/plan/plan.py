@@ -9,12 +9,12 @@ from v4jax.model.transformer import Transformer
 from v4jax.plan import exchange, memory, roofline, variables
 from v4jax.plan.compiler import Compiled, compile_job
 from v4jax.plan.hlo import Collective
-from v4jax.plan.job import Job, shards_of
+from v4jax.plan.job import Job, layout_of
 from v4jax.plan.memory import Held
 from v4jax.plan.roofline import Time
 from v4jax.plan.topology import Topology
 from v4jax.plan.variables import Leaf
-from v4jax.sharding.rules import Shards
+from v4jax.sharding.rules import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,21 +68,21 @@ def make_plan(job: Job, topology: Topology, sizes: Mapping[str, int]) -> Plan:
     Raises:
       InputError: sizes that do not fit the devices, the model or the job; no compiler.
     """
-    shards = shards_of(job, sizes, topology.devices)
-    counted = count(job, topology, shards)
+    layout = layout_of(job, sizes, topology.devices)
+    counted = count(job, topology, layout)
     compiled = compile_job(job, topology, sizes)
-    mesh = dict(shards.mesh.shape)
-    return Plan(job, topology, mesh, shards.strategy.name, counted, compiled)
+    mesh = dict(layout.mesh.shape)
+    return Plan(job, topology, mesh, layout.strategy.name, counted, compiled)
 
 
-def count(job: Job, topology: Topology, shards: Shards) -> Counted:
+def count(job: Job, topology: Topology, layout: Layout) -> Counted:
     """Everything by hand."""
     leaves = leaves_of(job.config, job.weights)
-    held = memory.held(job, shards, leaves)
-    operations = roofline.operations(job, shards)
-    traffic = roofline.traffic(job, shards, held)
-    uneven = roofline.imbalance(job, shards)
-    found = exchange.expected(job, shards, leaves)
+    held = memory.held(job, layout, leaves)
+    operations = roofline.operations(job, layout)
+    traffic = roofline.traffic(job, layout, held)
+    uneven = roofline.imbalance(job, layout)
+    found = exchange.expected(job, layout, leaves)
     work = sum(operations.values()), uneven, sum(traffic.values())
     time = roofline.times(topology.chip, *work, found)
     return Counted(held, operations, traffic, uneven, found, time)

@@ -14,7 +14,7 @@ from v4jax.model.transformer import Transformer
 from v4jax.plan.job import Job
 from v4jax.plan.variables import stored_variables
 from v4jax.quant import QTensor
-from v4jax.sharding.rules import Shards
+from v4jax.sharding.rules import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,6 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(give, tree, shardings, is_leaf=lambda x: isinstance(x, QTensor))
 
 
-def everywhere(shards: Shards) -> NamedSharding:
+def everywhere(layout: Layout) -> NamedSharding:
     """The sharding of what every device has whole."""
-    return NamedSharding(shards.mesh, PartitionSpec())
+    return NamedSharding(layout.mesh, PartitionSpec())

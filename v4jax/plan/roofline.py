@@ -18,7 +18,7 @@ from v4jax.config import LayerSpec, ModelConfig
 from v4jax.plan.hlo import Collective
 from v4jax.plan.job import Job
 from v4jax.plan.memory import Held
-from v4jax.sharding.rules import Shards
+from v4jax.sharding.rules import Layout
 
 # The logical axes along which a part's work is divided.
 SHARED_BY = {
@@ -59,7 +59,7 @@ class Time:
         return self.compute + self.memory + self.interconnect
 
 
-def operations(job: Job, shards: Shards) -> dict[str, float]:
+def operations(job: Job, layout: Layout) -> dict[str, float]:
     """Operations of one step on the average device, by part of the model."""
     low = job.context if job.mode == "decode" else 0
     parts = mean_flops(job.config, low, job.context)
@@ -72,16 +72,16 @@ def operations(job: Job, shards: Shards) -> dict[str, float]:
     if job.mode == "prefill":
         parts["head"] /= job.context  # only each row's last token
     return {
-        part: passes(job) * job.tokens * flops / parallel(shards, SHARED_BY[part])
+        part: passes(job) * job.tokens * flops / parallel(layout, SHARED_BY[part])
         for part, flops in parts.items()
         if flops
     }
 
 
-def parallel(shards: Shards, logical: Sequence[str]) -> int:
+def parallel(layout: Layout, logical: Sequence[str]) -> int:
     """How many devices share work that is divided along these logical axes."""
-    axes = {axis for name in logical for axis in shards.axes(name)}
-    return math.prod(shards.mesh.shape[axis] for axis in axes)
+    axes = {axis for name in logical for axis in layout.axes(name)}
+    return math.prod(layout.mesh.shape[axis] for axis in axes)
 
 
 def mean_flops(config: ModelConfig, low: int, high: int) -> dict[str, float]:
@@ -108,9 +108,9 @@ def _mean_layer(config, layer: LayerSpec, low, high):
     return {part: area / (high - low) for part, area in total.items()}
 
 
-def imbalance(job: Job, shards: Shards) -> float:
+def imbalance(job: Job, layout: Layout) -> float:
     """Operations of the device with the last slice of the sequence over those of the average."""
-    parts = shards.size("sequence")
+    parts = layout.size("sequence")
     if job.mode == "decode" or parts == 1:
         return 1.0
     last = mean_flops(job.config, job.context - job.context // parts, job.context)
@@ -118,37 +118,37 @@ def imbalance(job: Job, shards: Shards) -> float:
     return (sum(last.values()) - last["head"]) / (sum(mean.values()) - mean["head"])
 
 
-def traffic(job: Job, shards: Shards, held: Held) -> dict[str, int | float]:
+def traffic(job: Job, layout: Layout, held: Held) -> dict[str, int | float]:
     """Bytes that one step moves in and out of a device's memory at least."""
-    found = {"activations": _activations(job, shards)}
+    found = {"activations": _activations(job, layout)}
     if job.mode == "train":
         # In bf16 for each part's forward pass, the forward again and the gradients of inputs; the
         # master, its optimizer state and gradient in float32, read and written once.
         found["weights"] = 3 * BF16 * held.gathered * job.parts
         found["optimizer"] = 2 * (held.weights + held.optimizer + held.gradients)
         return found
-    found["weights"] = held.weights - held.embedding - held.routed * _untouched(job, shards)
+    found["weights"] = held.weights - held.embedding - held.routed * _untouched(job, layout)
     found["cache"] = held.cache if job.mode == "prefill" else held.cache_read
     return found
 
 
-def _untouched(job, shards):
+def _untouched(job, layout):
     """The part of a device's routed experts that none of a step's tokens takes, all being equal."""
     c = job.config
-    others = [axis for axis in shards.axes("batch") if axis not in shards.axes("expert")]
-    tokens = job.tokens / math.prod(shards.mesh.shape[axis] for axis in others)
+    others = [axis for axis in layout.axes("batch") if axis not in layout.axes("expert")]
+    tokens = job.tokens / math.prod(layout.mesh.shape[axis] for axis in others)
     return (1 - c.num_experts_per_tok / c.n_routed_experts) ** tokens
 
 
-def _activations(job, shards):
+def _activations(job, layout):
     """Streams into and out of both sub-layers; rows of attention and experts, once each way."""
     c = job.config
     streams = 2 * 2 * c.hc_mult * c.hidden_size
-    attention = 4 * c.num_attention_heads * c.head_dim / shards.size("heads")
+    attention = 4 * c.num_attention_heads * c.head_dim / layout.size("heads")
     experts = (c.num_experts_per_tok + c.n_shared_experts) * (
-        2 * c.hidden_size + 3 * c.moe_intermediate_size / shards.size("mlp")
+        2 * c.hidden_size + 3 * c.moe_intermediate_size / layout.size("mlp")
     )
-    tokens = job.tokens / parallel(shards, ("batch", "sequence"))
+    tokens = job.tokens / parallel(layout, ("batch", "sequence"))
     layers = len(c.layers) + (len(c.mtp_layers) if job.mode == "train" else 0)
     return BF16 * passes(job) * layers * tokens * (streams + attention + experts)
 

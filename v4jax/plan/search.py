@@ -9,13 +9,13 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 from v4jax.errors import InputError
-from v4jax.plan.job import Job, abstract_shards
+from v4jax.plan.job import Job, abstract_layout
 from v4jax.plan.memory import Held
 from v4jax.plan.plan import Counted, Plan, count, make_plan
 from v4jax.plan.roofline import parallel
 from v4jax.plan.topology import Topology
 from v4jax.sharding.mesh import AXES
-from v4jax.sharding.rules import Shards
+from v4jax.sharding.rules import Layout
 
 # Of a device's memory, what hand-counted bytes may take: temporaries need the rest.
 FULL = 0.9
@@ -91,9 +91,9 @@ def _fitting(job, topology, sizes):
 
 
 def _candidate(job, topology, sizes):
-    shards = abstract_shards(job, sizes)
-    counted = count(job, topology, shards)
-    needed = counted.held.arguments + working(job, shards, counted.held)
+    layout = abstract_layout(job, sizes)
+    counted = count(job, topology, layout)
+    needed = counted.held.arguments + working(job, layout, counted.held)
     return Candidate(job, sizes, counted, needed)
 
 
@@ -125,23 +125,23 @@ def part_counts(job: Job, sizes: dict[str, int]) -> list[int]:
     Raises:
       InputError: sizes that do not divide the model or the job.
     """
-    shards = abstract_shards(job, sizes)
+    layout = abstract_layout(job, sizes)
     if job.mode != "train" or job.parts > 1:
         return [job.parts]
-    rows = job.batch // shards.size("batch")
-    length = job.context // shards.size("sequence")
+    rows = job.batch // layout.size("batch")
+    length = job.context // layout.size("sequence")
     return [n for n in _divisors(rows) if rows // n * length <= PART_TOKENS or n == rows]
 
 
-def working(job: Job, shards: Shards, held: Held) -> int | float:
+def working(job: Job, layout: Layout, held: Held) -> int | float:
     """Bytes that come and go in a step and that no compiler could do without.
 
     Rows on their way to experts, whose buffers have room for the most uneven routing; of training
     the gradients, the streams before every unit of layers and one layer's weights.
     """
     c = job.config
-    tokens = job.tokens / job.parts / parallel(shards, ("batch", "sequence"))
-    rows = BF16 * tokens * c.num_experts_per_tok * shards.size("expert") * c.hidden_size / job.waves
+    tokens = job.tokens / job.parts / parallel(layout, ("batch", "sequence"))
+    rows = BF16 * tokens * c.num_experts_per_tok * layout.size("expert") * c.hidden_size / job.waves
     if job.mode == "decode":
         return 0.0
     if job.mode == "prefill":

@@ -15,27 +15,27 @@ from v4jax.model.transformer import Transformer
 from v4jax.plan.job import Job
 from v4jax.plan.program import Program, abstract_variables, with_shardings
 from v4jax.plan.training import build_step
-from v4jax.sharding.rules import Shards
+from v4jax.sharding.rules import Layout
 
 
-def build(job: Job, shards: Shards) -> Program:
+def build(job: Job, layout: Layout) -> Program:
     """The program of a job on a mesh."""
-    model = Transformer(job.config, dtype="bfloat16", sharding=shards, remat=job.mode == "train")
+    model = Transformer(job.config, dtype="bfloat16", sharding=layout, remat=job.mode == "train")
     if job.mode == "train":
         return build_step(job, model)
     return _inference(job, model)
 
 
 def _inference(job, model):
-    shards = model.sharding
+    layout = model.sharding
     whole = job.mode == "prefill"
     cache = jax.eval_shape(functools.partial(model.init_cache, job.batch, job.context))
-    rows = NamedSharding(shards.mesh, shards.spec("batch"))
+    rows = NamedSharding(layout.mesh, layout.spec("batch"))
     tokens = (job.batch, job.context if whole else 1)
     arguments = {
         "weights": abstract_variables(job, model),
         "tokens": jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=rows),
-        "cache": with_shardings(cache, sharded.cache_shardings(shards, cache)),
+        "cache": with_shardings(cache, sharded.cache_shardings(layout, cache)),
     }
     return Program(functools.partial(_next_token, model), arguments, ("cache",))
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from v4jax.errors import InputError
-from v4jax.sharding.rules import Shards
+from v4jax.sharding.rules import Layout
 
 
 class Side(NamedTuple):
@@ -60,7 +60,7 @@ class Exchange:
 
 
 def plan_exchange(
-    shards: Shards, axes: tuple[str, ...], counts_E: jax.Array, shape: tuple[int, int]
+    layout: Layout, axes: tuple[str, ...], counts_E: jax.Array, shape: tuple[int, int]
 ) -> tuple[Exchange, jax.Array, jax.Array | None]:
     """The exchange for counts_E rows of each expert [experts], of tokens and choices `shape`.
 
@@ -70,7 +70,7 @@ def plan_exchange(
     """
     tokens, k = shape
     count = lax.axis_size(axes)
-    block = _block(tokens, k, counts_E.shape[0] // count, count, shards.capacity)
+    block = _block(tokens, k, counts_E.shape[0] // count, count, layout.capacity)
     counts_SE = lax.all_gather(counts_E, axes)
     passed = None
     if block < tokens * k:
@@ -78,7 +78,7 @@ def plan_exchange(
         passed = needed > block * count
         # Without a capacity only a token that chose an expert twice comes here. A described device
         # has no host to raise on.
-        if shards.capacity is not None and shards.mesh.devices.flat[0] in jax.devices():
+        if layout.capacity is not None and layout.mesh.devices.flat[0] in jax.devices():
             refuse = functools.partial(_refuse, room=block * count, even=math.prod(shape))
             lax.cond(passed, lambda: jax.debug.callback(refuse, needed), lambda: None)
         counts_SE = jnp.where(passed, 0, counts_SE)
@@ -118,7 +118,7 @@ def _refuse(needed: Any, *, room: int, even: int) -> None:
     raise InputError(
         f"the exchange of tokens needs room for {int(needed)} rows on a shard and has {room}, "
         f"{room / even:.3g} times an even spread of {even}; expected a capacity of at least "
-        f"{math.ceil(100 * int(needed) / even) / 100} in Shards, or None for room that always "
+        f"{math.ceil(100 * int(needed) / even) / 100} in Layout, or None for room that always "
         "suffices (a token's experts must differ from one another)"
     )
 

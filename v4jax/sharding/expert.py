@@ -16,14 +16,14 @@ from v4jax.errors import InputError
 from v4jax.ops import derivatives
 from v4jax.sharding import collectives
 from v4jax.sharding.exchange import plan_exchange
-from v4jax.sharding.rules import Shards
+from v4jax.sharding.rules import Layout
 
 UNROLLED = 4  # waves
 Ffn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def route(
-    shards: Shards,
+    layout: Layout,
     x_XD: Inexact[Array, "x d"],
     chosen_XK: Int[Array, "x k"],
     weights_XK: Float[Array, "x k"],
@@ -52,27 +52,27 @@ def route(
       InputError: experts lie on mesh axes of which only some have tokens of their own, or are not
         divided by them.
     """
-    axes = shards.axes("expert")
+    axes = layout.axes("expert")
     if not axes:
         return _all_here(x_XD, chosen_XK, weights_XK, experts, ffn, implementation)
-    shards.check_divides({"expert": experts})
-    spread = {*shards.axes("batch"), *shards.axes("sequence")}
+    layout.check_divides({"expert": experts})
+    spread = {*layout.axes("batch"), *layout.axes("sequence")}
     shared = [axis for axis in axes if axis not in spread]
     if shared and len(shared) < len(axes):
         own = [axis for axis in axes if axis in spread]
         raise InputError(
-            f"strategy {shards.strategy.name!r} spreads experts over mesh axes {own}, whose shards "
+            f"strategy {layout.strategy.name!r} spreads experts over mesh axes {own}, whose shards "
             f"have different tokens, and {shared}, whose shards have the same; expected either all "
             "or none of them in its axes of batch and sequence"
         )
-    if shared or shards.strategy.exchange == "gather":
+    if shared or layout.strategy.exchange == "gather":
         one = _tokens_everywhere
     else:
         one = _to_their_experts
     moved = () if shared else axes
     return _in_waves(
-        functools.partial(one, shards, moved, experts, ffn),
-        min(shards.waves, x_XD.shape[0]),
+        functools.partial(one, layout, moved, experts, ffn),
+        min(layout.waves, x_XD.shape[0]),
         x_XD,
         chosen_XK,
         weights_XK,
@@ -108,7 +108,7 @@ def _all_here(x_XD, chosen_XK, weights_XK, experts, ffn, implementation):
     return combine(y_RD, places, "float32")
 
 
-def _tokens_everywhere(shards, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
+def _tokens_everywhere(layout, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
     """Every shard gets the tokens of all, runs its experts on those that chose them, and sums.
 
     Args:
@@ -117,8 +117,8 @@ def _tokens_everywhere(shards, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
     x_XD, chosen_XK, weights_XK = (
         collectives.gather(x, axes, 0) for x in (x_XD, chosen_XK, weights_XK)
     )
-    here = experts // shards.size("expert")
-    expert_R = chosen_XK.reshape(-1) - here * shards.index("expert")
+    here = experts // layout.size("expert")
+    expert_R = chosen_XK.reshape(-1) - here * layout.index("expert")
     # Rows of other shards' experts go behind the last.
     expert_R = jnp.where((expert_R >= 0) & (expert_R < here), expert_R, here)
     sizes_E = jnp.zeros(here, jnp.int32).at[expert_R].add(1, mode="drop")
@@ -129,15 +129,15 @@ def _tokens_everywhere(shards, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
     y_XD = _combine(y_RD, places, "float32")
     if axes:
         return collectives.scatter_total(y_XD, axes, 0)
-    return collectives.total(y_XD, shards.axes("expert"))
+    return collectives.total(y_XD, layout.axes("expert"))
 
 
-def _to_their_experts(shards, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
+def _to_their_experts(layout, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
     """Rows to the shards of their experts by all-to-all, and back."""
     expert_R = chosen_XK.reshape(-1)
     places = _sorted(expert_R, experts, chosen_XK.shape)
     counts_E = jnp.zeros(experts, jnp.int32).at[expert_R].add(1)
-    exchange, counts_SE, passed = plan_exchange(shards, axes, counts_E, chosen_XK.shape)
+    exchange, counts_SE, passed = plan_exchange(layout, axes, counts_E, chosen_XK.shape)
     here = _by_expert(counts_SE, exchange.rows_there)
     x_RD = _spread(exchange.there(_spread(x_XD, places)), here)
     weight_R = _spread(exchange.there(_rows(weights_XK, places)), here)

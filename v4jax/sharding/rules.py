@@ -104,7 +104,7 @@ STRATEGIES = {s.name: s for s in (TRAIN, TRAIN_LONG, PREFILL, DECODE, DECODE_LON
 
 
 @dataclasses.dataclass(frozen=True)
-class Shards:
+class Layout:
     """A mesh and a strategy, or (with no mesh) one device: then every `axes` is empty.
 
     Attributes:
@@ -122,7 +122,7 @@ class Shards:
 
     def __post_init__(self):
         if (self.mesh is None) != (self.strategy is None):
-            raise InputError("Shards got a mesh or a strategy alone; expected both or neither")
+            raise InputError("Layout got a mesh or a strategy alone; expected both or neither")
 
     def axes(self, logical: str | None) -> tuple[str, ...]:
         """The mesh axes, longer than 1, that a logical axis is spread over."""
@@ -184,4 +184,4 @@ class Shards:
                 )
 
 
-ONE_DEVICE = Shards()
+ONE_DEVICE = Layout()

@@ -17,18 +17,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from v4jax.sharding import collectives
-from v4jax.sharding.rules import Shards
+from v4jax.sharding.rules import Layout
 
 ABSENT = -1e30  # a sink that adds nothing beside any other shard's
 
 
-def spread_entries(shards: Shards) -> bool:
+def spread_entries(layout: Layout) -> bool:
     """Whether a call's tokens are on all shards and the cached entries in parts."""
-    return bool(shards.axes("entries")) and not shards.axes("sequence")
+    return bool(layout.axes("entries")) and not layout.axes("sequence")
 
 
 def joined_rows(
-    shards: Shards, new_BTX: Shaped[Array, "b t x"], older_BPX: Array | None, reach: int
+    layout: Layout, new_BTX: Shaped[Array, "b t x"], older_BPX: Array | None, reach: int
 ) -> Shaped[Array, "b s x"]:
     """This shard's rows behind those that came before them, [B,P+T,X].
 
@@ -38,7 +38,7 @@ def joined_rows(
       reach: how many rows before its own a token may need: P, where there is no cache. On one
         device P is then 0.
     """
-    axes = shards.axes("sequence")
+    axes = layout.axes("sequence")
     if older_BPX is None and not axes:
         return new_BTX
     if older_BPX is None:
@@ -71,7 +71,7 @@ def _rows_before(axes, new_BTX, older_BPX):
 
 
 def last_rows(
-    shards: Shards, joined_BSX: Array, total_B: Int[Array, " b"], keep: int
+    layout: Layout, joined_BSX: Array, total_B: Int[Array, " b"], keep: int
 ) -> Shaped[Array, "b p x"]:
     """The last `keep` real rows of the whole call, on all shards.
 
@@ -79,7 +79,7 @@ def last_rows(
       joined_BSX: `joined_rows` with a cache of `keep` rows.
       total_B: the call's real rows.
     """
-    axes = shards.axes("sequence")
+    axes = layout.axes("sequence")
     if not axes:
         take = jax.vmap(lambda x, n: jax.lax.dynamic_slice_in_dim(x, n, keep, axis=0))
         return take(joined_BSX, total_B)
@@ -95,11 +95,11 @@ def last_rows(
     return collectives.total(rows.astype(joined_BSX.dtype), axes)
 
 
-def row_of_all(shards: Shards, x_BTX: Array, at_B: Int[Array, " b"]) -> Array:
+def row_of_all(layout: Layout, x_BTX: Array, at_B: Int[Array, " b"]) -> Array:
     """Row `at` of the whole call, [B,1,...], on all shards."""
-    axes = shards.axes("sequence")
+    axes = layout.axes("sequence")
     length = x_BTX.shape[1]
-    here = at_B - shards.index("sequence") * length
+    here = at_B - layout.index("sequence") * length
     trailing = (1,) * (x_BTX.ndim - 1)
     row = jnp.clip(here, 0, length - 1).reshape(-1, *trailing)
     found = jnp.take_along_axis(x_BTX, row, axis=1)
@@ -110,7 +110,7 @@ def row_of_all(shards: Shards, x_BTX: Array, at_B: Int[Array, " b"]) -> Array:
 
 
 def collect_entries(
-    shards: Shards, new_BEX: Array, closing_BC: Array | None, before_BS: Array | None, length: int
+    layout: Layout, new_BEX: Array, closing_BC: Array | None, before_BS: Array | None, length: int
 ) -> Shaped[Array, "b c x"]:
     """All shards' new entries as one list in the order in which their blocks close.
 
@@ -120,7 +120,7 @@ def collect_entries(
         shard closes exactly E blocks.
       before_BS: entries that close before each shard's slice. length: rows of a slice.
     """
-    axes = shards.axes("sequence")
+    axes = layout.axes("sequence")
     everyone = collectives.gather(new_BEX, axes, 1)
     if not axes or closing_BC is None:
         return everyone
@@ -131,14 +131,14 @@ def collect_entries(
     return jax.vmap(lambda x, at: x[at])(everyone, shard * slots + slot)
 
 
-def own_range(shards: Shards, low, high, count: int):
+def own_range(layout: Layout, low, high, count: int):
     """[low, high) in this shard's numbering of its `count` cached entries."""
-    first = shards.index("entries") * count
+    first = layout.index("entries") * count
     return jnp.clip(low - first, 0, count), jnp.clip(high - first, 0, count)
 
 
 def best_of_all(
-    shards: Shards, chosen_BTK: Int[Array, "b t k"], score_BTK: Float[Array, "b t k"], count, topk
+    layout: Layout, chosen_BTK: Int[Array, "b t k"], score_BTK: Float[Array, "b t k"], count, topk
 ) -> tuple[Int[Array, "b t k2"], Int[Array, "b t k2"]]:
     """The best `topk` of all shards' best entries, ties to the lower entry.
 
@@ -150,8 +150,8 @@ def best_of_all(
       Entries of all shards, ascending, -1 after the last; and those of them that lie here, in
       this shard's numbering, -1 elsewhere.
     """
-    axes = shards.axes("entries")
-    first = shards.index("entries") * count
+    axes = layout.axes("entries")
+    first = layout.index("entries") * count
     entry = jnp.where(chosen_BTK < 0, -1, chosen_BTK + first)
     score = jnp.where(chosen_BTK < 0, -jnp.inf, score_BTK)
     # In the order of the shards and ascending within each: so top_k's ties go to the lower entry.
@@ -161,25 +161,25 @@ def best_of_all(
     last = jnp.iinfo(entry.dtype).max
     entry = jnp.sort(jnp.where(entry < 0, last, entry), axis=2)
     entry = jnp.where(entry == last, -1, entry)
-    return entry, own_entries(shards, entry, count)
+    return entry, own_entries(layout, entry, count)
 
 
-def own_entries(shards: Shards, entry_BTK: Array, count: int) -> Array:
+def own_entries(layout: Layout, entry_BTK: Array, count: int) -> Array:
     """Those of the entries that lie on this shard, in its numbering; -1 elsewhere."""
-    here = entry_BTK - shards.index("entries") * count
+    here = entry_BTK - layout.index("entries") * count
     return jnp.where((entry_BTK >= 0) & (here >= 0) & (here < count), here, -1)
 
 
-def first_shard_only(shards: Shards, sink_N, first_BT, rows: int):
+def first_shard_only(layout: Layout, sink_N, first_BT, rows: int):
     """Sink and window for partial attention: all shards but the first see neither."""
-    elsewhere = shards.index("entries") > 0
+    elsewhere = layout.index("entries") > 0
     first_BT = first_BT if first_BT is None else jnp.where(elsewhere, rows, first_BT)
     return jnp.where(elsewhere, ABSENT, sink_N.astype(jnp.float32)), first_BT
 
 
-def merge_attention(shards: Shards, out_BTNH: Array, lse_BTN: Array) -> Array:
+def merge_attention(layout: Layout, out_BTNH: Array, lse_BTN: Array) -> Array:
     """Partial attentions over disjoint entries made one, by their log-sum-exps."""
-    axes = shards.axes("entries")
+    axes = layout.axes("entries")
     largest = collectives.largest(lse_BTN, axes)
     weight = jnp.exp(lse_BTN - largest)
     parts = collectives.total(weight[..., None] * out_BTNH.astype(jnp.float32), axes)

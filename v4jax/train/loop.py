@@ -30,7 +30,7 @@ from v4jax.files.atomic import write_atomically
 from v4jax.files.writing import refused, writable_directory, writing
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import processes
-from v4jax.sharding.rules import Shards
+from v4jax.sharding.rules import Layout
 from v4jax.train import (
     evaluate,
     export,
@@ -113,9 +113,9 @@ class _Run:
 def _open(config, workdir, steps, stack, settings):
     """The run, what can be refused at once before what takes long."""
     writable_directory(workdir, "--workdir")
-    shards = placement.shards_of(config.mesh)
+    layout = placement.layout_of(config.mesh)
     for stage in config.stages:
-        placement.own_rows(shards, stage.batch // stage.parts)
+        placement.own_rows(layout, stage.batch // stage.parts)
     processes.agree("the run", {"config": plain(config), "change": settings["change"]})
     checkpoints = Checkpoints(workdir, config.keep)
     stack.callback(checkpoints.close)
@@ -136,7 +136,7 @@ def _open(config, workdir, steps, stack, settings):
         state = checkpoints.restore(latest, placement.placed(shape, shardings))
     log = _describe(config, workdir, source, latest or 0, stack) if processes.index() == 0 else None
     steps = config.steps if steps is None else steps
-    report.opening(config, shards, source, latest or 0, steps)
+    report.opening(config, layout, source, latest or 0, steps)
     if said is not None:
         report.say(said)
     signals = stack.enter_context(Signals())
@@ -317,10 +317,10 @@ def step_config(config: TrainConfig, stage: Stage) -> StepConfig:
     )
 
 
-def _load(config: TrainConfig, rows, number: int, step: int, shards: Shards) -> Batch:
+def _load(config: TrainConfig, rows, number: int, step: int, layout: Layout) -> Batch:
     """This process's rows of a step of a stage, on the host."""
     stage, ahead = config.stages[number], _ahead(config)
-    own = placement.own_rows(shards, stage.batch)
+    own = placement.own_rows(layout, stage.batch)
     numbers = range(step * stage.batch + own.start, step * stage.batch + own.stop)
     row = rows_lib.take(rows, numbers, number, stage.length, ahead)
     return make_batch(row.ids, row.documents, row.counts, ahead, config.data.packed)
@@ -340,7 +340,7 @@ def _model(config, stage):
         numerics="native" if stage.quantized else None,
         min_repeats=config.min_repeats,
         remat=config.remat,
-        sharding=placement.shards_of(config.mesh),
+        sharding=placement.layout_of(config.mesh),
     )
 
 

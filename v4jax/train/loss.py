@@ -103,19 +103,19 @@ def loss(
     """
     batch = jax.tree.map(jnp.asarray, batch)
     further = jnp.float32(weights.mtp if mtp_weight is None else mtp_weight)
-    shards = model.sharding
-    if shards.mesh is None:
+    layout = model.sharding
+    if layout.mesh is None:
         return loss_local(model, weights, dense, variables, batch, counts, further)
-    sharded.check(model.config, shards)
-    shards.check_divides(dict(zip(("batch", "sequence"), batch.tokens_BT.shape, strict=True)))
-    row, cell = shards.spec("batch"), shards.spec("batch", "sequence")
+    sharded.check(model.config, layout)
+    layout.check_divides(dict(zip(("batch", "sequence"), batch.tokens_BT.shape, strict=True)))
+    row, cell = layout.spec("batch"), layout.spec("batch", "sequence")
     ids = None if batch.segment_ids_BT is None else row
     here = functools.partial(loss_local, model.clone(inside=True), weights, dense)
     specs = sharded.variable_specs(model)
     everywhere = PartitionSpec()
     return jax.shard_map(
         here,
-        mesh=shards.mesh,
+        mesh=layout.mesh,
         in_specs=(specs, Batch(row, cell, cell, ids), everywhere, everywhere),
         out_specs=everywhere,
         check_vma=False,
@@ -124,7 +124,7 @@ def loss(
 
 def loss_local(model, weights, dense, variables, batch, counts, mtp_weight):
     """`loss` on one shard's arrays: tokens of whole rows, targets of this shard's part of them."""
-    shards = model.sharding
+    layout = model.sharding
     out = model.apply(
         variables,
         batch.tokens_BT,
@@ -134,37 +134,37 @@ def loss_local(model, weights, dense, variables, batch, counts, mtp_weight):
         dense=dense,
         aux=("router_load", "indexer_loss") if weights.indexer else ("router_load",),
     )
-    head = collectives.gather(variables["params"]["head"]["weight"], shards.gathered("embed"), 1)
+    head = collectives.gather(variables["params"]["head"]["weight"], layout.gathered("embed"), 1)
     nats = [
-        _mean(_nats(y_BTD, head, batch, column, shards), counts.tokens_J[column])
+        _mean(_nats(y_BTD, head, batch, column, layout), counts.tokens_J[column])
         for column, y_BTD in enumerate((out.normed, *out.mtp_normed))
     ]
-    balance, load = _balance(model.config, out.aux["router_load"], counts, shards)
+    balance, load = _balance(model.config, out.aux["router_load"], counts, layout)
     objective = nats[0] + weights.balance * balance
     noted = {"loss": nats[0], "balance": balance, "load": load}
     if nats[1:]:
         noted["mtp"] = sum(nats[1:]) / len(nats[1:])
         objective += mtp_weight * noted["mtp"]
     if "indexer_loss" in out.aux:
-        noted |= _indexer(model.config, out.aux["indexer_loss"], counts, shards, dense)
+        noted |= _indexer(model.config, out.aux["indexer_loss"], counts, layout, dense)
         objective += weights.indexer * noted["indexer"]
     return objective, noted
 
 
-def _everywhere(shards):
-    return shards.axes("batch") + shards.axes("sequence")
+def _everywhere(layout):
+    return layout.axes("batch") + layout.axes("sequence")
 
 
-def _nats(y_BTD, head, batch, column, shards):
+def _nats(y_BTD, head, batch, column, layout):
     """The sum over all targets of a column. An MTP block has fewer states than the row tokens."""
     length, width = y_BTD.shape[1:]
     target = batch.targets_BTJ[:, :length, column].reshape(-1)
     weight = batch.weights_BTJ[:, :length, column].reshape(-1)
-    nats = cross_entropy(y_BTD.reshape(-1, width), head, target, weight, shards.axes("vocab"))
-    return total(nats, _everywhere(shards))
+    nats = cross_entropy(y_BTD.reshape(-1, width), head, target, weight, layout.axes("vocab"))
+    return total(nats, _everywhere(layout))
 
 
-def _balance(config, loads, counts, shards):
+def _balance(config, loads, counts, layout):
     """sum over score-routed layers of the mean over rows of sum_e f_e P_e; each layer's load.
 
     f_e = E count_e / (K T), P_e = mean over tokens of s_e / sum s, both of one sequence.
@@ -172,23 +172,23 @@ def _balance(config, loads, counts, shards):
     experts, k = config.n_routed_experts, config.num_experts_per_tok
     balance, load = jnp.float32(0), {}
     for layer, sums_B2E in loads.items():
-        sums = total(sums_B2E, shards.axes("sequence"))
+        sums = total(sums_B2E, layout.axes("sequence"))
         picked, share = sums[:, 0], sums[:, 1]
-        load[layer] = total(jnp.sum(picked, axis=0), shards.axes("batch"))
+        load[layer] = total(jnp.sum(picked, axis=0), layout.axes("batch"))
         if layer < len(config.layers) and config.layers[layer].routing != "score":
             continue
         # An MTP block has no token of a row of one.
         tokens = jnp.maximum(jnp.sum(picked, axis=-1, keepdims=True) / k, 1.0)
         uneven = jnp.sum(picked * (experts / k) / tokens * share / tokens)
-        balance += total(uneven, shards.axes("batch")) / counts.rows
+        balance += total(uneven, layout.axes("batch")) / counts.rows
     return balance, load
 
 
-def _indexer(config, sums, counts, shards, dense):
+def _indexer(config, sums, counts, layout, dense):
     """Means over the whole batch's queries that see an entry, and over CSA layers."""
     means = []
     for layer, layer_sums in sums.items():
-        whole = total(layer_sums, _everywhere(shards))
+        whole = total(layer_sums, _everywhere(layout))
         means.append(_mean(whole, counts.queries[config.layers[layer].ratio]))
     mean = dict(zip(SUMS, sum(means) / len(means), strict=True))
     noted = {"indexer": mean["kl"], "indexer_uniform": mean["uniform"]}

@@ -12,13 +12,13 @@ from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import processes
 from v4jax.sharding.mesh import everywhere, make_mesh, parse_sizes
-from v4jax.sharding.rules import TRAIN, Shards
+from v4jax.sharding.rules import TRAIN, Layout
 from v4jax.train.batch import Batch
 from v4jax.train.optimizer import state_like
 from v4jax.train.step import TrainState
 
 
-def shards_of(mesh: str | None) -> Shards:
+def layout_of(mesh: str | None) -> Layout:
     """ "data=2,fsdp=4" on all devices with the training strategy; None for one device.
 
     Raises:
@@ -29,7 +29,7 @@ def shards_of(mesh: str | None) -> Shards:
             f"mesh is missing; {processes.count()} processes with {jax.device_count()} devices "
             f"expect one, such as --config.mesh=fsdp={jax.device_count()}"
         )
-    return Shards() if mesh is None else Shards(make_mesh(**parse_sizes(mesh)), TRAIN)
+    return Layout() if mesh is None else Layout(make_mesh(**parse_sizes(mesh)), TRAIN)
 
 
 def state_shardings(
@@ -78,16 +78,16 @@ def placed(shape: TrainState, shardings: Any) -> TrainState:
     )
 
 
-def own_rows(shards: Shards, rows: int) -> range:
+def own_rows(layout: Layout, rows: int) -> range:
     """Which rows of a batch this process's devices hold, all of them or a part.
 
     Raises:
       InputError: rows that the mesh does not divide, or a process whose rows are no neighbours.
     """
-    if shards.mesh is None:
+    if layout.mesh is None:
         return range(rows)
-    shards.check_divides({"batch": rows})
-    places = shards.sharding("batch").addressable_devices_indices_map((rows,))
+    layout.check_divides({"batch": rows})
+    places = layout.sharding("batch").addressable_devices_indices_map((rows,))
     parts = {index[0].indices(rows)[:2] for index in places.values()}
     first, last = min(begin for begin, _ in parts), max(end for _, end in parts)
     if sum(end - begin for begin, end in parts) < last - first:
@@ -98,11 +98,11 @@ def own_rows(shards: Shards, rows: int) -> range:
     return range(first, last)
 
 
-def put_batch(shards: Shards, batch: Batch, rows: int) -> Batch:
+def put_batch(layout: Layout, batch: Batch, rows: int) -> Batch:
     """This process's `own_rows` of a batch of `rows` as its part of global arrays."""
-    if shards.mesh is None:
+    if layout.mesh is None:
         return jax.device_put(batch)
-    where = shards.sharding("batch")
+    where = layout.sharding("batch")
 
     def put(x):
         return jax.make_array_from_process_local_data(where, x, (rows, *x.shape[1:]))
@@ -111,8 +111,8 @@ def put_batch(shards: Shards, batch: Batch, rows: int) -> Batch:
         return jax.tree.map(put, batch)
 
 
-def put_everywhere(shards: Shards, values: Any) -> Any:
+def put_everywhere(layout: Layout, values: Any) -> Any:
     """Host values, the same in every process, on all devices."""
-    if shards.mesh is None:
+    if layout.mesh is None:
         return jax.device_put(values)
-    return everywhere(shards.mesh, values)
+    return everywhere(layout.mesh, values)

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from v4jax import accounting
 from v4jax.datasets.source import Source
 from v4jax.sharding import processes
-from v4jax.sharding.rules import Shards
+from v4jax.sharding.rules import Layout
 from v4jax.train.config import TrainConfig
 
 
@@ -19,9 +19,9 @@ def say(sentence: str) -> None:
         tqdm.write(f"v4jax train: {sentence}", file=sys.stderr)
 
 
-def opening(config: TrainConfig, shards: Shards, source: Source, done: int, steps: int) -> None:
+def opening(config: TrainConfig, layout: Layout, source: Source, done: int, steps: int) -> None:
     """Before the first step of a call: on what, on which devices, from where."""
-    say(f"{_model(config)}; {_devices(shards)}")
+    say(f"{_model(config)}; {_devices(layout)}")
     say(_data(config, source))
     where = f"goes on from the checkpoint of step {done}" if done else "begins at step 0"
     say(f"{where} of {config.steps}{_stops(config, steps)}")
@@ -55,14 +55,14 @@ def _model(config):
     return f"{parameters}, {len(model.layers)}{mtp} layers, {config.dtype}{lora}"
 
 
-def _devices(shards):
+def _devices(layout):
     devices = jax.devices()
     kind = devices[0].device_kind
-    if shards.mesh is None:
+    if layout.mesh is None:
         return f"on one {kind} device" + (f" of {len(devices)}" if len(devices) > 1 else "")
-    axes = ", ".join(f"{axis}={size}" for axis, size in shards.mesh.shape.items() if size > 1)
+    axes = ", ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items() if size > 1)
     several = f", {processes.count()} processes" if processes.count() > 1 else ""
-    return f"on {shards.mesh.size} {kind} devices (mesh {axes or 'of one'}){several}"
+    return f"on {layout.mesh.size} {kind} devices (mesh {axes or 'of one'}){several}"
 
 
 def _data(config, source):

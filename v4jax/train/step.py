@@ -146,10 +146,10 @@ def _sum_of_parts(one, batch, number, plus):
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _gathers(shards):
+def _gathers(layout):
     """Whether shards keep parts of weights, and so of their gradients."""
-    mesh = shards.mesh
-    return mesh is not None and any(mesh.shape[axis] > 1 for axis in shards.strategy.gathered)
+    mesh = layout.mesh
+    return mesh is not None and any(mesh.shape[axis] > 1 for axis in layout.strategy.gathered)
 
 
 def _plus_in_parts(total, x):
