@@ -15,7 +15,7 @@ from v4jax.config import layer_place, segments
 from v4jax.model.attention import Attention
 from v4jax.model.block import Block
 from v4jax.model.context import place_tokens
-from v4jax.model.layers import Numerics
+from v4jax.model.layers import Execution
 from v4jax.model.moe import MoE
 
 PREFILL = 373
@@ -76,7 +76,7 @@ def native_context(golden, *aux):
     return place_tokens(ids, None, None, None, aux)
 
 
-NATIVE = Numerics("bfloat16", native=True)
+NATIVE = Execution("bfloat16", native=True)
 LAYERS = range(6)
 
 

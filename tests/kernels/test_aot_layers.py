@@ -11,7 +11,7 @@ import v4jax
 from tests.support import aot
 from v4jax.model.attention import Attention
 from v4jax.model.context import place_tokens
-from v4jax.model.layers import Numerics
+from v4jax.model.layers import Execution
 from v4jax.plan import compiler
 
 LENGTHS = (16384, 32768, 65536)
@@ -22,7 +22,7 @@ def layer(kind):
     """Flash's layer of a kind, its variables and its output for them and an input [1,T,D]."""
     config = v4jax.get_config("flash")
     spec = next(layer for layer in config.layers if layer.attention == kind)
-    module = Attention(config, spec, Numerics("bfloat16"))
+    module = Attention(config, spec, Execution("bfloat16"))
 
     def context(x_BTD):
         return place_tokens(jnp.zeros(x_BTD.shape[:2], jnp.int32), None, None, None)

@@ -73,7 +73,7 @@ def load(
         model = Transformer(
             source.config, dtype=dtype, numerics=numerics, sharding=shards, **options
         )
-        model.rounding()  # a wrong dtype or numerics shows before gigabytes are read
+        model.execution()  # a wrong dtype or numerics shows before gigabytes are read
         if shards.mesh is None:
             return model, _fill(source, items, model.segments())
         sharded.check(model.config, shards)

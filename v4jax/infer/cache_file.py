@@ -143,9 +143,9 @@ def _samples(leaf):
 def _identity(model):
     """What a cached number depends on beside weights and tokens, as JSON has it."""
     config = dataclasses.asdict(model.config)
-    numerics = model.rounding()
+    execution = model.execution()
     bound = {name: value for name, value in config.items() if name not in _FREE}
-    bound |= {"dtype": numerics.dtype, "numerics": "native" if numerics.native else None}
+    bound |= {"dtype": execution.dtype, "numerics": "native" if execution.native else None}
     return json.loads(json.dumps(bound))
 
 

@@ -18,7 +18,7 @@ from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
 from v4jax.model.indexer import Indexer
 from v4jax.model.indexer_loss import Index, Paid, indexer_loss
-from v4jax.model.layers import Numerics, Projection, RMSNorm, inverse_rms, weight
+from v4jax.model.layers import Execution, Projection, RMSNorm, inverse_rms, weight
 from v4jax.ops import products
 from v4jax.sharding import collectives, sequence
 
@@ -28,33 +28,33 @@ class Attention(nn.Module):
 
     config: ModelConfig
     spec: LayerSpec
-    numerics: Numerics
+    execution: Execution
 
     def setup(self):
-        config, numerics, std = self.config, self.numerics, self.config.initializer_range
+        config, execution, std = self.config, self.execution, self.config.initializer_range
         d, latent, eps = config.hidden_size, config.q_lora_rank, config.rms_norm_eps
         heads, h = config.num_attention_heads, config.head_dim
         groups, o = config.o_groups, config.o_lora_rank
 
         def matrix(out, features, axes, **options):
-            return Projection(out, features, axes, numerics, std, **options)
+            return Projection(out, features, axes, execution, std, **options)
 
         zeros = nn.initializers.zeros
         self.attn_sink = weight(self, "attn_sink", (heads,), ("heads",), zeros)
         self.wq_a = matrix(latent, d, ("q_lora", "embed"))
-        self.q_norm = RMSNorm(latent, eps, numerics)
+        self.q_norm = RMSNorm(latent, eps, execution)
         self.wq_b = matrix(heads * h, latent, ("heads", "q_latent"))
         self.wkv = matrix(h, d, ("kv", "embed"))
-        self.kv_norm = RMSNorm(h, eps, numerics)
+        self.kv_norm = RMSNorm(h, eps, execution)
         # Stored in FP8 and used in bf16: its input alone is not rounded to E4M3 (section 10).
         self.wo_a = matrix(
             groups * o, heads // groups * h, ("heads", "head_group"), quantize_input=False
         )
         self.wo_b = matrix(d, groups * o, ("embed", "heads"))
         if self.spec.attention in ("csa", "hca"):
-            self.compressor = Compressor(config, self.spec, h, numerics)
+            self.compressor = Compressor(config, self.spec, h, execution)
         if self.spec.attention == "csa":
-            self.indexer = Indexer(config, self.spec, numerics)
+            self.indexer = Indexer(config, self.spec, execution)
 
     def __call__(
         self,
@@ -112,9 +112,9 @@ class Attention(nn.Module):
                 chosen = jnp.where(context.real[..., None], chosen, -1)
             paid = Paid(q, lse, flat(entries), low, seen, chosen)
             topk = self.config.index_topk or index_keys.shape[1]
-            numerics = self.numerics
-            index = Index(*q_index, index_keys, topk, numerics.native, numerics.kernels)
-            scale, heads = self.config.head_dim**-0.5, self.numerics.layout.kept("heads")
+            execution = self.execution
+            index = Index(*q_index, index_keys, topk, execution.native, execution.kernels)
+            scale, heads = self.config.head_dim**-0.5, self.execution.layout.kept("heads")
             aux |= {"indexer_loss": indexer_loss(paid, index, scale, heads)}
         if "attention" in context.aux:
             aux |= {"q": q, "kv": kv, "entries": flat(keys.get("entries_BCH")), "o": o}
@@ -122,21 +122,21 @@ class Attention(nn.Module):
 
     def _queries(self, q_lat, turn):
         """Queries [B,T,N,H], normed a head at a time without a weight, rotated."""
-        config, dtype = self.config, self.numerics.dtype
+        config, dtype = self.config, self.execution.dtype
         q = self.wq_b("btl,xl->btx", q_lat)
         q = q.reshape(*q.shape[:2], -1, config.head_dim)
         cos, sin = (angle[:, :, None] for angle in turn)
-        if self.numerics.native:
+        if self.execution.native:
             q = _norm_chain(q, config.rms_norm_eps)
-        elif self.numerics.kernels == "reference":
+        elif self.execution.kernels == "reference":
             q = _normed(config.rms_norm_eps, dtype, q)[0]
         else:
             return norm_and_turn(config.rms_norm_eps, dtype, q, cos, sin)
         return self._rotated(q, cos, sin)
 
     def _rotated(self, x, cos, sin, inverse=False):
-        numerics = self.numerics
-        return rope.rotate(x, cos, sin, numerics.dtype, inverse, numerics.kernels)
+        execution = self.execution
+        return rope.rotate(x, cos, sin, execution.dtype, inverse, execution.kernels)
 
     def _kv_rows(self, x_BTD, turn):
         kv = self.kv_norm(self.wkv("btd,hd->bth", x_BTD))
@@ -144,14 +144,14 @@ class Attention(nn.Module):
 
     def _quantize_kv(self, kv):
         """Rounds all but the rotated channels to E4M3 in groups of 64 (native numerics)."""
-        if not self.numerics.native:
+        if not self.execution.native:
             return kv
         kept = kv.shape[-1] - self.config.qk_rope_head_dim
         return jnp.concatenate([quant.fake_quant_e4m3(kv[..., :kept], 64), kv[..., kept:]], -1)
 
     def _window(self, kv, context, cache, layer):
         """This call's rows behind those of the cache, and the first that each query may see."""
-        window, layout = self.config.sliding_window, self.numerics.layout
+        window, layout = self.config.sliding_window, self.execution.layout
         older = None if cache is None else read_layer(cache.window, layer)
         rows = sequence.joined_rows(layout, kv, older, window - 1)
         if cache is not None:
@@ -169,7 +169,7 @@ class Attention(nn.Module):
 
     def _all_tokens(self, kv, context, cache, layer):
         """Full attention: every token's own row is an entry, visible from itself on."""
-        position, layout = context.position, self.numerics.layout
+        position, layout = context.position, self.execution.layout
         kv = collectives.gather(kv, layout.axes("sequence"), 1)
         if cache is None:
             row = context.row + layout.index("sequence") * position.shape[1]
@@ -198,7 +198,7 @@ class Attention(nn.Module):
 
     def _collect(self, new, rows, context, state, layer):
         """Old and new entries of all shards, and the compressor's state with the new ones."""
-        layout, ratio = self.numerics.layout, self.spec.ratio
+        layout, ratio = self.execution.layout, self.spec.ratio
         new = sequence.collect_entries(layout, new, *context.closings(ratio), context.row.shape[1])
         if state is None:
             return new, None
@@ -210,23 +210,23 @@ class Attention(nn.Module):
 
     def _in_parts(self, cache):
         """Whether each shard attends to its own part of the cached entries."""
-        return cache is not None and sequence.spread_entries(self.numerics.layout)
+        return cache is not None and sequence.spread_entries(self.execution.layout)
 
     def _own(self, low, high, entries, cache):
         """[low, high) in the numbering of the entries at hand."""
         if not self._in_parts(cache):
             return low, high
-        return sequence.own_range(self.numerics.layout, low, high, entries.shape[1])
+        return sequence.own_range(self.execution.layout, low, high, entries.shape[1])
 
     def _own_choice(self, chosen_BTK, entries, cache):
         if not self._in_parts(cache):
             return chosen_BTK
-        return sequence.own_entries(self.numerics.layout, chosen_BTK, entries.shape[1])
+        return sequence.own_entries(self.execution.layout, chosen_BTK, entries.shape[1])
 
     def _attend(self, q, keys, in_parts):
         """The core attention and its log-sum-exp; of entries in parts, the merged partial ones."""
-        options = {"scale": self.config.head_dim**-0.5, "implementation": self.numerics.kernels}
-        sink, layout = self.attn_sink, self.numerics.layout
+        options = {"scale": self.config.head_dim**-0.5, "implementation": self.execution.kernels}
+        sink, layout = self.attn_sink, self.execution.layout
         in_parts = in_parts and "entries_BCH" in keys
         if in_parts:
             rows = keys["window_BSH"].shape[1] if "window_BSH" in keys else 0
@@ -237,7 +237,7 @@ class Attention(nn.Module):
 
     def _choose(self, q_BTIZ, weight_BTI, keys_BCZ, low, high, context, in_parts):
         """The indexer's choice, or none where every visible entry would be in it."""
-        layout, count = self.numerics.layout, keys_BCZ.shape[1]
+        layout, count = self.execution.layout, keys_BCZ.shape[1]
         entries = count * (layout.size("entries") if in_parts else 1)
         topk, aux, wanted = self.config.index_topk or entries, {}, context.aux
         if "index_scores" in wanted:
@@ -257,10 +257,10 @@ class Attention(nn.Module):
 
     def _output(self, o, turn):
         """Turns the values back, projects each group of heads down, then all of them up."""
-        config, numerics = self.config, self.numerics
+        config, execution = self.config, self.execution
         cos, sin = (angle[:, :, None] for angle in turn)
-        o = self._rotated(numerics.round(o), cos, sin, inverse=True)
-        groups = config.o_groups // numerics.layout.size("heads")
+        o = self._rotated(execution.round(o), cos, sin, inverse=True)
+        groups = config.o_groups // execution.layout.size("heads")
         o = o.reshape(*o.shape[:2], groups, -1)
         z = self.wo_a.grouped(o, groups)
         return self.wo_b("btx,dx->btd", z.reshape(*z.shape[:2], -1))

@@ -9,7 +9,7 @@ from v4jax.model.attention import Attention
 from v4jax.model.cache import LayerCache
 from v4jax.model.context import Context
 from v4jax.model.hyper_connections import HyperConnection
-from v4jax.model.layers import Numerics, RMSNorm
+from v4jax.model.layers import Execution, RMSNorm
 from v4jax.model.moe import MoE
 
 
@@ -18,17 +18,17 @@ class Block(nn.Module):
 
     config: ModelConfig
     spec: LayerSpec
-    numerics: Numerics
+    execution: Execution
 
     def setup(self):
-        config, numerics = self.config, self.numerics
+        config, execution = self.config, self.execution
         d, eps = config.hidden_size, config.rms_norm_eps
-        self.hc_attn = HyperConnection(config, numerics)
-        self.attn_norm = RMSNorm(d, eps, numerics)
-        self.attn = Attention(config, self.spec, numerics)
-        self.hc_ffn = HyperConnection(config, numerics)
-        self.ffn_norm = RMSNorm(d, eps, numerics)
-        self.ffn = MoE(config, self.spec, numerics)
+        self.hc_attn = HyperConnection(config, execution)
+        self.attn_norm = RMSNorm(d, eps, execution)
+        self.attn = Attention(config, self.spec, execution)
+        self.hc_ffn = HyperConnection(config, execution)
+        self.ffn_norm = RMSNorm(d, eps, execution)
+        self.ffn = MoE(config, self.spec, execution)
 
     def __call__(
         self,
@@ -70,7 +70,7 @@ class Unit(nn.Module):
 
     config: ModelConfig
     specs: tuple[LayerSpec, ...]
-    numerics: Numerics
+    execution: Execution
 
     @nn.compact
     def __call__(self, carry, step, context: Context):
@@ -79,7 +79,7 @@ class Unit(nn.Module):
         index, replays = step
         kept, auxes = [], []
         for i, spec in enumerate(self.specs):
-            block = Block(self.config, spec, self.numerics, name=f"block_{i}")
+            block = Block(self.config, spec, self.execution, name=f"block_{i}")
             cache = None if caches is None else caches[i]
             last = i == len(self.specs) - 1
             here = context.replace(last_only=context.last_only and last)

@@ -11,7 +11,7 @@ from v4jax.config import LayerSpec, ModelConfig
 from v4jax.model import rope
 from v4jax.model.cache import CompressorState, raw_rows, read_layer, write_layer
 from v4jax.model.context import Context, closing_rows
-from v4jax.model.layers import Numerics, Projection, RMSNorm, weight
+from v4jax.model.layers import Execution, Projection, RMSNorm, weight
 from v4jax.ops import derivatives
 from v4jax.sharding import sequence
 
@@ -27,7 +27,7 @@ class Compressor(nn.Module):
     config: ModelConfig
     spec: LayerSpec
     width: int
-    numerics: Numerics
+    execution: Execution
 
     def setup(self):
         config, channels = self.config, self.width * (2 if self.spec.overlap else 1)
@@ -36,9 +36,9 @@ class Compressor(nn.Module):
         self.ape = weight(self, "ape", (self.spec.ratio, channels), (None, "compressed"), normal)
         d = config.hidden_size
         shape, axes = (channels, d), ("compressed", "embed")
-        self.wkv = Projection(*shape, axes, self.numerics, std, float32=True)
-        self.wgate = Projection(*shape, axes, self.numerics, std, float32=True)
-        self.norm = RMSNorm(self.width, config.rms_norm_eps, self.numerics)
+        self.wkv = Projection(*shape, axes, self.execution, std, float32=True)
+        self.wgate = Projection(*shape, axes, self.execution, std, float32=True)
+        self.norm = RMSNorm(self.width, config.rms_norm_eps, self.execution)
 
     def __call__(self, x_BTD: Array, context: Context, state: CompressorState | None, layer):
         """The entries whose blocks close in this call, [B,E,width].
@@ -52,7 +52,7 @@ class Compressor(nn.Module):
           Entry i is number start // m + i of its row, or in a packed row the i-th whose block
           closes; those past the last closed block are garbage and are not to be kept.
         """
-        raw_BTX, layout = self._raw(x_BTD, context), self.numerics.layout
+        raw_BTX, layout = self._raw(x_BTD, context), self.execution.layout
         older = None if state is None else read_layer(state.raw, layer)
         joined = sequence.joined_rows(layout, raw_BTX, older, raw_rows(self.spec))
         rows = None
@@ -84,14 +84,14 @@ class Compressor(nn.Module):
             # A document's first block has none before it (c = 0 and gate = -inf there).
             absent = (position_BE == 0)[..., None] & (jnp.arange(span) < span // 2)[None, None]
             gate = jnp.where(absent[..., None], -jnp.inf, gate)
-        return derivatives.of(softmax_sum, self.numerics.kernels)(c, gate)
+        return derivatives.of(softmax_sum, self.execution.kernels)(c, gate)
 
     def _finish(self, entries_BEH, position_BE):
-        entries = self.norm(self.numerics.round(entries_BEH))
+        entries = self.norm(self.execution.round(entries_BEH))
         frequency = rope.inverse_frequencies(self.config, compressing=True)
         cos, sin = rope.rotations(frequency, position_BE)
         return rope.rotate(
-            entries, cos, sin, self.numerics.dtype, implementation=self.numerics.kernels
+            entries, cos, sin, self.execution.dtype, implementation=self.execution.kernels
         )
 
 

@@ -6,14 +6,14 @@ from jaxtyping import Array
 
 from v4jax.config import ModelConfig
 from v4jax.kernels.hyper_connections import api
-from v4jax.model.layers import Numerics, weight
+from v4jax.model.layers import Execution, weight
 
 
 class HyperConnection(nn.Module):
     """One sub-layer's mixing of the M residual streams. M = 1 is a plain residual, no weights."""
 
     config: ModelConfig
-    numerics: Numerics
+    execution: Execution
 
     def setup(self):
         m, d = self.config.hc_mult, self.config.hidden_size
@@ -37,9 +37,9 @@ class HyperConnection(nn.Module):
     def post(self, y_BTD: Array, h_BTMD: Array, mixing) -> Array:
         """The streams after the sub-layer's output y, rounded."""
         if mixing is None:
-            return self.numerics.round(h_BTMD + y_BTD[:, :, None])
-        numerics = self.numerics
-        options = {"dtype": numerics.dtype, "implementation": numerics.kernels}
+            return self.execution.round(h_BTMD + y_BTD[:, :, None])
+        execution = self.execution
+        options = {"dtype": execution.dtype, "implementation": execution.kernels}
         return api.post(y_BTD, h_BTMD, *mixing, **options)
 
     def post_pre(self, y_BTD: Array, h_BTMD: Array, mixing):
@@ -60,8 +60,8 @@ class HyperConnection(nn.Module):
             "iterations": config.hc_sinkhorn_iters,
             "eps": config.hc_eps,
             "rms_eps": config.rms_norm_eps,
-            "dtype": self.numerics.dtype,
-            "implementation": self.numerics.kernels,
+            "dtype": self.execution.dtype,
+            "implementation": self.execution.kernels,
         }
 
 
@@ -69,7 +69,7 @@ class HyperHead(nn.Module):
     """The streams collapsed before the output head."""
 
     config: ModelConfig
-    numerics: Numerics
+    execution: Execution
 
     @nn.compact
     def __call__(self, h_BTMD: Array) -> Array:
@@ -84,4 +84,4 @@ class HyperHead(nn.Module):
         scale = weight(self, "scale", (1,), (None,), small)
         fn, base, scale = (w.astype(jnp.float32) for w in (fn, base, scale))
         y_BTD = api.head(h_BTMD, fn, base, scale, eps=config.hc_eps, rms_eps=config.rms_norm_eps)
-        return self.numerics.round(y_BTD)
+        return self.execution.round(y_BTD)

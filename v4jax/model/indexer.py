@@ -12,7 +12,7 @@ from v4jax.model import rope
 from v4jax.model.cache import CompressorState
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
-from v4jax.model.layers import Numerics, Projection
+from v4jax.model.layers import Execution, Projection
 
 
 class Indexer(nn.Module):
@@ -20,18 +20,18 @@ class Indexer(nn.Module):
 
     config: ModelConfig
     spec: LayerSpec
-    numerics: Numerics
+    execution: Execution
 
     def setup(self):
-        config, numerics = self.config, self.numerics
+        config, execution = self.config, self.execution
         std, heads, width = config.initializer_range, config.index_n_heads, config.index_head_dim
         self.wq_b = Projection(
-            heads * width, config.q_lora_rank, ("index_heads", "q_latent"), numerics, std
+            heads * width, config.q_lora_rank, ("index_heads", "q_latent"), execution, std
         )
         self.weights_proj = Projection(
-            heads, config.hidden_size, ("index_heads", "embed"), numerics, std, False
+            heads, config.hidden_size, ("index_heads", "embed"), execution, std, False
         )
-        self.compressor = Compressor(config, self.spec, width, numerics)
+        self.compressor = Compressor(config, self.spec, width, execution)
 
     def keys(self, x_BTD: Array, context: Context, state: CompressorState | None, layer):
         """This call's new index keys [B,E,Z] and the compressor's raw rows."""
@@ -40,12 +40,12 @@ class Indexer(nn.Module):
 
     def queries(self, x_BTD: Array, q_lat_BTL: Array, turn) -> tuple[Array, Array]:
         """Index queries [B,T,I,Z] and their heads' weights [B,T,I]."""
-        config, round_ = self.config, self.numerics.round
+        config, round_ = self.config, self.execution.round
         q = self.wq_b("btl,xl->btx", q_lat_BTL)
         q = q.reshape(*q.shape[:2], config.index_n_heads, config.index_head_dim)
         cos, sin = (angle[:, :, None] for angle in turn)
-        numerics = self.numerics
-        q = rope.rotate(q, cos, sin, numerics.dtype, implementation=numerics.kernels)
+        execution = self.execution
+        q = rope.rotate(q, cos, sin, execution.dtype, implementation=execution.kernels)
         q = self._rotate_and_quantize(q)
         factor = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
         weight = self.weights_proj("btd,id->bti", x_BTD).astype(jnp.float32) * factor
@@ -56,7 +56,7 @@ class Indexer(nn.Module):
         fewer bytes or the call is a decode step's.
         """
         arguments = (q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk)
-        options = {"chain": self.numerics.native, "implementation": self.numerics.kernels}
+        options = {"chain": self.execution.native, "implementation": self.execution.kernels}
         if low_BT.shape[1] == 1 or keys_BCZ.shape[1] > membership.BITS * topk:
             return {"chosen_BTK": api.indexer_topk(*arguments, **options)}
         member_BTW = api.indexer_member(*arguments, **options)
@@ -64,14 +64,14 @@ class Indexer(nn.Module):
 
     def best(self, q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk: int) -> tuple[Array, Array]:
         """The choice as indices and the chosen entries' scores, for a merge with other shards'."""
-        options = {"chain": self.numerics.native, "implementation": self.numerics.kernels}
+        options = {"chain": self.execution.native, "implementation": self.execution.kernels}
         arguments = (q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk)
         chosen_BTK = api.indexer_topk(*arguments, **options)
         return chosen_BTK, api.index_scores_at(*arguments[:3], chosen_BTK, chain=options["chain"])
 
     def scores(self, q_BTIZ, weight_BTI, keys_BCZ) -> Array:
         """Every entry's score for every query, float32 [B,T,C]: for losses and pictures."""
-        options = {"chain": self.numerics.native, "implementation": self.numerics.kernels}
+        options = {"chain": self.execution.native, "implementation": self.execution.kernels}
         return api.index_scores(q_BTIZ, weight_BTI, keys_BCZ, **options)
 
     def _rotate_and_quantize(self, x):
@@ -80,6 +80,6 @@ class Indexer(nn.Module):
         The rotation is orthonormal and turns queries and keys alike, so without the rounding it
         changes no score and is left out.
         """
-        if not self.numerics.native:
+        if not self.execution.native:
             return x
-        return quant.fake_quant_e2m1(self.numerics.round(quant.hadamard(x)), 32)
+        return quant.fake_quant_e2m1(self.execution.round(quant.hadamard(x)), 32)

@@ -19,7 +19,7 @@ from v4jax.sharding.rules import ONE_DEVICE, Layout
 
 
 @dataclasses.dataclass(frozen=True)
-class Numerics:
+class Execution:
     """How a forward pass computes: where activations are rounded, with which kernels, on what.
 
     Attributes:
@@ -76,7 +76,7 @@ def weight(
         )
         return value.value
     value = nn.unbox(module.get_variable(collection, name))
-    layout = module.numerics.layout
+    layout = module.execution.layout
     expected = tuple(n // layout.size(axis) for n, axis in zip(shape, axes, strict=True))
     if tuple(value.shape) != expected:
         where = "/".join((*module.scope.path, name))
@@ -93,17 +93,17 @@ def weight(
 
 
 def project(
-    equation: str, x: Array, w: Array | quant.QTensor, numerics: Numerics, quantize_input=True
+    equation: str, x: Array, w: Array | quant.QTensor, execution: Execution, quantize_input=True
 ) -> Float[Array, "..."]:
     """The einsum of `x` with a weight whose last axis is contracted; float32 out.
 
     Products accumulate in float32. Under native numerics the input is first rounded to E4M3 in
     groups of 128 channels (section 10), unless `quantize_input` is False.
     """
-    if numerics.native and quantize_input:
+    if execution.native and quantize_input:
         x = quant.fake_quant_e4m3(x, 128)
     # Values of the native path fit bf16 exactly, so float32 operands lose nothing on any backend.
-    dtype = jnp.float32 if numerics.native else numerics.dtype
+    dtype = jnp.float32 if execution.native else execution.dtype
     if isinstance(w, quant.QTensor):
         return quantized_matmul.einsum(equation, x.astype(dtype), w)
     return jnp.einsum(
@@ -120,7 +120,7 @@ class Projection(nn.Module):
     out_features: int
     in_features: int
     axes: tuple[str | None, str | None]
-    numerics: Numerics
+    execution: Execution
     init_std: float
     quantize_input: bool = True
     float32: bool = False
@@ -128,38 +128,38 @@ class Projection(nn.Module):
     def setup(self):
         init = nn.initializers.normal(self.init_std)
         shape = (self.out_features, self.in_features)
-        used_as = None if self.float32 else self.numerics.dtype
+        used_as = None if self.float32 else self.execution.dtype
         self.weight = weight(self, "weight", shape, self.axes, init, used_as=used_as)
 
     def __call__(self, equation: str, x: Array) -> Array:
         """The projection of `x`, rounded once to the activation dtype."""
-        y = project(equation, x, self.weight, self.numerics, self.quantize_input)
+        y = project(equation, x, self.weight, self.execution, self.quantize_input)
         # Shards that hold parts of the contracted axis have partial sums.
-        y = collectives.total(y, self.numerics.layout.kept(self.axes[1]))
-        return self.numerics.round(y)
+        y = collectives.total(y, self.execution.layout.kept(self.axes[1]))
+        return self.execution.round(y)
 
     def grouped(self, x: Array, groups: int) -> Array:
         """[B,T,G,X] -> [B,T,G,O]: output rows cut into groups, each with its own slice of x."""
         w = self.weight
         if isinstance(w, quant.QTensor) and w.shape[0] // groups % 128:
-            w = w.dequantize(self.numerics.dtype)  # a scale block would reach over two groups
+            w = w.dequantize(self.execution.dtype)  # a scale block would reach over two groups
         w = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, leaf.shape[-1]), w)
 
         def together(x, w):
-            return project("btgx,gox->btgo", x, w, self.numerics, self.quantize_input)
+            return project("btgx,gox->btgo", x, w, self.execution, self.quantize_input)
 
         def one_by_one(x, w):
             pairs = [(x[:, :, g], w[g]) for g in range(groups)]
             parts = [
-                project("btx,ox->bto", *pair, self.numerics, self.quantize_input) for pair in pairs
+                project("btx,ox->bto", *pair, self.execution, self.quantize_input) for pair in pairs
             ]
             return jnp.stack(parts, axis=2)
 
         if isinstance(w, quant.QTensor):
-            return self.numerics.round(together(x, w))
+            return self.execution.round(together(x, w))
         # A CPU turns all of x over before a batched product; other backends do not.
         y = jax.lax.platform_dependent(x, w, cpu=one_by_one, default=together)
-        return self.numerics.round(y)
+        return self.execution.round(y)
 
     def in_float32(self, equation: str, x: Array) -> Array:
         """The projection computed in float32 whatever the activations are (compressor, router)."""
@@ -217,10 +217,10 @@ class RMSNorm(nn.Module):
 
     features: int
     eps: float
-    numerics: Numerics
+    execution: Execution
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = weight(self, "weight", (self.features,), ("norm",), nn.initializers.ones)
-        norm = derivatives.of(rms_norm, self.numerics.kernels)
-        return self.numerics.round(norm(self.eps, x, scale.astype(jnp.float32)))
+        norm = derivatives.of(rms_norm, self.execution.kernels)
+        return self.execution.round(norm(self.eps, x, scale.astype(jnp.float32)))

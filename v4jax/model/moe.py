@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.kernels.grouped_matmul import api as grouped_matmul
 from v4jax.model.context import Context
-from v4jax.model.layers import Numerics, Projection, weight
+from v4jax.model.layers import Execution, Projection, weight
 from v4jax.sharding import collectives, expert
 
 
@@ -17,7 +17,7 @@ class Router(nn.Module):
 
     config: ModelConfig
     spec: LayerSpec
-    numerics: Numerics
+    execution: Execution
 
     @nn.compact
     def __call__(self, x_BTD: Array, tokens_BT: Array, replayed_BTK: Array | None = None):
@@ -91,7 +91,7 @@ class Experts(nn.Module):
     """The routed experts' stacked weights; tokens reach them without a drop."""
 
     config: ModelConfig
-    numerics: Numerics
+    execution: Execution
 
     @nn.compact
     def __call__(
@@ -102,7 +102,7 @@ class Experts(nn.Module):
         e, f, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         normal = nn.initializers.normal(config.initializer_range)
         up, down = ("expert", "mlp", "embed"), ("expert", "embed", "mlp")
-        used_as = self.numerics.dtype
+        used_as = self.execution.dtype
         w1 = weight(self, "w1", (e, f, d), up, normal, used_as=used_as)
         w2 = weight(self, "w2", (e, d, f), down, normal, used_as=used_as)
         w3 = weight(self, "w3", (e, f, d), up, normal, used_as=used_as)
@@ -117,12 +117,12 @@ class Experts(nn.Module):
                 w2,
                 w3,
                 limit=config.swiglu_limit,
-                rounding=grouped_matmul.Rounding(self.numerics.dtype, self.numerics.native),
-                implementation=self.numerics.kernels,
+                rounding=grouped_matmul.Rounding(self.execution.dtype, self.execution.native),
+                implementation=self.execution.kernels,
             )
 
         tokens = x_BTD.reshape(-1, d), chosen_BTK.reshape(-1, k), weights_BTK.reshape(-1, k)
-        layout, kernels = self.numerics.layout, self.numerics.kernels
+        layout, kernels = self.execution.layout, self.execution.kernels
         return expert.route(layout, *tokens, e, ffn, kernels).reshape(x_BTD.shape)
 
 
@@ -130,14 +130,14 @@ class SharedExpert(nn.Module):
     """The expert that every token takes, of n_shared_experts times the width."""
 
     config: ModelConfig
-    numerics: Numerics
+    execution: Execution
 
     def setup(self):
         config, std = self.config, self.config.initializer_range
         d, f = config.hidden_size, config.shared_intermediate_size
-        self.w1 = Projection(f, d, ("mlp", "embed"), self.numerics, std)
-        self.w2 = Projection(d, f, ("embed", "mlp"), self.numerics, std)
-        self.w3 = Projection(f, d, ("mlp", "embed"), self.numerics, std)
+        self.w1 = Projection(f, d, ("mlp", "embed"), self.execution, std)
+        self.w2 = Projection(d, f, ("embed", "mlp"), self.execution, std)
+        self.w3 = Projection(f, d, ("mlp", "embed"), self.execution, std)
 
     def __call__(self, x_BTD: Array) -> Array:
         y = grouped_matmul.gated_ffn(
@@ -146,8 +146,8 @@ class SharedExpert(nn.Module):
             self.w2.weight,
             self.w3.weight,
             limit=self.config.swiglu_limit,
-            rounding=grouped_matmul.Rounding(self.numerics.dtype, self.numerics.native),
-            implementation=self.numerics.kernels,
+            rounding=grouped_matmul.Rounding(self.execution.dtype, self.execution.native),
+            implementation=self.execution.kernels,
         )
         return y.reshape(x_BTD.shape)
 
@@ -167,13 +167,13 @@ class MoE(nn.Module):
 
     config: ModelConfig
     spec: LayerSpec
-    numerics: Numerics
+    execution: Execution
 
     def setup(self):
-        self.gate = Router(self.config, self.spec, self.numerics)
-        self.experts = Experts(self.config, self.numerics)
+        self.gate = Router(self.config, self.spec, self.execution)
+        self.experts = Experts(self.config, self.execution)
         if self.config.n_shared_experts:
-            self.shared_experts = SharedExpert(self.config, self.numerics)
+            self.shared_experts = SharedExpert(self.config, self.execution)
 
     def __call__(self, x_BTD: Array, context: Context, replayed_BTK: Array | None = None):
         """The layer's output [B,T,D] and auxiliary arrays by name."""
@@ -182,8 +182,8 @@ class MoE(nn.Module):
         if self.config.n_shared_experts:
             y = y + self.shared_experts(x_BTD).astype(jnp.float32)
         # Shards that hold parts of the experts' width have partial sums.
-        y = collectives.total(y, self.numerics.layout.kept("mlp"))
+        y = collectives.total(y, self.execution.layout.kept("mlp"))
         named = {"router_experts": chosen, "router_weights": weights, "router_scores": scores}
         if "router_load" in context.aux:
             named["router_load"] = _load(chosen, scores, context.real)
-        return self.numerics.round(y), {k: v for k, v in named.items() if k in context.aux}
+        return self.execution.round(y), {k: v for k, v in named.items() if k in context.aux}

@@ -7,7 +7,7 @@ from v4jax.config import LayerSpec, ModelConfig
 from v4jax.model.block import Block
 from v4jax.model.context import Context
 from v4jax.model.hyper_connections import HyperHead
-from v4jax.model.layers import Numerics, Projection, RMSNorm
+from v4jax.model.layers import Execution, Projection, RMSNorm
 
 
 class MTPBlock(nn.Module):
@@ -15,18 +15,18 @@ class MTPBlock(nn.Module):
 
     config: ModelConfig
     spec: LayerSpec
-    numerics: Numerics
+    execution: Execution
 
     def setup(self):
-        config, numerics = self.config, self.numerics
+        config, execution = self.config, self.execution
         d, eps, std = config.hidden_size, config.rms_norm_eps, config.initializer_range
-        self.enorm = RMSNorm(d, eps, numerics)
-        self.hnorm = RMSNorm(d, eps, numerics)
-        self.e_proj = Projection(d, d, (None, "embed"), numerics, std)
-        self.h_proj = Projection(d, d, (None, "embed"), numerics, std)
-        self.block = Block(config, self.spec, numerics)
-        self.hc_head = HyperHead(config, numerics)
-        self.norm = RMSNorm(d, eps, numerics)
+        self.enorm = RMSNorm(d, eps, execution)
+        self.hnorm = RMSNorm(d, eps, execution)
+        self.e_proj = Projection(d, d, (None, "embed"), execution, std)
+        self.h_proj = Projection(d, d, (None, "embed"), execution, std)
+        self.block = Block(config, self.spec, execution)
+        self.hc_head = HyperHead(config, execution)
+        self.norm = RMSNorm(d, eps, execution)
 
     def __call__(self, h_BTMD: Array, e_BTD: Array, context: Context, replay=None):
         """The new streams, the normed state for the output head, auxiliary arrays by name.
@@ -38,6 +38,6 @@ class MTPBlock(nn.Module):
         """
         e = self.e_proj("btd,xd->btx", self.enorm(e_BTD))
         h = self.h_proj("btmd,xd->btmx", self.hnorm(h_BTMD))
-        z_BTMD = self.numerics.round(e[:, :, None] + h)
+        z_BTMD = self.execution.round(e[:, :, None] + h)
         z_BTMD, _, aux = self.block(z_BTMD, context, replay=replay)
         return z_BTMD, self.norm(self.hc_head(z_BTMD)), aux

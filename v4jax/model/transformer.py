@@ -29,7 +29,7 @@ from v4jax.model.block import Unit
 from v4jax.model.cache import Cache
 from v4jax.model.context import AUX_NAMES, Context, check_packed, place_tokens, slice_of
 from v4jax.model.hyper_connections import HyperHead
-from v4jax.model.layers import Numerics, RMSNorm, weight
+from v4jax.model.layers import Execution, RMSNorm, weight
 from v4jax.model.mtp import MTPBlock
 from v4jax.reprs import short_repr
 from v4jax.sharding import collectives
@@ -88,33 +88,33 @@ class Transformer(nn.Module):
     inside: bool = False
 
     @nn.nowrap
-    def rounding(self) -> Numerics:
+    def execution(self) -> Execution:
         """Where activations round, from `dtype` and `numerics`."""
         if self.numerics not in (None, "native"):
             raise InputError(f"numerics is {self.numerics!r}; expected None or 'native'")
         native = self.numerics == "native"
         default = "bfloat16" if native else self.config.dtype
         layout = self.sharding if self.inside else ONE_DEVICE
-        return Numerics(str(jnp.dtype(self.dtype or default)), native, self.kernels, layout)
+        return Execution(str(jnp.dtype(self.dtype or default)), native, self.kernels, layout)
 
     @nn.nowrap
     def segments(self) -> tuple[config_lib.Segment, ...]:
         return config_lib.segments(self.config.layers, self.min_repeats)
 
     def setup(self):
-        config, numerics = self.config, self.rounding()
+        config, execution = self.config, self.execution()
         normal = nn.initializers.normal(config.initializer_range)
         shape = (config.vocab_size, config.hidden_size)
-        self.embed = _Table(shape, ("vocab", "embed"), normal, numerics)
+        self.embed = _Table(shape, ("vocab", "embed"), normal, execution)
         self.units = [
-            self._unit(segment)(config, self._specs(segment), numerics, name=segment.name)
+            self._unit(segment)(config, self._specs(segment), execution, name=segment.name)
             for segment in self.segments()
         ]
-        self.hc_head = HyperHead(config, numerics)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, numerics)
-        self.head = _Table(shape, ("vocab", "embed"), normal, numerics)
+        self.hc_head = HyperHead(config, execution)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, execution)
+        self.head = _Table(shape, ("vocab", "embed"), normal, execution)
         self.mtp = [
-            MTPBlock(config, spec, numerics, name=f"mtp_{k}")
+            MTPBlock(config, spec, execution, name=f"mtp_{k}")
             for k, spec in enumerate(config.mtp_layers)
         ]
 
@@ -172,7 +172,7 @@ class Transformer(nn.Module):
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         self._check(tokens, cache, segment_ids, lengths, logits, mtp, aux)
         start = None if cache is None else cache.lengths
-        layout = self.rounding().layout
+        layout = self.execution().layout
         context = place_tokens(tokens, lengths, start, segment_ids, aux, dense, layout)
         h_BTMD = self._streams(context.tokens)
         last_only = logits == "last" and self._can_narrow(tokens, cache, aux, replay)
@@ -248,7 +248,7 @@ class Transformer(nn.Module):
             batch,
             max_length,
             rollback=rollback,
-            dtype=self.rounding().dtype,
+            dtype=self.execution().dtype,
             min_repeats=self.min_repeats,
             parts=self.sharding.size("entries"),
         )
@@ -260,7 +260,7 @@ class Transformer(nn.Module):
 
     def _streams(self, tokens):
         """The embedding repeated over the residual streams."""
-        x_BTD = self.embed.rows(tokens).astype(self.rounding().dtype)
+        x_BTD = self.embed.rows(tokens).astype(self.execution().dtype)
         shape = (*tokens.shape, self.config.hc_mult, self.config.hidden_size)
         return jnp.broadcast_to(x_BTD[:, :, None], shape)
 
@@ -291,7 +291,7 @@ class Transformer(nn.Module):
         Not in a scan, whose steps are one program; nor where each shard has a slice of the row.
         """
         several = tokens.shape[1] > 1 and cache is not None and not (aux or replay)
-        layout = self.rounding().layout
+        layout = self.execution().layout
         return several and self.segments()[-1].repeats == 1 and not layout.axes("sequence")
 
     def _logits(self, y_BTD):
@@ -301,7 +301,7 @@ class Transformer(nn.Module):
     def _mtp(self, h_BTMD, tokens_BT, context: Context, found, replay):
         """Each MTP block's normed state: block k reads block k - 1's streams and ids k further."""
         states = []
-        layout, length = self.rounding().layout, tokens_BT.shape[1]
+        layout, length = self.execution().layout, tokens_BT.shape[1]
         for k, block in enumerate(self.mtp):
             # Positions and documents stay those of the streams: the block attends among them. The
             # last k + 1 rows have no such token; nothing before them sees them.
@@ -309,7 +309,7 @@ class Transformer(nn.Module):
             total = jnp.maximum(context.whole.total - k - 1, 0)
             whole = context.whole.replace(total=total)
             here = slice_of(tokens_BT, whole, context.aux, False, layout)
-            e_BTD = self.embed.rows(here.tokens).astype(self.rounding().dtype)
+            e_BTD = self.embed.rows(here.tokens).astype(self.execution().dtype)
             number = len(self.config.layers) + k
             given = {name: layers[number] for name, layers in replay.items() if number in layers}
             h_BTMD, y_BTD, aux = block(h_BTMD, e_BTD, here, given)
@@ -340,13 +340,13 @@ class _Table(nn.Module):
     shape: tuple[int, int]
     axes: tuple[str, str]
     init_fn: nn.initializers.Initializer
-    numerics: Numerics
+    execution: Execution
 
     def setup(self):
         self.weight = weight(self, "weight", self.shape, self.axes, self.init_fn)
 
     def rows(self, ids):
-        layout, count = self.numerics.layout, self.weight.shape[0]
+        layout, count = self.execution.layout, self.weight.shape[0]
         axes = layout.kept(self.axes[0])
         if not axes:
             return self.weight[ids]
