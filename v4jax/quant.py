@@ -236,11 +236,10 @@ def round_to(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return x.astype(dtype)
 
 
-def materialized(x: jax.Array) -> jax.Array:
-    """x; a TPU's compiler stores it in its own type.
+def keep_in_bf16(x: jax.Array) -> jax.Array:
+    """Keeps x in bf16 on a TPU: without a barrier XLA saves the float32 it was rounded from.
 
-    Left alone, it stores the float32 that a bf16 array was rounded from, once it has been read
-    from two places: twice the bytes.
+    XLA does so for an array that is read in two places; it is twice the bytes.
     """
     return lax.platform_dependent(x, tpu=lax.optimization_barrier, default=lambda x: x)
 

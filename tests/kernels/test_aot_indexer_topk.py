@@ -23,8 +23,8 @@ def on_chips(names, quick, everywhere=()):
     )
 
 
-def member(case, chain=False, dtype=jnp.bfloat16):
-    return functools.partial(api.indexer_member, topk=case.topk, chain=chain), cases.specs(
+def member(case, native=False, dtype=jnp.bfloat16):
+    return functools.partial(api.indexer_member, topk=case.topk, native=native), cases.specs(
         case, dtype
     )
 
@@ -78,7 +78,7 @@ def test_choice_from_stored_keys_compiles_for_an_h100(name):
 @aot.needs_libtpu
 @pytest.mark.parametrize(("chip", "name"), on_chips(["flash_prefill_64k"], ["flash_prefill_64k"]))
 def test_choice_through_the_chain_compiles_for_a_tpu(chip, name):
-    function, specs = member(cases.RELEASED[name], chain=True)
+    function, specs = member(cases.RELEASED[name], native=True)
     assert kernels(aot.compile_tpu(chip, function, *specs)) >= 1
 
 
@@ -113,7 +113,7 @@ def test_choice_compiles_for_an_h100(name):
 
 @aot.needs_cuda
 def test_choice_through_the_chain_compiles_for_an_h100():
-    function, specs = member(cases.RELEASED["flash_prefill_64k"], chain=True)
+    function, specs = member(cases.RELEASED["flash_prefill_64k"], native=True)
     assert kernels(aot.compile_h100(function, *specs)) >= 3
 
 

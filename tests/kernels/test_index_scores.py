@@ -68,26 +68,26 @@ def test_scores_and_gradients_in_bfloat16(implementation):
 def test_scores_through_the_chain_of_bf16(implementation):
     args = cases.arguments(SCORED["odd"], jnp.bfloat16)[:3]
     args = tuple(jnp.round(8 * x) / 8 for x in args)
-    scores = api.index_scores(*args, chain=True, implementation=implementation)
-    wanted = reference.index_scores(*args, chain=True)
+    scores = api.index_scores(*args, native=True, implementation=implementation)
+    wanted = reference.index_scores(*args, native=True)
     # Summed in another order before the last rounding: the same, or the next bf16 number.
     np.testing.assert_allclose(scores, wanted, rtol=2.0**-7, atol=0)
     assert np.mean(np.asarray(scores) == np.asarray(wanted)) > 0.99
     np.testing.assert_array_equal(scores, scores.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-@pytest.mark.parametrize("chain", [False, True])
-def test_dense_scores_a_tile_of_keys_at_a_time(chain, monkeypatch):
+@pytest.mark.parametrize("native", [False, True])
+def test_dense_scores_a_tile_of_keys_at_a_time(native, monkeypatch):
     monkeypatch.setattr(xla, "DOTS", 2 * 20 * 4 * 70)
     args, g = cases.arguments(SCORED["tile"])[:3], cotangent(SCORED["tile"])
     # An eighth of a unit: dot products are exact in float32, and the chain rounds the same numbers.
     args = tuple(jnp.round(8 * x) / 8 for x in args)
-    tiled = functools.partial(xla.index_scores, chain=chain)
-    wanted = functools.partial(reference.index_scores, chain=chain)
+    tiled = functools.partial(xla.index_scores, native=native)
+    wanted = functools.partial(reference.index_scores, native=native)
     np.testing.assert_allclose(tiled(*args), wanted(*args), rtol=1e-5, atol=1e-5)
     gradients = zip(
-        xla.index_scores_gradient(*args, g, chain=chain),
-        reference.index_scores_gradient(*args, g, chain=chain),
+        xla.index_scores_gradient(*args, g, native=native),
+        reference.index_scores_gradient(*args, g, native=native),
         strict=True,
     )
     for value, expected in gradients:
@@ -111,10 +111,10 @@ def test_gradients_through_the_chain_ignore_the_rounding(implementation):
 
     def tested(q, weight, keys):
         if implementation != "at":
-            return api.index_scores(q, weight, keys, chain=True, implementation=implementation)
+            return api.index_scores(q, weight, keys, native=True, implementation=implementation)
         every = jnp.arange(case.entries)[None, None]
         every = jnp.broadcast_to(every, g.shape)
-        return api.index_scores_at(q, weight, keys, every, chain=True)
+        return api.index_scores_at(q, weight, keys, every, native=True)
 
     wanted = scores_and_gradients(straight, q, weight, keys, g)
     found = scores_and_gradients(tested, q, weight, keys, g)

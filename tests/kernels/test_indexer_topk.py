@@ -34,9 +34,9 @@ CHOICES = [("xla", name) for name in cases.NUMERICS] + [
 ]
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "chain", "implementation"))
-def choose(*args, topk, chain=False, implementation):
-    word = api.indexer_member(*args, topk, chain=chain, implementation=implementation)
+@functools.partial(jax.jit, static_argnames=("topk", "native", "implementation"))
+def choose(*args, topk, native=False, implementation):
+    word = api.indexer_member(*args, topk, native=native, implementation=implementation)
     return membership.unpack(word, args[2].shape[1])
 
 
@@ -59,8 +59,8 @@ def test_same_choice_through_the_chain_of_bf16(implementation):
     args = cases.arguments(case, jnp.bfloat16)
     # An eighth of a unit: dot products are exact in float32, whatever their order.
     args = (*(jnp.round(8 * x) / 8 for x in args[:3]), *args[3:])
-    mask = choose(*args, topk=case.topk, chain=True, implementation=implementation)
-    np.testing.assert_array_equal(mask, stable_sort(args, case.topk, chain=True))
+    mask = choose(*args, topk=case.topk, native=True, implementation=implementation)
+    np.testing.assert_array_equal(mask, stable_sort(args, case.topk, native=True))
     assert np.any(mask != stable_sort(args, case.topk)), "the chain should change a choice"
 
 
@@ -142,9 +142,9 @@ def test_any_ranges_and_any_values(implementation, data):
     q, weight = draw(batch, length, heads, 2, most=least), draw(batch, length, heads, most=least)
     args = (q, weight, draw(batch, entries, 2), low, high)
     topk = data.draw(strategies.sampled_from([1, 7, 60]))
-    chain = data.draw(strategies.booleans())
-    mask = choose(*args, topk=topk, chain=chain, implementation=implementation)
-    np.testing.assert_array_equal(mask, stable_sort(args, topk, chain=chain))
+    native = data.draw(strategies.booleans())
+    mask = choose(*args, topk=topk, native=native, implementation=implementation)
+    np.testing.assert_array_equal(mask, stable_sort(args, topk, native=native))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from tests.support import places
 from tests.support.selection import first
 from v4jax.kernels import blocks, membership, ranges
 from v4jax.kernels.sparse_attention import api, cases, mass, reference, xla
-from v4jax.kernels.sparse_attention.plan import Places, Plan
+from v4jax.kernels.sparse_attention.plan import Plan, Visible
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 # What differs most for a Pallas kernel: a few older rows, several tiles, choices under a mask and
@@ -198,7 +198,7 @@ def bf16_reference(diff, weight, arrays, scale, window):
             rows = diff["window_BSH"]
             keys.append(rows)
             masks.append(reference.window_mask(arrays["first_BT"], rows.shape[1], window))
-        places = Places(None, arrays["low_BT"], arrays["high_BT"], arrays.get("chosen_BTK"))
+        places = Visible(None, arrays["low_BT"], arrays["high_BT"], arrays.get("chosen_BTK"))
         keys.append(diff["entries_BCH"])
         masks.append(reference.entry_mask(keys[-1].shape[1], places))
         kv = jnp.concatenate(keys, axis=1).astype(jnp.float32)
@@ -220,10 +220,10 @@ def test_masks_by_eye():
     assert mask[0].tolist() == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     assert mask[1].tolist() == [[0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     low, high = jnp.array([[0, 1, 1]]), jnp.array([[0, 2, 3]])
-    visible = reference.entry_mask(3, Places(None, low, high)).astype(int)
+    visible = reference.entry_mask(3, Visible(None, low, high)).astype(int)
     assert visible[0].tolist() == [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
     chosen = jnp.array([[[-1, -1], [1, -1], [2, -1]]])
-    picked = reference.entry_mask(3, Places(None, low, high, chosen)).astype(int)
+    picked = reference.entry_mask(3, Visible(None, low, high, chosen)).astype(int)
     assert picked[0].tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]
 
 
@@ -280,7 +280,7 @@ def test_the_mass_of_each_entry_is_its_share_of_the_joint_softmax(case):
         keys = jnp.where(seen, entry, -1)
     found = mass.attention_mass(diff["q_BTNH"], lse, entries, keys, scale=other["scale"])
     plan = Plan(other["scale"], small.window, small.choices)
-    places = Places(
+    places = Visible(
         arrays["first_BT"], arrays["low_BT"], arrays["high_BT"], arrays.get("chosen_BTK")
     )
     wanted = joint_probabilities(plan, diff, places)[..., diff["window_BSH"].shape[1] :].sum(2)

@@ -62,9 +62,9 @@ def test_writing_keys():
     np.testing.assert_array_equal(stored_keys.unpack(written), wanted)
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "chain", "implementation"))
-def choose(*arguments, topk, chain=False, implementation):
-    return api.indexer_topk(*arguments, topk, chain=chain, implementation=implementation)
+@functools.partial(jax.jit, static_argnames=("topk", "native", "implementation"))
+def choose(*arguments, topk, native=False, implementation):
+    return api.indexer_topk(*arguments, topk, native=native, implementation=implementation)
 
 
 def arguments(name, dtype):
@@ -80,10 +80,10 @@ def arguments(name, dtype):
     first(QUICK, itertools.product(IMPLEMENTATIONS, cases.NUMERICS)),
 )
 def test_the_choice_is_that_of_the_expanded_keys(implementation, name):
-    for dtype, chain in ((jnp.float32, False), (jnp.bfloat16, True)):
+    for dtype, native in ((jnp.float32, False), (jnp.bfloat16, True)):
         case, (q, keys, weight, low, high) = arguments(name, dtype)
         packed = stored_keys.pack(keys)
-        run = functools.partial(choose, topk=case.topk, chain=chain)
+        run = functools.partial(choose, topk=case.topk, native=native)
         wanted = run(q, weight, keys, low, high, implementation="xla")
         chosen = run(q, weight, packed, low, high, implementation=implementation)
         np.testing.assert_array_equal(chosen, wanted)

@@ -15,7 +15,7 @@ from v4jax import named_configs
 from v4jax.accounting import count_parameters
 from v4jax.errors import InputError
 from v4jax.train import config_file, sweep
-from v4jax.train.config import Stage, TrainConfig, flat, override
+from v4jax.train.config import Stage, TrainConfig, by_dotted_name, override
 from v4jax.train.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ BASE = TrainConfig(
     ],
 )
 def test_override(key, text, wanted):
-    found = flat(override(BASE, {key: text}))[key]
+    found = by_dotted_name(override(BASE, {key: text}))[key]
     assert found == wanted and type(found) is type(wanted)
 
 

@@ -12,7 +12,7 @@ from v4jax.config import CSA, with_hash_routing
 from v4jax.datasets.config import DataConfig
 from v4jax.errors import InputError
 from v4jax.train import loop, metrics, resume
-from v4jax.train.config import Stage, TrainConfig, flat, override, plain
+from v4jax.train.config import Stage, TrainConfig, as_json, by_dotted_name, override
 from v4jax.train.schedule import Schedule
 from v4jax.train.signals import Signals
 
@@ -22,7 +22,7 @@ BASE = TrainConfig(
     data=DataConfig(kind="text", path="here", tokenizer="bytes"),
     schedule=Schedule(warm_up=2, decay=3),
 )
-STORED = plain(BASE)
+STORED = as_json(BASE)
 CHANGES = {
     "free": {
         "checkpoint_every": "7",
@@ -79,8 +79,8 @@ def test_each_kind_of_field(kind, name, text):
         assert resume.settle(config, STORED, "run", change=True)[0] == config
         with pytest.raises(InputError, match="add --change to go on with it") as caught:
             resume.settle(config, STORED, "run", given=[name])
-        was = f"{name} is {flat(config)[name]!r} and the run was begun with {STORED[name]!r}"
-        assert was in str(caught.value)
+        now = f"{name} is {by_dotted_name(config)[name]!r}"
+        assert f"{now} and the run was begun with {STORED[name]!r}" in str(caught.value)
 
 
 def test_no_field_is_forgotten():

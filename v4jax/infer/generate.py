@@ -103,7 +103,7 @@ def generate(
     )
     prompts, capacity = request.prompts, request.capacity
     placement = Placement.of(model, len(prompts))
-    variables, key = placement.variables(params), placement.everywhere(jax.random.key(request.seed))
+    variables, key = placement.variables(params), placement.replicate(jax.random.key(request.seed))
     decoder = _Decoder(placement, variables, request.setting, key)
     answers = _Answers(prompts, request.stop_ids, on_token)
     cache = placement.prefill.init_cache(len(prompts), capacity)
@@ -229,7 +229,7 @@ class _Decoder:
         model = self.placement.decode
         programs.append(_pick.lower(model, logits_BV, self.setting, self.key, step))
         if decode:
-            tokens_B = self.placement.everywhere(jnp.zeros(len(logits_BV), jnp.int32))
+            tokens_B = self.placement.replicate(jnp.zeros(len(logits_BV), jnp.int32))
             cache = self.placement.described(cache)
             arguments = (model, self.variables, cache, tokens_B, self.setting, self.key, step)
             programs.append(_decode.lower(*arguments))
@@ -242,7 +242,7 @@ class _Decoder:
 
     def _no_logits(self, chunks):
         shape = (len(chunks[0][0]), self.placement.prefill.config.vocab_size)
-        return self.placement.everywhere(jnp.zeros(shape, jnp.float32))
+        return self.placement.replicate(jnp.zeros(shape, jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "logits_BV"))

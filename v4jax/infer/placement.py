@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from v4jax.model import sharded
-from v4jax.sharding.mesh import everywhere
+from v4jax.sharding.mesh import replicate
 from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL
 
 
@@ -50,14 +50,14 @@ class Placement:
         wanted = sharded.variable_shardings(self.prefill)
         return jax.device_put(variables, {name: wanted[name] for name in variables})
 
-    def everywhere(self, x):
+    def replicate(self, x):
         """A small array, the same in every process, on every device."""
         mesh = self.prefill.sharding.mesh
         if mesh is None:
             return x
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(self.everywhere(jax.random.key_data(x)))
-        return everywhere(mesh, np.asarray(x))
+            return jax.random.wrap_key_data(self.replicate(jax.random.key_data(x)))
+        return replicate(mesh, np.asarray(x))
 
     def handed_over(self, cache):
         """The cache as the decoding model wants it."""

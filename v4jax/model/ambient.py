@@ -35,9 +35,9 @@ def run(call: Callable, variables: Any, options: dict[str, Any]) -> Any:
 
 def _with_auto_axes(one, mesh, variables, arrays):
     """The rows of its output lie where the tokens' do."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), (variables, arrays)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), (variables, arrays)
     )
     spec = jax.typeof(arrays["tokens"]).sharding.spec
     batch = spec[0] if spec else None

@@ -11,13 +11,13 @@ from v4jax import quant
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.kernels import membership, ranges
 from v4jax.kernels.sparse_attention import api as sparse_attention
-from v4jax.kernels.sparse_attention.entries import flat
+from v4jax.kernels.sparse_attention.entries import as_rows
 from v4jax.model import rope
 from v4jax.model.cache import LayerCache, read_layer, write_layer, write_rows
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
 from v4jax.model.indexer import Indexer
-from v4jax.model.indexer_loss import Index, Paid, indexer_loss
+from v4jax.model.indexer_loss import Student, Teacher, indexer_loss
 from v4jax.model.layers import Execution, Projection, RMSNorm, inverse_rms, weight
 from v4jax.ops import products
 from v4jax.sharding import collectives, sequence
@@ -73,8 +73,8 @@ class Attention(nn.Module):
         """
         compressing = self.spec.attention in ("csa", "hca")
         frequency = rope.inverse_frequencies(self.config, compressing)
-        turn = rope.rotations(frequency, context.position)
-        kv = self._kv_rows(x_BTD, turn)
+        cos_sin = rope.rotations(frequency, context.position)
+        kv = self._kv_rows(x_BTD, cos_sin)
         aux = {}
         if self.spec.attention == "full":
             keys, cache = self._all_tokens(kv, context, cache, layer)
@@ -87,15 +87,15 @@ class Attention(nn.Module):
             fixed_BTD = jax.lax.stop_gradient(x_BTD)
             index_keys, cache = self._index_keys(fixed_BTD, context, cache, layer)
         # Keys are of all tokens; queries, from here on, of those whose output is wanted.
-        x_BTD, turn = jax.tree.map(context.wanted, (x_BTD, turn))
-        context = context.asking()
+        x_BTD, cos_sin = jax.tree.map(context.only_wanted, (x_BTD, cos_sin))
+        context = context.for_queries()
         q_lat = self.q_norm(self.wq_a("btd,ld->btl", x_BTD))
-        q = self._queries(q_lat, turn)
+        q = self._queries(q_lat, cos_sin)
         if compressing:
             low, high = self._own(*context.visible_entries(self.spec.ratio), entries, cache)
             keys |= {"entries_BCH": entries, "low_BT": low, "high_BT": high}
         if self.spec.attention == "csa":
-            q_index = self.indexer.queries(*jax.lax.stop_gradient((x_BTD, q_lat)), turn)
+            q_index = self.indexer.queries(*jax.lax.stop_gradient((x_BTD, q_lat)), cos_sin)
             if replayed_BTK is not None:
                 chosen_BTK = self._own_choice(replayed_BTK, entries, cache)
                 # Of another run's choice a query gets what it may see, in its loss too.
@@ -110,37 +110,37 @@ class Attention(nn.Module):
             seen = jnp.where(context.real, high, low)
             if chosen is not None:
                 chosen = jnp.where(context.real[..., None], chosen, -1)
-            paid = Paid(q, lse, flat(entries), low, seen, chosen)
+            teacher = Teacher(q, lse, as_rows(entries), low, seen, chosen)
             topk = self.config.index_topk or index_keys.shape[1]
             execution = self.execution
-            index = Index(*q_index, index_keys, topk, execution.native, execution.kernels)
+            student = Student(*q_index, index_keys, topk, execution.native, execution.kernels)
             scale, heads = self.config.head_dim**-0.5, self.execution.layout.kept("heads")
-            aux |= {"indexer_loss": indexer_loss(paid, index, scale, heads)}
+            aux |= {"indexer_loss": indexer_loss(teacher, student, scale, heads)}
         if "attention" in context.aux:
-            aux |= {"q": q, "kv": kv, "entries": flat(keys.get("entries_BCH")), "o": o}
-        return self._output(o, turn), cache, aux
+            aux |= {"q": q, "kv": kv, "entries": as_rows(keys.get("entries_BCH")), "o": o}
+        return self._output(o, cos_sin), cache, aux
 
-    def _queries(self, q_lat, turn):
+    def _queries(self, q_lat, cos_sin):
         """Queries [B,T,N,H], normed a head at a time without a weight, rotated."""
         config, dtype = self.config, self.execution.dtype
         q = self.wq_b("btl,xl->btx", q_lat)
         q = q.reshape(*q.shape[:2], -1, config.head_dim)
-        cos, sin = (angle[:, :, None] for angle in turn)
+        cos, sin = (angle[:, :, None] for angle in cos_sin)
         if self.execution.native:
-            q = _norm_chain(q, config.rms_norm_eps)
+            q = _native_norm(q, config.rms_norm_eps)
         elif self.execution.kernels == "reference":
             q = _normed(config.rms_norm_eps, dtype, q)[0]
         else:
-            return norm_and_turn(config.rms_norm_eps, dtype, q, cos, sin)
+            return norm_and_rope(config.rms_norm_eps, dtype, q, cos, sin)
         return self._rotated(q, cos, sin)
 
     def _rotated(self, x, cos, sin, inverse=False):
         execution = self.execution
         return rope.rotate(x, cos, sin, execution.dtype, inverse, execution.kernels)
 
-    def _kv_rows(self, x_BTD, turn):
+    def _kv_rows(self, x_BTD, cos_sin):
         kv = self.kv_norm(self.wkv("btd,hd->bth", x_BTD))
-        return self._quantize_kv(self._rotated(kv, *turn))
+        return self._quantize_kv(self._rotated(kv, *cos_sin))
 
     def _quantize_kv(self, kv):
         """Rounds all but the rotated channels to E4M3 in groups of 64 (native numerics)."""
@@ -155,16 +155,16 @@ class Attention(nn.Module):
         older = None if cache is None else read_layer(cache.window, layer)
         rows = sequence.joined_rows(layout, kv, older, window - 1)
         if cache is not None:
-            last = sequence.last_rows(layout, rows, context.whole.total, older.shape[1])
+            last = sequence.last_rows(layout, rows, context.call.total, older.shape[1])
             cache = cache.replace(window=write_layer(cache.window, layer, last))
-        asking = context.asking()
+        for_queries = context.for_queries()
         if context.last_only:
             # The window that ends with the last real token, behind `older` and the others.
-            begin = older.shape[1] + jnp.maximum(context.whole.total, 1) - window
+            begin = older.shape[1] + jnp.maximum(context.call.total, 1) - window
             rows = jax.vmap(lambda x, n: jax.lax.dynamic_slice_in_dim(x, n, window))(rows, begin)
         # A document begins `position` rows before its token, and the rows of this call behind
         # those that joined them.
-        first = rows.shape[1] - asking.tokens.shape[1] + asking.row - asking.position
+        first = rows.shape[1] - for_queries.tokens.shape[1] + for_queries.row - for_queries.position
         return {"window_BSH": rows, "first_BT": jnp.maximum(first, 0), "window": window}, cache
 
     def _all_tokens(self, kv, context, cache, layer):
@@ -175,10 +175,10 @@ class Attention(nn.Module):
             row = context.row + layout.index("sequence") * position.shape[1]
             row = jnp.broadcast_to(row, position.shape)
             return {"entries_BCH": kv, "low_BT": row - position, "high_BT": row + 1}, None
-        whole = context.whole
-        tokens = _write(layout, cache.tokens, layer, kv, whole.begin, whole.total)
+        call = context.call
+        tokens = _write(layout, cache.tokens, layer, kv, call.begin, call.total)
         kv = _read(layout, tokens, layer)
-        high = context.asking().position + 1
+        high = context.for_queries().position + 1
         low, high = self._own(jnp.zeros_like(high), high, kv, cache)
         return {"entries_BCH": kv, "low_BT": low, "high_BT": high}, cache.replace(tokens=tokens)
 
@@ -202,7 +202,7 @@ class Attention(nn.Module):
         new = sequence.collect_entries(layout, new, *context.closings(ratio), context.row.shape[1])
         if state is None:
             return new, None
-        begin, total = context.whole.begin, context.whole.total
+        begin, total = context.call.begin, context.call.total
         first = begin // ratio
         count = (begin + total) // ratio - first
         entries = _write(layout, state.entries, layer, new, first, count)
@@ -255,10 +255,10 @@ class Attention(nn.Module):
             chosen = _indices(choice, count) if "chosen" in wanted else None
         return choice, aux | ({"chosen": chosen} if "chosen" in wanted else {})
 
-    def _output(self, o, turn):
+    def _output(self, o, cos_sin):
         """Turns the values back, projects each group of heads down, then all of them up."""
         config, execution = self.config, self.execution
-        cos, sin = (angle[:, :, None] for angle in turn)
+        cos, sin = (angle[:, :, None] for angle in cos_sin)
         o = self._rotated(execution.round(o), cos, sin, inverse=True)
         groups = config.o_groups // execution.layout.size("heads")
         o = o.reshape(*o.shape[:2], groups, -1)
@@ -288,13 +288,13 @@ def _read(layout, buffer_RBCX, layer):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def norm_and_turn(eps, dtype, q_BTNH, cos, sin):
+def norm_and_rope(eps, dtype, q_BTNH, cos, sin):
     """Each head's q / rms(q), rounded, turned by the angles and rounded again."""
-    return _norm_and_turn_forward(eps, dtype, q_BTNH, cos, sin)[0]
+    return _norm_and_rope_forward(eps, dtype, q_BTNH, cos, sin)[0]
 
 
-def _norm_and_turn_forward(eps, dtype, q_BTNH, cos, sin):
-    normed, scale_BTN = _normed(eps, dtype, quant.materialized(q_BTNH))
+def _norm_and_rope_forward(eps, dtype, q_BTNH, cos, sin):
+    normed, scale_BTN = _normed(eps, dtype, quant.keep_in_bf16(q_BTNH))
     out = rope.rotate(normed, cos, sin, dtype)
     return out, (out, scale_BTN, cos, sin)
 
@@ -305,7 +305,7 @@ def _normed(eps, dtype, q_BTNH):
     return quant.round_to(q_BTNH.astype(jnp.float32) * scale_BTN[..., None], dtype), scale_BTN
 
 
-def _norm_and_turn_backward(eps, dtype, saved, g_BTNH):
+def _norm_and_rope_backward(eps, dtype, saved, g_BTNH):
     """From the result, which the core attention keeps anyway, so that q itself is not kept.
 
     A turn changes no product of two rows, so what the norm removes, the gradient's part along the
@@ -313,16 +313,16 @@ def _norm_and_turn_backward(eps, dtype, saved, g_BTNH):
     can be shifted as they are stored.
     """
     out, scale_BTN, cos, sin = saved
-    g, out = quant.materialized(g_BTNH), quant.materialized(out)
+    g, out = quant.keep_in_bf16(g_BTNH), quant.keep_in_bf16(out)
     along_BTN = products.over_channels(g, out) / g.shape[-1]
     across = rope.turned(g, cos, -sin) - along_BTN[..., None] * rope.turned(out, cos, -sin)
     return quant.round_to(across * scale_BTN[..., None], dtype), None, None
 
 
-norm_and_turn.defvjp(_norm_and_turn_forward, _norm_and_turn_backward)
+norm_and_rope.defvjp(_norm_and_rope_forward, _norm_and_rope_backward)
 
 
-def _norm_chain(q, eps):
+def _native_norm(q, eps):
     """The per-head norm as a chain of bf16 tensors (section 10, point 2)."""
     dtype, q = q.dtype, q.astype(jnp.float32)
 

@@ -52,8 +52,8 @@ class Block(nn.Module):
         y_BTD, cache, aux = self.attn(
             self.attn_norm(u_BTD), context, cache, layer, replay.get("chosen")
         )
-        h_BTMD, mixing = jax.tree.map(context.wanted, (h_BTMD, mixing))
-        context = context.asking()
+        h_BTMD, mixing = jax.tree.map(context.only_wanted, (h_BTMD, mixing))
+        context = context.for_queries()
         h_BTMD, u_BTD, ffn_mixing = self.hc_ffn.post_pre(y_BTD, h_BTMD, mixing)
         y_BTD, routing = self.ffn(self.ffn_norm(u_BTD), context, replay.get("router_experts"))
         h_BTMD = self.hc_ffn.post(y_BTD, h_BTMD, ffn_mixing)

@@ -57,7 +57,7 @@ class Compressor(nn.Module):
         joined = sequence.joined_rows(layout, raw_BTX, older, raw_rows(self.spec))
         rows = None
         if state is not None:
-            last = sequence.last_rows(layout, joined, context.whole.total, older.shape[1])
+            last = sequence.last_rows(layout, joined, context.call.total, older.shape[1])
             rows = write_layer(state.raw, layer, last)
         reach = joined.shape[1] - raw_BTX.shape[1]
         if context.document is not None:

@@ -30,18 +30,23 @@ AUX_NAMES = (
 
 @struct.dataclass
 class Context:
-    """The places of one call's tokens, the same for every layer.
+    """Where the tokens of one call stand, the same for every layer.
 
     On a mesh whose "sequence" has axes a shard holds T neighbouring rows of the whole call, else
     all of them.
 
-    tokens [B,T]. position [B,T]: within the document, for RoPE and compression blocks.
-    start [B]: tokens before this shard's first (None: the row begins here). count [B]: real tokens
-    in this shard's slice (the rest is right padding). document [B,T]: the row of the whole call at
-    which each token's document begins (None: one document a row).
-    whole: the whole call's. aux: names of wanted auxiliary outputs. dense: CSA layers attend to
-    every visible entry instead of the indexer's choice. last_only: of this layer's output only
-    each row's last real token is wanted; its rows for the cache are made of all tokens.
+    Attributes:
+      tokens: ids [B,T].
+      position: [B,T], within the document, for RoPE and compression blocks.
+      start: [B], tokens before this shard's first; None: the row begins here.
+      count: [B], real tokens in this shard's slice; the rest is right padding.
+      document: [B,T], the row of the whole call at which each token's document begins; None: one
+        document per row.
+      call: the same of the whole call.
+      aux: names of the auxiliary outputs that the caller asks for.
+      dense: CSA layers attend to every visible entry instead of the indexer's choice.
+      last_only: of this layer's output only each row's last real token is needed; its rows for the
+        cache are made of all tokens.
     """
 
     tokens: Any
@@ -49,22 +54,22 @@ class Context:
     start: Any
     count: Any
     document: Any
-    whole: "Whole"
+    call: "Call"
     aux: tuple[str, ...] = struct.field(pytree_node=False, default=())
     dense: bool = struct.field(pytree_node=False, default=False)
     layout: Layout = struct.field(pytree_node=False, default=ONE_DEVICE)
     last_only: bool = struct.field(pytree_node=False, default=False)
 
-    def wanted(self, x_BTX: Array) -> Array:
-        """The rows [B,1,...] of the tokens whose output is wanted: all, or each row's last."""
+    def only_wanted(self, x_BTX: Array) -> Array:
+        """The rows of the tokens whose output is needed: all [B,T,...], or each row's last."""
         return self.last(x_BTX) if self.last_only else x_BTX
 
     def last(self, x_BTX: Array) -> Array:
         """Each row's last real token of the whole call, [B,1,...], on all shards."""
-        return sequence.row_of_all(self.layout, x_BTX, jnp.maximum(self.whole.total - 1, 0))
+        return sequence.row_of_all(self.layout, x_BTX, jnp.maximum(self.call.total - 1, 0))
 
-    def asking(self) -> "Context":
-        """The places of the tokens whose output is wanted."""
+    def for_queries(self) -> "Context":
+        """The context of the tokens whose output is needed."""
         if not self.last_only:
             return self
         return self.replace(tokens=self.last(self.tokens), position=self.last(self.position))
@@ -88,7 +93,7 @@ class Context:
         if self.document is None:
             high = (self.position + 1) // ratio
             return jnp.zeros_like(high), high
-        closed = self.whole.closed(ratio)
+        closed = self.call.closed(ratio)
         before = jnp.pad(closed, ((0, 0), (1, 0)))
         high = collectives.part(closed, self.layout.axes("sequence"), 1)
         return jnp.take_along_axis(before, self.document, axis=1), high
@@ -102,10 +107,10 @@ class Context:
         layout, length = self.layout.size("sequence"), self.tokens.shape[1]
         first = length * jnp.arange(layout, dtype=jnp.int32)[None]
         if self.document is not None:
-            closed = self.whole.closed(ratio)
+            closed = self.call.closed(ratio)
             before = jnp.where(first > 0, closed[:, first[0] - 1], 0)
             return closing_rows(closed, layout * length // ratio), before
-        begin = self.whole.begin
+        begin = self.call.begin
         if begin is None:
             if length % ratio == 0:
                 return None, None
@@ -120,11 +125,13 @@ class Context:
 
 
 @struct.dataclass
-class Whole:
+class Call:
     """What all shards know of the call.
 
-    begin [B]: tokens that the cache held before (None: no cache). total [B]: real tokens of the
-    call. position, document: of all its rows; see `Context`.
+    Attributes:
+      begin: [B], tokens that the cache held before; None: no cache.
+      total: [B], real tokens of the call.
+      position, document: of all its rows; see `Context`.
     """
 
     begin: Any
@@ -161,23 +168,23 @@ def place_tokens(
     if segment_ids_BT is not None:
         document = document_starts(segment_ids_BT)
         position = row - document
-    whole = Whole(start_B, total, position, document)
-    return slice_of(tokens_BT, whole, tuple(aux), dense, layout)
+    call = Call(start_B, total, position, document)
+    return slice_of(tokens_BT, call, tuple(aux), dense, layout)
 
 
-def slice_of(tokens_BT, whole: Whole, aux, dense, layout: Layout) -> Context:
+def slice_of(tokens_BT, call: Call, aux, dense, layout: Layout) -> Context:
     """This shard's slice of a call; all of it where "sequence" has no axes."""
     axes = layout.axes("sequence")
     tokens, position, document = (
         None if x is None else collectives.part(x, axes, 1)
-        for x in (tokens_BT, whole.position, whole.document)
+        for x in (tokens_BT, call.position, call.document)
     )
-    start, count = whole.begin, whole.total
+    start, count = call.begin, call.total
     if axes:
         first = jax.lax.axis_index(axes) * tokens.shape[1]
         start = first + (jnp.zeros_like(count) if start is None else start)
         count = jnp.clip(count - first, 0, tokens.shape[1])
-    return Context(tokens, position, start, count, document, whole, aux, dense, layout)
+    return Context(tokens, position, start, count, document, call, aux, dense, layout)
 
 
 def closing_rows(closed_BT: Int[Array, "b t"], entries: int) -> Int[Array, "b c"]:

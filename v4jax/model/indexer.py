@@ -38,12 +38,12 @@ class Indexer(nn.Module):
         entries, rows = self.compressor(x_BTD, context, state, layer)
         return self._rotate_and_quantize(entries), rows
 
-    def queries(self, x_BTD: Array, q_lat_BTL: Array, turn) -> tuple[Array, Array]:
+    def queries(self, x_BTD: Array, q_lat_BTL: Array, cos_sin) -> tuple[Array, Array]:
         """Index queries [B,T,I,Z] and their heads' weights [B,T,I]."""
         config, round_ = self.config, self.execution.round
         q = self.wq_b("btl,xl->btx", q_lat_BTL)
         q = q.reshape(*q.shape[:2], config.index_n_heads, config.index_head_dim)
-        cos, sin = (angle[:, :, None] for angle in turn)
+        cos, sin = (angle[:, :, None] for angle in cos_sin)
         execution = self.execution
         q = rope.rotate(q, cos, sin, execution.dtype, implementation=execution.kernels)
         q = self._rotate_and_quantize(q)
@@ -56,7 +56,7 @@ class Indexer(nn.Module):
         fewer bytes or the call is a decode step's.
         """
         arguments = (q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk)
-        options = {"chain": self.execution.native, "implementation": self.execution.kernels}
+        options = {"native": self.execution.native, "implementation": self.execution.kernels}
         if low_BT.shape[1] == 1 or keys_BCZ.shape[1] > membership.BITS * topk:
             return {"chosen_BTK": api.indexer_topk(*arguments, **options)}
         member_BTW = api.indexer_member(*arguments, **options)
@@ -64,14 +64,14 @@ class Indexer(nn.Module):
 
     def best(self, q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk: int) -> tuple[Array, Array]:
         """The choice as indices and the chosen entries' scores, for a merge with other shards'."""
-        options = {"chain": self.execution.native, "implementation": self.execution.kernels}
+        options = {"native": self.execution.native, "implementation": self.execution.kernels}
         arguments = (q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk)
         chosen_BTK = api.indexer_topk(*arguments, **options)
-        return chosen_BTK, api.index_scores_at(*arguments[:3], chosen_BTK, chain=options["chain"])
+        return chosen_BTK, api.index_scores_at(*arguments[:3], chosen_BTK, native=options["native"])
 
     def scores(self, q_BTIZ, weight_BTI, keys_BCZ) -> Array:
         """Every entry's score for every query, float32 [B,T,C]: for losses and pictures."""
-        options = {"chain": self.execution.native, "implementation": self.execution.kernels}
+        options = {"native": self.execution.native, "implementation": self.execution.kernels}
         return api.index_scores(q_BTIZ, weight_BTI, keys_BCZ, **options)
 
     def _rotate_and_quantize(self, x):

@@ -26,7 +26,7 @@ TINY = 1e-30
 SUMS = ("kl", "uniform", "captured", "queries")
 
 
-class Paid(NamedTuple):
+class Teacher(NamedTuple):
     """What the core attention did: its queries, log-sum-exp, entries and the scale of its scores.
 
     low and high [B,T]: which entries a query may see. chosen_BTK: those it attended to, -1 for
@@ -41,33 +41,33 @@ class Paid(NamedTuple):
     chosen_BTK: Array | None
 
 
-class Index(NamedTuple):
+class Student(NamedTuple):
     """The indexer's queries, head weights and keys, and how many entries it chooses."""
 
     q_BTIZ: Array
     weight_BTI: Array
     keys_BCZ: Array
     topk: int
-    chain: bool
+    native: bool
     implementation: str | None = None
 
 
 class _Static(NamedTuple):
-    """What of `Index` is no array."""
+    """What of a `Student` is no array."""
 
     topk: int
-    chain: bool
+    native: bool
     implementation: str | None
 
     @property
     def options(self):
         # Of the implementations only the plain one is passed on: it alone changes derivatives.
         plain = self.implementation if self.implementation == "reference" else None
-        return {"chain": self.chain, "implementation": plain}
+        return {"native": self.native, "implementation": plain}
 
 
 def indexer_loss(
-    paid: Paid, index: Index, scale: float, heads: tuple[str, ...] = ()
+    teacher: Teacher, student: Student, scale: float, heads: tuple[str, ...] = ()
 ) -> Float[Array, " sums"]:
     """Sums over the queries that see an entry, in the order of `SUMS`; never NaN.
 
@@ -76,18 +76,18 @@ def indexer_loss(
     all, since else only those are known. queries: how many there are. Only kl has a gradient.
     heads: mesh axes that the heads are spread over.
     """
-    if paid.entries_BCH.shape[1] == 0:
+    if teacher.entries_BCH.shape[1] == 0:
         return jnp.zeros(len(SUMS), jnp.float32)
-    paid = jax.tree.map(jax.lax.stop_gradient, paid)
-    sums = _of_chosen if paid.chosen_BTK is not None else _of_all
-    keys = index.keys_BCZ
-    static = _Static(index.topk, index.chain, index.implementation)
+    teacher = jax.tree.map(jax.lax.stop_gradient, teacher)
+    sums = _of_chosen if teacher.chosen_BTK is not None else _of_all
+    keys = student.keys_BCZ
+    static = _Static(student.topk, student.native, student.implementation)
     one = jax.checkpoint(functools.partial(sums, static, scale, heads))
 
     def add(total, block):
-        return total + one(paid.entries_BCH, keys, *block), None
+        return total + one(teacher.entries_BCH, keys, *block), None
 
-    blocks = _blocks(paid, index)
+    blocks = _blocks(teacher, student)
     zeros = varying.with_axes_of(jnp.zeros(len(SUMS), jnp.float32), blocks, keys)
     return jax.lax.scan(add, zeros, blocks)[0]
 
@@ -136,14 +136,15 @@ def _normalized(mass):
     return mass / jnp.maximum(jnp.sum(mass, axis=-1, keepdims=True), TINY)
 
 
-def _blocks(paid, index):
+def _blocks(teacher, student):
     """The arrays with a query axis, [blocks, B, Q, ...]; queries of the padding see no entry."""
-    batch, length, heads, _ = paid.q_BTNH.shape
-    block = max(1, min(length, BLOCK // (batch * heads * paid.entries_BCH.shape[1])))
-    arrays = [paid.q_BTNH, paid.lse_BTN, index.q_BTIZ, index.weight_BTI, paid.low_BT, paid.high_BT]
+    batch, length, heads, _ = teacher.q_BTNH.shape
+    block = max(1, min(length, BLOCK // (batch * heads * teacher.entries_BCH.shape[1])))
+    queries = [teacher.q_BTNH, teacher.lse_BTN, student.q_BTIZ, student.weight_BTI]
+    arrays = [*queries, teacher.low_BT, teacher.high_BT]
     fill = [0] * len(arrays)
-    if paid.chosen_BTK is not None:
-        arrays, fill = [*arrays, paid.chosen_BTK], [*fill, -1]
+    if teacher.chosen_BTK is not None:
+        arrays, fill = [*arrays, teacher.chosen_BTK], [*fill, -1]
     return tuple(_cut(x, block, value) for x, value in zip(arrays, fill, strict=True))
 
 

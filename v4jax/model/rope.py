@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Inexact, Int
 
 from v4jax.config import ModelConfig, Yarn
 from v4jax.ops import derivatives
-from v4jax.quant import materialized, round_to
+from v4jax.quant import keep_in_bf16, round_to
 
 
 def inverse_frequencies(config: ModelConfig, compressing: bool) -> Float[np.ndarray, " half"]:
@@ -79,7 +79,7 @@ def rotate(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rotate(dtype, x, cos, sin):
     # What is shifted is not computed three times but stored, so it had better be short.
-    return round_to(turned(materialized(x), cos, sin), dtype)
+    return round_to(turned(keep_in_bf16(x), cos, sin), dtype)
 
 
 def _rotate_forward(dtype, x, cos, sin):

@@ -186,10 +186,10 @@ def apply_local(
     sums = {name: out.aux[name] for name in ("router_load", "indexer_loss") if name in out.aux}
     if "router_load" in sums and axes:
         sums["router_load"] = jax.tree.map(lambda x: jax.lax.psum(x, axes), sums["router_load"])
-    everywhere = axes + model.sharding.axes("batch")
-    if "indexer_loss" in sums and everywhere:
+    batch_axes = axes + model.sharding.axes("batch")
+    if "indexer_loss" in sums and batch_axes:
         sums["indexer_loss"] = jax.tree.map(
-            lambda x: jax.lax.psum(x, everywhere), sums["indexer_loss"]
+            lambda x: jax.lax.psum(x, batch_axes), sums["indexer_loss"]
         )
     return out.replace(aux=out.aux | sums)
 

@@ -280,8 +280,8 @@ class Transformer(nn.Module):
             _collect(found, auxes, segment)
         if cache is None:
             return h_BTMD, None, found
-        spare = jnp.minimum(cache.spare + context.whole.total, cache.max_rollback)
-        lengths = cache.lengths + context.whole.total
+        spare = jnp.minimum(cache.spare + context.call.total, cache.max_rollback)
+        lengths = cache.lengths + context.call.total
         return h_BTMD, cache.replace(lengths=lengths, spare=spare, layers=kept), found
 
     @nn.nowrap
@@ -306,9 +306,9 @@ class Transformer(nn.Module):
             # Positions and documents stay those of the streams: the block attends among them. The
             # last k + 1 rows have no such token; nothing before them sees them.
             tokens_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
-            total = jnp.maximum(context.whole.total - k - 1, 0)
-            whole = context.whole.replace(total=total)
-            here = slice_of(tokens_BT, whole, context.aux, False, layout)
+            total = jnp.maximum(context.call.total - k - 1, 0)
+            call = context.call.replace(total=total)
+            here = slice_of(tokens_BT, call, context.aux, False, layout)
             e_BTD = self.embed.rows(here.tokens).astype(self.execution().dtype)
             number = len(self.config.layers) + k
             given = {name: layers[number] for name, layers in replay.items() if number in layers}

@@ -65,6 +65,6 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(give, tree, shardings, is_leaf=lambda x: isinstance(x, QTensor))
 
 
-def everywhere(layout: Layout) -> NamedSharding:
+def replicated_sharding(layout: Layout) -> NamedSharding:
     """The sharding of what every device has whole."""
     return NamedSharding(layout.mesh, PartitionSpec())

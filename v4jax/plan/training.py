@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
 from v4jax.plan.job import Job
-from v4jax.plan.program import Program, abstract_variables, everywhere
+from v4jax.plan.program import Program, abstract_variables, replicated_sharding
 from v4jax.train.batch import Batch
 from v4jax.train.optimizer import OptimizerConfig, make_optimizer, state_like
 from v4jax.train.step import Rates, StepConfig, TrainState, train_step
@@ -21,7 +21,7 @@ def build_step(job: Job, model: Transformer) -> Program:
     """One step on packed rows: gradients of all parts of the batch, then Muon and AdamW."""
     optimizer = make_optimizer(OPTIMIZER, job.config.o_groups)
     variables = abstract_variables(job, model)
-    whole = everywhere(model.sharding)
+    whole = replicated_sharding(model.sharding)
     arguments = {
         "weights": variables,
         "optimizer": _moments(optimizer, variables["params"], model),
@@ -39,7 +39,7 @@ def _moments(optimizer, params, model):
     """The optimiser's state, each moment beside its parameter."""
     shapes = jax.eval_shape(optimizer.init, params)
     beside = sharded.variable_shardings(model)["params"]
-    places = state_like(optimizer, params, beside, everywhere(model.sharding))
+    places = state_like(optimizer, params, beside, replicated_sharding(model.sharding))
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )

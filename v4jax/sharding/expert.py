@@ -101,11 +101,11 @@ def _in_waves(one, waves, *tokens):
 def _all_here(x_XD, chosen_XK, weights_XK, experts, ffn, implementation):
     """One device: every row has its expert here."""
     expert_R = chosen_XK.reshape(-1)
-    places = _sorted(expert_R, experts, chosen_XK.shape)
+    permutation = _sorted(expert_R, experts, chosen_XK.shape)
     sizes_E = jnp.zeros(experts, jnp.int32).at[expert_R].add(1)
     spread, combine = (derivatives.of(f, implementation) for f in (_spread, _combine))
-    y_RD = ffn(spread(x_XD, places), _rows(weights_XK, places, spread), sizes_E)
-    return combine(y_RD, places, "float32")
+    y_RD = ffn(spread(x_XD, permutation), _rows(weights_XK, permutation, spread), sizes_E)
+    return combine(y_RD, permutation, "float32")
 
 
 def _tokens_everywhere(layout, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
@@ -122,11 +122,11 @@ def _tokens_everywhere(layout, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
     # Rows of other shards' experts go behind the last.
     expert_R = jnp.where((expert_R >= 0) & (expert_R < here), expert_R, here)
     sizes_E = jnp.zeros(here, jnp.int32).at[expert_R].add(1, mode="drop")
-    places = _sorted(expert_R, here + 1, chosen_XK.shape)._replace(
+    permutation = _sorted(expert_R, here + 1, chosen_XK.shape)._replace(
         total=sizes_E.sum(dtype=jnp.int32)
     )
-    y_RD = ffn(_spread(x_XD, places), _rows(weights_XK, places), sizes_E)
-    y_XD = _combine(y_RD, places, "float32")
+    y_RD = ffn(_spread(x_XD, permutation), _rows(weights_XK, permutation), sizes_E)
+    y_XD = _combine(y_RD, permutation, "float32")
     if axes:
         return collectives.scatter_total(y_XD, axes, 0)
     return collectives.total(y_XD, layout.axes("expert"))
@@ -135,19 +135,19 @@ def _tokens_everywhere(layout, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
 def _to_their_experts(layout, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
     """Rows to the shards of their experts by all-to-all, and back."""
     expert_R = chosen_XK.reshape(-1)
-    places = _sorted(expert_R, experts, chosen_XK.shape)
+    permutation = _sorted(expert_R, experts, chosen_XK.shape)
     counts_E = jnp.zeros(experts, jnp.int32).at[expert_R].add(1)
     exchange, counts_SE, passed = plan_exchange(layout, axes, counts_E, chosen_XK.shape)
     here = _by_expert(counts_SE, exchange.rows_there)
-    x_RD = _spread(exchange.there(_spread(x_XD, places)), here)
-    weight_R = _spread(exchange.there(_rows(weights_XK, places)), here)
+    x_RD = _spread(exchange.there(_spread(x_XD, permutation)), here)
+    weight_R = _spread(exchange.there(_rows(weights_XK, permutation)), here)
     y_RD = ffn(x_RD, weight_R, counts_SE.sum(0, dtype=jnp.int32))
     y_RD = exchange.back(_combine(y_RD, here, y_RD.dtype.name))
-    y_XD = _combine(y_RD, places, "float32")
+    y_XD = _combine(y_RD, permutation, "float32")
     return y_XD if passed is None else jnp.where(passed, jnp.nan, y_XD)
 
 
-class _Places(NamedTuple):
+class _Permutation(NamedTuple):
     """Where rows came from and where a token's rows are.
 
     Attributes:
@@ -171,7 +171,7 @@ def _sorted(key_R, keys, shape):
     else:
         source_R = jnp.argsort(key_R, stable=True).astype(jnp.int32)
     row_R = jnp.zeros_like(source_R).at[source_R].set(jnp.arange(source_R.size, dtype=jnp.int32))
-    return _Places(source_R, row_R.reshape(shape))
+    return _Permutation(source_R, row_R.reshape(shape))
 
 
 def _by_expert(counts_SE, rows):
@@ -180,7 +180,7 @@ def _by_expert(counts_SE, rows):
     starts_ES = _starts(counts_SE.T.reshape(-1)).reshape(counts_SE.T.shape)
     row_R = _moved(counts_SE, starts_SE, starts_ES.T, rows)
     source_R = _moved(counts_SE.T, starts_ES, starts_SE.T, rows)
-    return _Places(source_R, row_R[:, None], counts_SE.sum(dtype=jnp.int32))
+    return _Permutation(source_R, row_R[:, None], counts_SE.sum(dtype=jnp.int32))
 
 
 def _starts(sizes):
@@ -195,9 +195,9 @@ def _moved(sizes, starts, targets, rows):
     return jnp.where(index_R < sizes.sum(dtype=jnp.int32), index_R + distance_R, index_R)
 
 
-def _rows(weights_XK, places, spread=None):
+def _rows(weights_XK, permutation, spread=None):
     """A token's weights, one a row."""
-    each = places._replace(row_XK=places.row_XK.reshape(-1, 1))
+    each = permutation._replace(row_XK=permutation.row_XK.reshape(-1, 1))
     return (spread or _spread)(weights_XK.reshape(-1), each)
 
 
@@ -205,27 +205,27 @@ def _rows(weights_XK, places, spread=None):
 
 
 @jax.custom_vjp
-def _spread(x_X, places: _Places):
+def _spread(x_X, permutation: _Permutation):
     """Each token [X, ...] in the rows of its choices [R, ...]; zeros in those that are not real."""
-    k = places.row_XK.shape[1]
-    rows = x_X[places.source_R // k]
-    if places.total is None:
+    k = permutation.row_XK.shape[1]
+    rows = x_X[permutation.source_R // k]
+    if permutation.total is None:
         return rows
     return jnp.where(
-        _column(jnp.arange(rows.shape[0], dtype=jnp.int32) < places.total, rows), rows, 0
+        _column(jnp.arange(rows.shape[0], dtype=jnp.int32) < permutation.total, rows), rows, 0
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _combine(y_R, places: _Places, dtype: str):
+def _combine(y_R, permutation: _Permutation, dtype: str):
     """The sum over each token's real rows in the order of its choices, in float32, as `dtype`."""
     total = None
-    for choice in range(places.row_XK.shape[1]):
+    for choice in range(permutation.row_XK.shape[1]):
         # One choice at a time: the [X, K, ...] of all at once is slow to gather and to sum.
-        row_X = places.row_XK[:, choice]
+        row_X = permutation.row_XK[:, choice]
         y = y_R[row_X].astype(jnp.float32)
-        if places.total is not None:
-            y = jnp.where(_column(row_X < places.total, y), y, 0.0)
+        if permutation.total is not None:
+            y = jnp.where(_column(row_X < permutation.total, y), y, 0.0)
         total = y if total is None else total + y
     return total.astype(dtype)
 
@@ -234,21 +234,21 @@ def _column(mask, like):
     return mask.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _spread_forward(x_X, places):
-    return _spread(x_X, places), places
+def _spread_forward(x_X, permutation):
+    return _spread(x_X, permutation), permutation
 
 
-def _spread_backward(places, dy_R):
-    return _combine(dy_R, places, dy_R.dtype.name), None
+def _spread_backward(permutation, dy_R):
+    return _combine(dy_R, permutation, dy_R.dtype.name), None
 
 
-def _combine_forward(y_R, places, dtype):
-    return _combine(y_R, places, dtype), (places, jnp.zeros((0,), y_R.dtype))
+def _combine_forward(y_R, permutation, dtype):
+    return _combine(y_R, permutation, dtype), (permutation, jnp.zeros((0,), y_R.dtype))
 
 
 def _combine_backward(dtype, kept, dx_X):
-    places, like = kept
-    return _spread(dx_X.astype(like.dtype), places), None
+    permutation, like = kept
+    return _spread(dx_X.astype(like.dtype), permutation), None
 
 
 _spread.defvjp(_spread_forward, _spread_backward)

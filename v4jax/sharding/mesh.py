@@ -92,7 +92,7 @@ def _check(sizes):
         )
 
 
-def everywhere(mesh: Mesh, values: Any) -> Any:
+def replicate(mesh: Mesh, values: Any) -> Any:
     """Host arrays, the same in every process, on all of a mesh's devices."""
     sharding = NamedSharding(mesh, PartitionSpec())
     put = functools.partial(jax.make_array_from_process_local_data, sharding)

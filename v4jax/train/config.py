@@ -137,7 +137,7 @@ class TrainConfig:
         return len(self.stages) - 1, step
 
 
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def by_dotted_name(config: Any, prefix: str = "") -> dict[str, Any]:
     """Every field by its dotted name, as --config.NAME=VALUE takes it."""
     if isinstance(config, tuple) and config and dataclasses.is_dataclass(config[0]):
         pairs = [(str(i), item) for i, item in enumerate(config)]
@@ -147,13 +147,13 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: config}
     found = {}
     for name, value in pairs:
-        found |= flat(value, f"{prefix}.{name}" if prefix else name)
+        found |= by_dotted_name(value, f"{prefix}.{name}" if prefix else name)
     return found
 
 
-def plain(config: TrainConfig) -> dict[str, Any]:
-    """`flat` as it comes back from JSON, to compare with a stored one."""
-    return json.loads(json.dumps(flat(config), default=repr))
+def as_json(config: TrainConfig) -> dict[str, Any]:
+    """`by_dotted_name` as it comes back from JSON, to compare with a stored one."""
+    return json.loads(json.dumps(by_dotted_name(config), default=repr))
 
 
 def override(config: Any, texts: dict[str, str]) -> Any:

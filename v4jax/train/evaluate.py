@@ -40,7 +40,7 @@ def evaluator(config: TrainConfig, stage: Stage, model: Transformer, source: Sou
 
     def evaluate(state: TrainState) -> dict[str, float]:
         nonlocal program
-        batches = [placement.put_everywhere(model.sharding, batch) for batch in rows]
+        batches = [placement.replicate(model.sharding, batch) for batch in rows]
         if program is None:
             report.say("compiles the evaluation")
             program = jax.jit(sums_of).lower(state, batches[0]).compile()

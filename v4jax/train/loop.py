@@ -43,7 +43,7 @@ from v4jax.train import (
     start,
 )
 from v4jax.train.batch import Batch, make_batch
-from v4jax.train.config import Stage, TrainConfig, plain
+from v4jax.train.config import Stage, TrainConfig, as_json
 from v4jax.train.optimizer import make_optimizer
 from v4jax.train.saves import Checkpoints
 from v4jax.train.signals import Signals
@@ -116,7 +116,7 @@ def _open(config, workdir, steps, stack, settings):
     layout = placement.layout_of(config.mesh)
     for stage in config.stages:
         placement.own_rows(layout, stage.batch // stage.parts)
-    processes.agree("the run", {"config": plain(config), "change": settings["change"]})
+    processes.agree("the run", {"config": as_json(config), "change": settings["change"]})
     checkpoints = Checkpoints(workdir, config.keep)
     stack.callback(checkpoints.close)
     latest = checkpoints.latest
@@ -161,7 +161,7 @@ def _describe(config, workdir, source, step, stack):
         with writing(workdir / TOKENIZER):
             write_atomically(workdir / TOKENIZER, source.tokenizer.to_str().encode())
     with writing(workdir / CONFIG):
-        described = json.dumps(plain(config), indent=1).encode() + b"\n"
+        described = json.dumps(as_json(config), indent=1).encode() + b"\n"
         write_atomically(workdir / CONFIG, described)
     log = metrics.Metrics(workdir, step)
     stack.callback(log.close)
@@ -248,7 +248,7 @@ def _steps_of(run: _Run, number: int, done: int):
     program, ahead = None, None
     while done < run.steps and config.place(done)[0] == number:
         batch = _load(config, rows, number, config.place(done)[1], model.sharding)
-        rates = placement.put_everywhere(model.sharding, _rates(config, stage, done))
+        rates = placement.replicate(model.sharding, _rates(config, stage, done))
         inputs = placement.put_batch(model.sharding, batch, stage.batch), rates
         run.signals.share()  # all processes end before the same step
         if run.signals.stop:
@@ -391,7 +391,7 @@ def _save(run, step):
     stage, place = run.config.place(step)
     position = {"stage": stage, "rows": place * run.config.stages[stage].batch}
     described = {
-        "config": plain(run.config),
+        "config": as_json(run.config),
         "data": run.source.fingerprint,
         "position": position,
         "step": step,

@@ -112,12 +112,12 @@ def loss(
     ids = None if batch.segment_ids_BT is None else row
     here = functools.partial(loss_local, model.clone(inside=True), weights, dense)
     specs = sharded.variable_specs(model)
-    everywhere = PartitionSpec()
+    whole = PartitionSpec()
     return jax.shard_map(
         here,
         mesh=layout.mesh,
-        in_specs=(specs, Batch(row, cell, cell, ids), everywhere, everywhere),
-        out_specs=everywhere,
+        in_specs=(specs, Batch(row, cell, cell, ids), whole, whole),
+        out_specs=whole,
         check_vma=False,
     )(variables, batch, counts, further)
 
@@ -151,7 +151,7 @@ def loss_local(model, weights, dense, variables, batch, counts, mtp_weight):
     return objective, noted
 
 
-def _everywhere(layout):
+def _batch_axes(layout):
     return layout.axes("batch") + layout.axes("sequence")
 
 
@@ -161,7 +161,7 @@ def _nats(y_BTD, head, batch, column, layout):
     target = batch.targets_BTJ[:, :length, column].reshape(-1)
     weight = batch.weights_BTJ[:, :length, column].reshape(-1)
     nats = cross_entropy(y_BTD.reshape(-1, width), head, target, weight, layout.axes("vocab"))
-    return total(nats, _everywhere(layout))
+    return total(nats, _batch_axes(layout))
 
 
 def _balance(config, loads, counts, layout):
@@ -188,7 +188,7 @@ def _indexer(config, sums, counts, layout, dense):
     """Means over the whole batch's queries that see an entry, and over CSA layers."""
     means = []
     for layer, layer_sums in sums.items():
-        whole = total(layer_sums, _everywhere(layout))
+        whole = total(layer_sums, _batch_axes(layout))
         means.append(_mean(whole, counts.queries[config.layers[layer].ratio]))
     mean = dict(zip(SUMS, sum(means) / len(means), strict=True))
     noted = {"indexer": mean["kl"], "indexer_uniform": mean["uniform"]}

@@ -10,8 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from v4jax.errors import InputError
 from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
+from v4jax.sharding import mesh as meshes
 from v4jax.sharding import processes
-from v4jax.sharding.mesh import everywhere, make_mesh, parse_sizes
+from v4jax.sharding.mesh import make_mesh, parse_sizes
 from v4jax.sharding.rules import TRAIN, Layout
 from v4jax.train.batch import Batch
 from v4jax.train.optimizer import state_like
@@ -43,13 +44,13 @@ def state_shardings(
     if model.sharding.mesh is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(lambda _: here, state)
-    everywhere = NamedSharding(model.sharding.mesh, PartitionSpec())
+    replicated = NamedSharding(model.sharding.mesh, PartitionSpec())
     where = sharded.variable_shardings(model)
     return TrainState(
         params=where["params"],
         buffers=where["buffers"],
-        moments=state_like(optimizer, state.params, where["params"], everywhere),
-        step=everywhere,
+        moments=state_like(optimizer, state.params, where["params"], replicated),
+        step=replicated,
         scales=_scale_shardings(where["params"], state.scales),
     )
 
@@ -111,8 +112,8 @@ def put_batch(layout: Layout, batch: Batch, rows: int) -> Batch:
         return jax.tree.map(put, batch)
 
 
-def put_everywhere(layout: Layout, values: Any) -> Any:
+def replicate(layout: Layout, values: Any) -> Any:
     """Host values, the same in every process, on all devices."""
     if layout.mesh is None:
         return jax.device_put(values)
-    return everywhere(layout.mesh, values)
+    return meshes.replicate(layout.mesh, values)

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from typing import Any
 
 from v4jax.errors import InputError
-from v4jax.train.config import TrainConfig, override, plain
+from v4jax.train.config import TrainConfig, as_json, override
 
 # As regular expressions. A mesh and a stage's parts change the order of sums, so the last digits;
 # a checkpoint to start from is not read again, and data at another path must be the same data.
@@ -48,8 +48,8 @@ def kind_of(name: str, config: TrainConfig) -> str:
 
 
 def differences(config: TrainConfig, stored: dict[str, Any], kind: str) -> list[str]:
-    """Names of the fields of a kind in which a config is not the stored one (`plain`)."""
-    now = plain(config)
+    """Names of the fields of a kind in which a config is not the stored one (`as_json`)."""
+    now = as_json(config)
     return [
         name
         for name in sorted(now.keys() | stored.keys())
@@ -67,7 +67,7 @@ def settle(
     """The config that a run goes on with, and a sentence of what it keeps or changes.
 
     Args:
-      stored: the config, as `plain`, of the checkpoint that it goes on from.
+      stored: the config, as `as_json`, of the checkpoint that it goes on from.
       change: whether changeable fields are taken from `config`.
       given: names that the user has set by hand: such a wish is not passed over, but refused.
 
@@ -95,7 +95,7 @@ def settle(
 
 
 def _said(name, config, stored, was):
-    return f"{name} is {_short(plain(config).get(name))} {was} {_short(stored.get(name))}"
+    return f"{name} is {_short(as_json(config).get(name))} {was} {_short(stored.get(name))}"
 
 
 def _short(value):

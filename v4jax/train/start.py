@@ -14,7 +14,7 @@ from v4jax.datasets.hash_table import hash_table
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
 from v4jax.train import lora, quantized
-from v4jax.train.config import TrainConfig, flat
+from v4jax.train.config import TrainConfig, by_dotted_name
 from v4jax.train.optimizer import joined
 
 # Fields that say how a checkpoint's files are stored, not what the model is.
@@ -90,7 +90,7 @@ def with_hash_tables(config: ModelConfig, buffers, count_V: np.ndarray, seed: in
 
 def _of_checkpoint(config, model):
     found, loaded = checkpoint.load_variables(config.start, "float32", model.min_repeats)
-    ours, theirs = flat(config.model), flat(found)
+    ours, theirs = by_dotted_name(config.model), by_dotted_name(found)
     changed = [
         f"{name} is {ours.get(name)!r} and in the checkpoint {theirs.get(name)!r}"
         for name in sorted(ours.keys() | theirs.keys())

@@ -47,7 +47,7 @@ def indexer_member(
     high_BT: Int[Array, "b t"],
     topk: int,
     *,
-    chain: bool = False,
+    native: bool = False,
     implementation: str | None = None,
 ) -> UInt32[Array, "b t w"]:
     """Which visible entries are the `topk` of highest score of every query, a bit an entry.
@@ -62,7 +62,7 @@ def indexer_member(
       low_BT, high_BT: a query may see entries low <= e < high, of those that there are. The ranges
         of a row may stand in any order, overlap and be empty.
       topk: how many to choose.
-      chain: bf16 rounding after every step of the score (section 10, point 7).
+      native: bf16 rounding after every step of the score (section 10, point 7).
       implementation: None chooses; "xla", "reference", "pallas_tpu" or "pallas_gpu" by name.
 
     Returns:
@@ -75,7 +75,7 @@ def indexer_member(
     topk = min(topk, keys_BCZ.shape[1])
     if topk == 0:
         return jnp.zeros((*low_BT.shape, membership.words(keys_BCZ.shape[1])), jnp.uint32)
-    functions = _with(MEMBER, topk=topk, chain=chain)
+    functions = _with(MEMBER, topk=topk, native=native)
     seen = ranges.in_list(low_BT, high_BT, keys_BCZ.shape[1])
     args = _fixed(q_BTIZ, weight_BTI, keys_BCZ, *seen)
     return dispatch.run("indexer_member", implementation, functions, _refuse, *args)
@@ -89,7 +89,7 @@ def indexer_topk(
     high_BT: Int[Array, "b t"],
     topk: int,
     *,
-    chain: bool = False,
+    native: bool = False,
     implementation: str | None = None,
 ) -> Int[Array, "b t k"]:
     """The choice of `indexer_member` as indices.
@@ -109,18 +109,18 @@ def indexer_topk(
         return jnp.zeros((*low_BT.shape, 0), jnp.int32)
     from_member = {
         name: functools.partial(
-            _indices, MEMBER[name], entries=keys_BCZ.shape[1], topk=topk, chain=chain
+            _indices, MEMBER[name], entries=keys_BCZ.shape[1], topk=topk, native=native
         )
         for name in set(MEMBER) - set(INDICES)
     }
-    functions = _with(INDICES, topk=topk, chain=chain) | from_member
+    functions = _with(INDICES, topk=topk, native=native) | from_member
     seen = ranges.in_list(low_BT, high_BT, keys_BCZ.shape[1])
     args = _fixed(q_BTIZ, weight_BTI, keys_BCZ, *seen)
     return dispatch.run("indexer_topk", implementation, functions, _refuse, *args)
 
 
-def _indices(member, *args, entries, topk, chain, interpret):
-    word = member(*args, topk=topk, chain=chain, interpret=interpret)
+def _indices(member, *args, entries, topk, native, interpret):
+    word = member(*args, topk=topk, native=native, interpret=interpret)
     return membership.to_indices(word, topk, entries)
 
 
@@ -150,7 +150,7 @@ def index_scores(
     weight_BTI: Inexact[Array, "b t i"],
     keys_BCZ: Inexact[Array, "b c z"],
     *,
-    chain: bool = False,
+    native: bool = False,
     implementation: str | None = None,
 ) -> Float32[Array, "b t c"]:
     """Every entry's score for every query, differentiable in q, weight and keys.
@@ -160,7 +160,7 @@ def index_scores(
 
     Args:
       q_BTIZ, weight_BTI, keys_BCZ: as of `indexer_member`.
-      chain: bf16 rounding after every step of the score; gradients pass the rounding unchanged.
+      native: bf16 rounding after every step of the score; gradients pass the rounding unchanged.
       implementation: None chooses; "xla", "reference", "pallas_tpu" or "pallas_gpu" by name.
 
     Raises:
@@ -169,23 +169,23 @@ def index_scores(
     if keys_BCZ.shape[1] == 0:
         return jnp.zeros((*q_BTIZ.shape[:2], 0), jnp.float32)
     if implementation == "reference":  # with derivatives of every order
-        return SCORES["reference"](q_BTIZ, weight_BTI, keys_BCZ, chain=chain)
-    return _index_scores(q_BTIZ, weight_BTI, keys_BCZ, chain, implementation)
+        return SCORES["reference"](q_BTIZ, weight_BTI, keys_BCZ, native=native)
+    return _index_scores(q_BTIZ, weight_BTI, keys_BCZ, native, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _index_scores(q_BTIZ, weight_BTI, keys_BCZ, chain, implementation):
-    return _scores_forward(q_BTIZ, weight_BTI, keys_BCZ, chain, implementation)[0]
+def _index_scores(q_BTIZ, weight_BTI, keys_BCZ, native, implementation):
+    return _scores_forward(q_BTIZ, weight_BTI, keys_BCZ, native, implementation)[0]
 
 
-def _scores_forward(q_BTIZ, weight_BTI, keys_BCZ, chain, implementation):
+def _scores_forward(q_BTIZ, weight_BTI, keys_BCZ, native, implementation):
     args = (q_BTIZ, weight_BTI, keys_BCZ)
-    functions = _with(SCORES, chain=chain)
+    functions = _with(SCORES, native=native)
     return dispatch.run("index_scores", implementation, functions, _refuse_scores, *args), args
 
 
-def _scores_backward(chain, implementation, args, g_BTC):
-    functions = _with(GRADIENT, chain=chain)
+def _scores_backward(native, implementation, args, g_BTC):
+    functions = _with(GRADIENT, native=native)
     gradient = dispatch.run("index_scores", implementation, functions, _refuse_scores, *args, g_BTC)
     return tuple(g.astype(x.dtype) for g, x in zip(gradient, args, strict=True))
 
@@ -203,7 +203,7 @@ def index_scores_at(
     keys_BCZ: Inexact[Array, "b c z"],
     chosen_BTK: Int[Array, "b t k"],
     *,
-    chain: bool = False,
+    native: bool = False,
     implementation: str | None = None,
 ) -> Float32[Array, "b t k"]:
     """Scores of the given entries alone, differentiable in q, weight and keys; 0 at -1.
@@ -213,10 +213,10 @@ def index_scores_at(
     Args:
       q_BTIZ, weight_BTI, keys_BCZ: as of `indexer_member`.
       chosen_BTK: entries of each query, -1 for none.
-      chain: as of `index_scores`.
+      native: as of `index_scores`.
       implementation: "reference" for derivatives of every order; else one by hand.
     """
     if keys_BCZ.shape[1] == 0 or chosen_BTK.shape[2] == 0:
         return jnp.zeros(chosen_BTK.shape, jnp.float32)
     scores_at = derivatives.of(chosen_scores.index_scores_at, implementation)
-    return scores_at(q_BTIZ, weight_BTI, keys_BCZ, chosen_BTK, chain)
+    return scores_at(q_BTIZ, weight_BTI, keys_BCZ, chosen_BTK, native)

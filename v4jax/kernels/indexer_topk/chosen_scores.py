@@ -13,17 +13,17 @@ BLOCK = 1 << 24
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def index_scores_at(q_BTIZ, weight_BTI, keys_BCZ, chosen_BTK, chain):
+def index_scores_at(q_BTIZ, weight_BTI, keys_BCZ, chosen_BTK, native):
     """See api.index_scores_at."""
-    return _forward(q_BTIZ, weight_BTI, keys_BCZ, chosen_BTK, chain)[0]
+    return _forward(q_BTIZ, weight_BTI, keys_BCZ, chosen_BTK, native)[0]
 
 
-def _forward(q_BTIZ, weight_BTI, keys_BCZ, chosen_BTK, chain):
+def _forward(q_BTIZ, weight_BTI, keys_BCZ, chosen_BTK, native):
     residuals = (q_BTIZ, weight_BTI, keys_BCZ, chosen_BTK)
 
     def one(_, block):
         q, weight, chosen = block
-        score = functools.partial(reference.index_scores_of_rows, chain=chain)
+        score = functools.partial(reference.index_scores_of_rows, native=native)
         scores = score(q, weight, _rows(keys_BCZ, chosen))
         return None, jnp.where(chosen < 0, 0.0, scores)
 
@@ -32,14 +32,14 @@ def _forward(q_BTIZ, weight_BTI, keys_BCZ, chosen_BTK, chain):
     return _joined(scores, length), residuals
 
 
-def _backward(chain, residuals, g_BTK):
+def _backward(native, residuals, g_BTK):
     q_BTIZ, weight_BTI, keys_BCZ, chosen_BTK = residuals
 
     def one(dkeys, block):
         q, weight, chosen, g = block
         rows = _rows(keys_BCZ, chosen)
         g = jnp.where(chosen < 0, 0.0, g)
-        dq, dweight, drows = reference.rows_gradient(q, weight, rows, g, chain=chain)
+        dq, dweight, drows = reference.rows_gradient(q, weight, rows, g, native=native)
         batch = jnp.arange(chosen.shape[0], dtype=jnp.int32)[:, None, None]
         # -1 would be the last row; nothing is added there, its gradient being 0.
         return dkeys.at[batch, chosen].add(drows), (dq, dweight)

@@ -22,7 +22,7 @@ COUNT_BLOCK = 64
 DOTS = 1 << 26
 
 
-def indexer_topk(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk, *, chain=False):
+def indexer_topk(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk, *, native=False):
     """See api.indexer_topk."""
 
     def everything(low, high):
@@ -31,10 +31,10 @@ def indexer_topk(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk, *, chain=F
 
     finish = functools.partial(membership.indices_of, topk=topk)
     args = (q_BTIZ, weight_BTI, low_BT, high_BT)
-    return _in_blocks(args, keys_BCZ, everything, finish, topk, chain)
+    return _in_blocks(args, keys_BCZ, everything, finish, topk, native)
 
 
-def indexer_member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk, *, chain=False):
+def indexer_member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk, *, native=False):
     """See api.indexer_member."""
     entries = keys_BCZ.shape[1]
 
@@ -46,10 +46,10 @@ def indexer_member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk, *, chain
         return membership.pack(mask[..., :entries])
 
     args = (q_BTIZ, weight_BTI, low_BT, high_BT)
-    return _in_blocks(args, keys_BCZ, everything, finish, topk, chain)
+    return _in_blocks(args, keys_BCZ, everything, finish, topk, native)
 
 
-def _in_blocks(args, keys_BCZ, everything, finish, topk, chain):
+def _in_blocks(args, keys_BCZ, everything, finish, topk, native):
     """A block of queries at a time: everything(low, high), or finish(mask of the choice)."""
     length = args[0].shape[1]
     block = min(QUERY_BLOCK, length)
@@ -68,7 +68,7 @@ def _in_blocks(args, keys_BCZ, everything, finish, topk, chain):
         low, high = args[2:]
 
         def scored(args):
-            return finish(_largest(_ordered_scores(*args, keys_BCZ, tile, chain), topk))
+            return finish(_largest(_ordered_scores(*args, keys_BCZ, tile, native), topk))
 
         few = jnp.max(high - low) <= topk
         return jax.lax.cond(few, lambda args: everything(low, high), scored, args)
@@ -85,22 +85,22 @@ def _in_blocks(args, keys_BCZ, everything, finish, topk, chain):
     return chosen.reshape(chosen.shape[0], -1, chosen.shape[-1])[:, :length]
 
 
-def index_scores(q_BTIZ, weight_BTI, keys_BCZ, *, chain=False):
+def index_scores(q_BTIZ, weight_BTI, keys_BCZ, *, native=False):
     """See api.index_scores: a tile of keys at a time."""
     tiles = _key_tiles(q_BTIZ, keys_BCZ)
     if tiles.shape[0] == 1:
-        return reference.index_scores(q_BTIZ, weight_BTI, keys_BCZ, chain=chain)
+        return reference.index_scores(q_BTIZ, weight_BTI, keys_BCZ, native=native)
 
     def one(keys):
-        return reference.index_scores(q_BTIZ, weight_BTI, keys, chain=chain)
+        return reference.index_scores(q_BTIZ, weight_BTI, keys, native=native)
 
     return _joined(jax.lax.map(one, tiles), 2)[:, :, : keys_BCZ.shape[1]]
 
 
-def index_scores_gradient(q_BTIZ, weight_BTI, keys_BCZ, g_BTC, *, chain=False):
+def index_scores_gradient(q_BTIZ, weight_BTI, keys_BCZ, g_BTC, *, native=False):
     """(dq, dweight, dkeys), float32, a tile of keys at a time."""
     tiles = _key_tiles(q_BTIZ, keys_BCZ)
-    gradient = functools.partial(reference.index_scores_gradient, q_BTIZ, weight_BTI, chain=chain)
+    gradient = functools.partial(reference.index_scores_gradient, q_BTIZ, weight_BTI, native=native)
     count, _, tile, _ = tiles.shape
     if count == 1:
         return gradient(keys_BCZ, g_BTC)
@@ -133,7 +133,7 @@ def _joined(tiles, axis):
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def _ordered_scores(q, weight, low, high, keys_BCZ, tile, chain):
+def _ordered_scores(q, weight, low, high, keys_BCZ, tile, native):
     """Scores as uint32 of the same order, 0 where an entry is not visible: [B,Q,C]."""
     batch, queries = low.shape
     entries = keys_BCZ.shape[1]
@@ -141,7 +141,7 @@ def _ordered_scores(q, weight, low, high, keys_BCZ, tile, chain):
     def body(index, order):
         begin = index * tile
         keys = _tile_of(keys_BCZ, begin, tile)
-        scores = reference.index_scores(q, weight, keys, chain=chain)
+        scores = reference.index_scores(q, weight, keys, native=native)
         entry = (begin + jnp.arange(tile))[None, None]
         visible = (entry >= low[..., None]) & (entry < high[..., None])
         part = jnp.where(visible, order_preserving(scores), jnp.uint32(0))

@@ -8,9 +8,9 @@ from jaxtyping import Array, Float, Inexact, Int, UInt32
 
 from v4jax.kernels import dispatch, ranges
 from v4jax.kernels.sparse_attention import reference, xla
-from v4jax.kernels.sparse_attention.entries import check, flat
+from v4jax.kernels.sparse_attention.entries import as_rows, check
 from v4jax.kernels.sparse_attention.gpu import tiles as pallas_gpu
-from v4jax.kernels.sparse_attention.plan import Places, Plan
+from v4jax.kernels.sparse_attention.plan import Plan, Visible
 from v4jax.kernels.sparse_attention.stored import StoredRows
 from v4jax.kernels.sparse_attention.tpu import tiles as pallas_tpu
 from v4jax.ops import products
@@ -83,8 +83,8 @@ def sparse_attention(
     if chosen_BTK is not None:
         chosen_BTK, topk = ranges.visible(chosen_BTK, low_BT, high_BT), chosen_BTK.shape[2]
     plan = Plan(scale, window, topk)
-    places = Places(first_BT, low_BT, high_BT, chosen_BTK, member_BTW)
-    arrays = (q_BTNH, sink_N.astype(jnp.float32), window_BSH, entries_BCH, places)
+    visible = Visible(first_BT, low_BT, high_BT, chosen_BTK, member_BTW)
+    arrays = (q_BTNH, sink_N.astype(jnp.float32), window_BSH, entries_BCH, visible)
     if implementation == "reference":
         out, lse = reference.sparse_attention(plan, *arrays)
     else:
@@ -98,8 +98,8 @@ def _attend(plan, implementation, *arrays):
     return _attend_fwd(plan, implementation, *arrays)[0]
 
 
-def _attend_fwd(plan, implementation, q_BTNH, sink_N, window_BSH, entries_BCH, places):
-    arrays = (q_BTNH, sink_N, window_BSH, entries_BCH, places)
+def _attend_fwd(plan, implementation, q_BTNH, sink_N, window_BSH, entries_BCH, visible):
+    arrays = (q_BTNH, sink_N, window_BSH, entries_BCH, visible)
     refuse = _refusal(plan, q_BTNH, window_BSH, entries_BCH)
     out, lse = dispatch.run(OP, implementation, _bind(FORWARD, plan), refuse, *arrays)
     return (out, lse), (*arrays, out, lse)
@@ -108,7 +108,7 @@ def _attend_fwd(plan, implementation, q_BTNH, sink_N, window_BSH, entries_BCH, p
 def _attend_bwd(plan, implementation, saved, gradients):
     """ds = p (dp - delta), delta = sum over H of do * o; the sink's value is 0, so its dp is 0."""
     dout, _ = gradients
-    q_BTNH, sink_N, window_BSH, entries_BCH, places, out, lse = saved
+    q_BTNH, sink_N, window_BSH, entries_BCH, visible, out, lse = saved
     if isinstance(entries_BCH, StoredRows):
         raise NotImplementedError(
             "sparse_attention has no gradient where the entries are StoredRows; hand it rows "
@@ -116,13 +116,13 @@ def _attend_bwd(plan, implementation, saved, gradients):
         )
     delta = products.over_channels(dout, out)
     dsink = -jnp.sum(jnp.exp(sink_N[None, None] - lse) * delta, axis=(0, 1))
-    arrays = (q_BTNH, window_BSH, flat(entries_BCH), places, lse, delta, dout)
+    arrays = (q_BTNH, window_BSH, as_rows(entries_BCH), visible, lse, delta, dout)
     refuse = _refusal(plan, q_BTNH, window_BSH, entries_BCH)
     grads = dispatch.run(OP, implementation, _bind(BACKWARD, plan), refuse, *arrays)
     dq, dwindow, dentries = grads
     if entries_BCH is not None:
         dentries = dentries.reshape(entries_BCH.shape)
-    return dq, dsink, dwindow, dentries, jax.tree.map(lambda _: None, places)
+    return dq, dsink, dwindow, dentries, jax.tree.map(lambda _: None, visible)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -23,7 +23,7 @@ def in_lanes(rows_BCH):
     return rows_BCH.reshape(*rows_BCH.shape[:2], -1, LANES)
 
 
-def flat(entries):
+def as_rows(entries):
     """Rows in lanes as [B,C,H], which on a TPU copies them; other forms as they are."""
     if entries is None or entries.ndim != 4:
         return entries

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
 from v4jax.kernels.sparse_attention import query_blocks
-from v4jax.kernels.sparse_attention.entries import flat, take
+from v4jax.kernels.sparse_attention.entries import as_rows, take
 from v4jax.kernels.sparse_attention.stored import StoredRows
 
 QUERY_BLOCK = 64
@@ -37,7 +37,7 @@ def attention_mass(
     parts = (length + padding) // min(QUERY_BLOCK, length)
     arrays = jax.lax.stop_gradient((q_BTNH, lse_BTN, keys_BTK))
     blocks = [query_blocks.split(query_blocks.pad(x, after=padding), parts) for x in arrays]
-    entries = jax.lax.stop_gradient(flat(entries_BCH))
+    entries = jax.lax.stop_gradient(as_rows(entries_BCH))
 
     def one(block):
         q, lse, keys = block

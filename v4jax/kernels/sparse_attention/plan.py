@@ -17,7 +17,7 @@ class Plan:
     topk: int = 0
 
 
-class Places(NamedTuple):
+class Visible(NamedTuple):
     """Which keys each query sees; see `api.sparse_attention`. None where there is no such key.
 
     first_BT; low_BT, high_BT; and the choice, chosen_BTK or member_BTW.

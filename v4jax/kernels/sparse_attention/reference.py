@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from v4jax.kernels import membership
 from v4jax.kernels.sparse_attention import stored
-from v4jax.kernels.sparse_attention.entries import flat
+from v4jax.kernels.sparse_attention.entries import as_rows
 from v4jax.kernels.sparse_attention.stored import StoredRows
 
 
@@ -17,7 +17,7 @@ def sparse_attention(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
         masks.append(window_mask(places.first, window_BSH.shape[1], plan.window))
     if entries_BCH is not None:
         is_stored = isinstance(entries_BCH, StoredRows)
-        keys.append(stored.unpack(entries_BCH) if is_stored else flat(entries_BCH))
+        keys.append(stored.unpack(entries_BCH) if is_stored else as_rows(entries_BCH))
         masks.append(entry_mask(entries_BCH.shape[1], places))
     kv_BKH = jnp.concatenate(keys, axis=1).astype(jnp.float32)
     mask_BTK = jnp.concatenate(masks, axis=2)

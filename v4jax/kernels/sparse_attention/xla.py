@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from v4jax import quant
 from v4jax.kernels import membership
 from v4jax.kernels.sparse_attention import query_blocks, stored
-from v4jax.kernels.sparse_attention.entries import flat, take
+from v4jax.kernels.sparse_attention.entries import as_rows, take
 from v4jax.kernels.sparse_attention.stored import StoredRows
 from v4jax.ops import varying
 
@@ -30,7 +30,7 @@ GATHERED_ELEMENTS = 1 << 22
 def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
     """See api.sparse_attention: out [B,T,N,H] of q's dtype and log-sum-exp [B,T,N]."""
     length = q_BTNH.shape[1]
-    q, window, entries, places = _pad(plan, q_BTNH, window_BSH, flat(entries_BCH), places)
+    q, window, entries, places = _pad(plan, q_BTNH, window_BSH, as_rows(entries_BCH), places)
     block = _block(plan, length)
 
     def run(index):

@@ -30,12 +30,12 @@ _ABOVE_ALL = 0x7F800001
 
 
 def indexer_member(
-    q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk: int, chain: bool, interpret: bool
+    q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk: int, native: bool, interpret: bool
 ):
     """See api.indexer_member."""
     sizes = blocks.blocks("cuda").indexer_topk
     args = (q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT)
-    return _member(*args, topk=topk, chain=chain, sizes=sizes, interpret=interpret)
+    return _member(*args, topk=topk, native=native, sizes=sizes, interpret=interpret)
 
 
 def refuse(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT) -> str | None:
@@ -57,8 +57,8 @@ def _candidates(width):
     return min(CANDIDATES, 1 << (width - 1).bit_length())
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "chain", "sizes", "interpret"))
-def _member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk, chain, sizes, interpret):
+@functools.partial(jax.jit, static_argnames=("topk", "native", "sizes", "interpret"))
+def _member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk, native, sizes, interpret):
     batch, length = low_BT.shape
     entries = keys_BCZ.shape[1]
     q, weight, keys = gpu_tiles.prepared(q_BTIZ, weight_BTI, keys_BCZ)
@@ -69,7 +69,7 @@ def _member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk, chain, sizes
     heads = q_BTIZ.shape[2]
 
     def one(args):
-        return _choose(*args, keys, group, heads, topk, chain, sizes, interpret)
+        return _choose(*args, keys, group, heads, topk, native, sizes, interpret)
 
     args = (q, weight, low_BT, high_BT)
     args = tuple(gpu_tiles.pad_to(x, 1, chunks * chunk) for x in args)
@@ -90,7 +90,7 @@ def _chunks(batch, length, width, sizes):
     return gpu_tiles.round_up(-(-length // chunks), group), group
 
 
-def _choose(q, weight, low, high, keys, group, heads, topk, chain, sizes, interpret):
+def _choose(q, weight, low, high, keys, group, heads, topk, native, sizes, interpret):
     """One chunk's packed mask, int32 [B, chunk, W]."""
     batch, chunk, padded_heads, channels = q.shape
     entries = keys.shape[1]
@@ -124,7 +124,7 @@ def _choose(q, weight, low, high, keys, group, heads, topk, chain, sizes, interp
             tile=tile,
             rows=entries,
             heads=heads,
-            chain=chain,
+            native=native,
             interpret=interpret,
         ),
         (chunk // group, -(-entries // tile), batch),
@@ -176,7 +176,7 @@ def _order_kernel(
     tile,
     rows,
     heads,
-    chain,
+    native,
     interpret,
 ):
     """Scores of a key tile and a group of queries as integers of the same order.
@@ -196,7 +196,7 @@ def _order_kernel(
 
         def body(index, carry):
             t = first + index
-            scores = gpu_tiles.scores(keys, q_ref[t], weight_ref[t], heads, chain, interpret)
+            scores = gpu_tiles.scores(keys, q_ref[t], weight_ref[t], heads, native, interpret)
             order_ref[t, pl.ds(start, tile)] = _order_preserving(scores)
             return carry
 

@@ -23,23 +23,23 @@ def refuse(q_BTIZ, weight_BTI, keys_BCZ, *_) -> str | None:
     return gpu_tiles.refuse(q_BTIZ, keys_BCZ)
 
 
-def index_scores(q_BTIZ, weight_BTI, keys_BCZ, *, chain: bool, interpret: bool):
+def index_scores(q_BTIZ, weight_BTI, keys_BCZ, *, native: bool, interpret: bool):
     """See api.index_scores."""
     sizes = blocks.blocks("cuda").indexer_topk
-    return _forward(q_BTIZ, weight_BTI, keys_BCZ, sizes=sizes, chain=chain, interpret=interpret)
+    return _forward(q_BTIZ, weight_BTI, keys_BCZ, sizes=sizes, native=native, interpret=interpret)
 
 
-def index_scores_gradient(q_BTIZ, weight_BTI, keys_BCZ, g_BTC, *, chain: bool, interpret: bool):
+def index_scores_gradient(q_BTIZ, weight_BTI, keys_BCZ, g_BTC, *, native: bool, interpret: bool):
     """(dq, dweight, dkeys), float32."""
-    return _backward(q_BTIZ, weight_BTI, keys_BCZ, g_BTC, chain=chain, interpret=interpret)
+    return _backward(q_BTIZ, weight_BTI, keys_BCZ, g_BTC, native=native, interpret=interpret)
 
 
 def _whole(*shape):
     return pl.BlockSpec((None, *shape), lambda *ids: (ids[-1], *(0 for _ in shape)))
 
 
-@functools.partial(jax.jit, static_argnames=("sizes", "chain", "interpret"))
-def _forward(q_BTIZ, weight_BTI, keys_BCZ, *, sizes, chain, interpret):
+@functools.partial(jax.jit, static_argnames=("sizes", "native", "interpret"))
+def _forward(q_BTIZ, weight_BTI, keys_BCZ, *, sizes, native, interpret):
     batch, length = q_BTIZ.shape[:2]
     entries = keys_BCZ.shape[1]
     q, weight, keys = gpu_tiles.prepared(q_BTIZ, weight_BTI, keys_BCZ)
@@ -55,7 +55,7 @@ def _forward(q_BTIZ, weight_BTI, keys_BCZ, *, sizes, chain, interpret):
             tile=tile,
             rows=entries,
             heads=q_BTIZ.shape[2],
-            chain=chain,
+            native=native,
             interpret=interpret,
         ),
         out_shape=jax.ShapeDtypeStruct((batch, padded, width), jnp.float32),
@@ -70,22 +70,22 @@ def _forward(q_BTIZ, weight_BTI, keys_BCZ, *, sizes, chain, interpret):
 
 
 def _forward_kernel(
-    q_ref, weight_ref, keys_ref, scores_ref, *, group, tile, rows, heads, chain, interpret
+    q_ref, weight_ref, keys_ref, scores_ref, *, group, tile, rows, heads, native, interpret
 ):
     first, start = pl.program_id(0) * group, pl.program_id(1) * tile
     keys = gpu_tiles.load_rows(keys_ref, start, tile, rows)
 
     def body(index, carry):
         t = first + index
-        scores = gpu_tiles.scores(keys, q_ref[t], weight_ref[t], heads, chain, interpret)
+        scores = gpu_tiles.scores(keys, q_ref[t], weight_ref[t], heads, native, interpret)
         scores_ref[t, pl.ds(start, tile)] = scores
         return carry
 
     lax.fori_loop(0, group, body, 0)
 
 
-@functools.partial(jax.jit, static_argnames=("chain", "interpret"))
-def _backward(q_BTIZ, weight_BTI, keys_BCZ, g_BTC, *, chain, interpret):
+@functools.partial(jax.jit, static_argnames=("native", "interpret"))
+def _backward(q_BTIZ, weight_BTI, keys_BCZ, g_BTC, *, native, interpret):
     heads, channels = q_BTIZ.shape[2:]
     entries = keys_BCZ.shape[1]
     q, weight, keys = gpu_tiles.prepared(q_BTIZ, weight_BTI, keys_BCZ)
@@ -93,7 +93,7 @@ def _backward(q_BTIZ, weight_BTI, keys_BCZ, g_BTC, *, chain, interpret):
     width = gpu_tiles.round_up(entries, KEY_KEYS)
     keys = gpu_tiles.pad_to(keys, 1, width)
     g = gpu_tiles.pad_to(g_BTC.astype(jnp.float32), 2, width)
-    dq, dweight = _query_gradient(q, weight, keys, g, chain, interpret)
+    dq, dweight = _query_gradient(q, weight, keys, g, native, interpret)
     dkeys = _key_gradient(q, weight, keys, g, interpret)
     return dq[:, :, :heads, :channels], dweight[..., :heads], dkeys[:, :entries, :channels]
 
@@ -102,7 +102,7 @@ def _key_tile(keys, tile):
     return tile if keys.dtype == jnp.bfloat16 else gpu_tiles.FLOAT32_KEYS
 
 
-def _query_gradient(q, weight, keys, g, chain, interpret):
+def _query_gradient(q, weight, keys, g, native, interpret):
     batch, length, heads, channels = q.shape
 
     def of_query(t, b):
@@ -113,7 +113,7 @@ def _query_gradient(q, weight, keys, g, chain, interpret):
 
     tile = _key_tile(keys, QUERY_KEYS)
     return pl.pallas_call(
-        functools.partial(_query_kernel, tile=tile, chain=chain, interpret=interpret),
+        functools.partial(_query_kernel, tile=tile, native=native, interpret=interpret),
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, jnp.float32),
             jax.ShapeDtypeStruct(weight.shape, jnp.float32),
@@ -136,7 +136,7 @@ def _query_gradient(q, weight, keys, g, chain, interpret):
 
 
 def _query_kernel(
-    q_ref, weight_ref, keys_ref, g_ref, dq_ref, dweight_ref, *, tile, chain, interpret
+    q_ref, weight_ref, keys_ref, g_ref, dq_ref, dweight_ref, *, tile, native, interpret
 ):
     """Heads are the rows: the slope of the dot products is the left side of the second matmul."""
     q, weight = q_ref[...], weight_ref[...]
@@ -146,7 +146,7 @@ def _query_kernel(
         at = pl.ds(index * tile, tile)
         keys, g = keys_ref[at, :], g_ref[at]
         dots = gpu_tiles.matmul(q, keys, trans_b=True)
-        relu = jax.nn.relu(gpu_tiles.rounded(dots, chain, interpret))
+        relu = jax.nn.relu(gpu_tiles.rounded(dots, native, interpret))
         slope = jnp.where(dots > 0, weight[:, None] * g[None, :], 0.0).astype(keys.dtype)
         dweight = dweight + jnp.sum(relu * g[None, :], axis=1)
         return dq + gpu_tiles.matmul(slope, keys), dweight

@@ -70,9 +70,9 @@ def matmul(a, b, **transposed):
     return plt.dot(a, b, precision=precision, **transposed)
 
 
-def rounded(x, chain, interpret):
+def rounded(x, native, interpret):
     """A step of the chain of bf16 tensors."""
-    if not chain:
+    if not native:
         return x
     if interpret:  # compiled by XLA, which may drop a pair of casts
         return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
@@ -98,15 +98,15 @@ def load_stored(codes_ref, scales_ref, start, count, keys, dtype):
     return jnp.where(inside, value, 0.0).astype(dtype)
 
 
-def scores(keys, q, weight, heads, chain, interpret):
+def scores(keys, q, weight, heads, native, interpret):
     """[K, Z], [I, Z] and [I] -> [K], the sum over the first `heads` of the I.
 
     Padded heads are left out by number: an infinite key times their zeros is no number. The keys
     are the rows of the matmul: its accumulators then hold a key's heads in four threads
     of one warp, which sum them with two shuffles.
     """
-    dots = rounded(matmul(keys, q, trans_b=True), chain, interpret)
+    dots = rounded(matmul(keys, q, trans_b=True), native, interpret)
     if heads < q.shape[0]:
         dots = jnp.where(lax.broadcasted_iota(jnp.int32, dots.shape, 1) < heads, dots, 0.0)
-    terms = rounded(jax.nn.relu(dots) * weight[None, :], chain, interpret)
-    return rounded(jnp.sum(terms, axis=1), chain, interpret)
+    terms = rounded(jax.nn.relu(dots) * weight[None, :], native, interpret)
+    return rounded(jnp.sum(terms, axis=1), native, interpret)

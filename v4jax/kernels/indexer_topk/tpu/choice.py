@@ -29,12 +29,12 @@ _COARSE_STEPS = 14
 
 
 def indexer_member(
-    q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk: int, chain: bool, interpret: bool
+    q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk: int, native: bool, interpret: bool
 ):
     """See api.indexer_member."""
     sizes = blocks.blocks("tpu").indexer_topk
     args = (q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT)
-    return _member(*args, topk=topk, chain=chain, sizes=sizes, interpret=interpret)
+    return _member(*args, topk=topk, native=native, sizes=sizes, interpret=interpret)
 
 
 def refuse(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT) -> str | None:
@@ -94,8 +94,8 @@ class _Plan:
         return order + keys + queries + weights + out + (8 << 20)
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "chain", "sizes", "interpret"))
-def _member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk, chain, sizes, interpret):
+@functools.partial(jax.jit, static_argnames=("topk", "native", "sizes", "interpret"))
+def _member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk, native, sizes, interpret):
     batch, length, heads, _ = q_BTIZ.shape
     plan = _Plan(q_BTIZ, keys_BCZ, sizes)
     tile = plan.tile
@@ -122,7 +122,7 @@ def _member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk, chain, sizes
     coarse = plan.coarse(topk)
     unit_shape = (plan.rows, plan.lanes)
     word = pl.pallas_call(
-        functools.partial(_kernel, plan=plan, topk=topk, chain=chain, interpret=interpret),
+        functools.partial(_kernel, plan=plan, topk=topk, native=native, interpret=interpret),
         out_shape=jax.ShapeDtypeStruct((batch, tiles, tile, plan.groups * LANES), jnp.int32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -190,7 +190,7 @@ def _kernel(
     *refs,
     plan,
     topk,
-    chain,
+    native,
     interpret,
 ):
     *keys_refs, word_ref, order, coarse, spread = refs
@@ -211,11 +211,11 @@ def _kernel(
         entry = unit * plan.unit + row * plan.lanes
         start = pl.multiple_of(entry - step * plan.stream, plan.lanes)
         for offset, scores in tpu_tiles.scores(
-            q_ref, keys_refs, spread, start, plan.lanes, plan.tile, chain, interpret
+            q_ref, keys_refs, spread, start, plan.lanes, plan.tile, native, interpret
         ):
             position = entry + offset + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
             visible = (position >= low) & (position < high)
-            yield jnp.where(visible, _order_preserving(scores, chain), INVISIBLE)
+            yield jnp.where(visible, _order_preserving(scores, native), INVISIBLE)
 
     def fold(unit):
         """The same of a folded unit: Mosaic stores no single row at a dynamic place."""
@@ -253,14 +253,14 @@ def _kernel(
         _write(word_ref, order, threshold, cut, low, high, groups, plan)
 
 
-def _order_preserving(scores, chain):
+def _order_preserving(scores, native):
     """float32 -> int32 of the same order, -0 as 0, NaN as -inf, all above INVISIBLE."""
     scores = jnp.where(scores == 0, 0.0, scores)
     scores = jnp.where(scores != scores, -jnp.inf, scores)
     bits = lax.bitcast_convert_type(scores, jnp.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     # Scores of the chain are bf16: half the bits, half the steps of the bisection.
-    return bits >> 16 if chain else bits
+    return bits >> 16 if native else bits
 
 
 def _position(unit, plan):

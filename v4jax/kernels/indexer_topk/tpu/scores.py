@@ -22,17 +22,17 @@ def refuse(q_BTIZ, weight_BTI, keys_BCZ, *_) -> str | None:
     return tpu_tiles.refuse_types(q_BTIZ, keys_BCZ)
 
 
-def index_scores(q_BTIZ, weight_BTI, keys_BCZ, *, chain: bool, interpret: bool):
+def index_scores(q_BTIZ, weight_BTI, keys_BCZ, *, native: bool, interpret: bool):
     """See api.index_scores."""
     tile = blocks.blocks("tpu").indexer_topk.queries
-    return _forward(q_BTIZ, weight_BTI, keys_BCZ, tile=tile, chain=chain, interpret=interpret)
+    return _forward(q_BTIZ, weight_BTI, keys_BCZ, tile=tile, native=native, interpret=interpret)
 
 
-def index_scores_gradient(q_BTIZ, weight_BTI, keys_BCZ, g_BTC, *, chain: bool, interpret: bool):
+def index_scores_gradient(q_BTIZ, weight_BTI, keys_BCZ, g_BTC, *, native: bool, interpret: bool):
     """(dq, dweight, dkeys), float32."""
     tile = blocks.blocks("tpu").indexer_topk.queries
     args = (q_BTIZ, weight_BTI, keys_BCZ, g_BTC)
-    return _backward(*args, tile=tile, chain=chain, interpret=interpret)
+    return _backward(*args, tile=tile, native=native, interpret=interpret)
 
 
 def _key_tile(entries):
@@ -49,14 +49,14 @@ def _prepared(q_BTIZ, weight_BTI, keys_BCZ, tile):
     return tpu_tiles.by_head(q_BTIZ, tile), tpu_tiles.weight_tiles(weight_BTI, tile), keys_BCZ
 
 
-@functools.partial(jax.jit, static_argnames=("tile", "chain", "interpret"))
-def _forward(q_BTIZ, weight_BTI, keys_BCZ, *, tile, chain, interpret):
+@functools.partial(jax.jit, static_argnames=("tile", "native", "interpret"))
+def _forward(q_BTIZ, weight_BTI, keys_BCZ, *, tile, native, interpret):
     length, entries = q_BTIZ.shape[1], keys_BCZ.shape[1]
     rows, weight, keys = _prepared(q_BTIZ, weight_BTI, keys_BCZ, tile)
     batch, tiles, count, width = rows.shape
     key_tile = _key_tile(entries)
     scores = pl.pallas_call(
-        functools.partial(_forward_kernel, tile=tile, chain=chain, interpret=interpret),
+        functools.partial(_forward_kernel, tile=tile, native=native, interpret=interpret),
         out_shape=jax.ShapeDtypeStruct((batch, tiles * tile, keys.shape[1]), jnp.float32),
         grid=(batch, tiles, keys.shape[1] // key_tile),
         in_specs=[
@@ -73,14 +73,14 @@ def _forward(q_BTIZ, weight_BTI, keys_BCZ, *, tile, chain, interpret):
     return scores[:, :length, :entries]
 
 
-def _forward_kernel(q_ref, weight_ref, keys_ref, scores_ref, spread, *, tile, chain, interpret):
+def _forward_kernel(q_ref, weight_ref, keys_ref, scores_ref, spread, *, tile, native, interpret):
     @pl.when(pl.program_id(2) == 0)
     def _():
         tpu_tiles.spread_weights(weight_ref, spread)
 
     def body(index, carry):
         start = pl.multiple_of(index * tpu_tiles.WIDE, tpu_tiles.WIDE)
-        args = (q_ref, [keys_ref], spread, start, tpu_tiles.WIDE, tile, chain, interpret)
+        args = (q_ref, [keys_ref], spread, start, tpu_tiles.WIDE, tile, native, interpret)
         for offset, part in tpu_tiles.scores(*args):
             scores_ref[:, pl.ds(start + offset, LANES)] = part
         return carry
@@ -88,14 +88,14 @@ def _forward_kernel(q_ref, weight_ref, keys_ref, scores_ref, spread, *, tile, ch
     lax.fori_loop(0, keys_ref.shape[0] // tpu_tiles.WIDE, body, 0)
 
 
-@functools.partial(jax.jit, static_argnames=("tile", "chain", "interpret"))
-def _backward(q_BTIZ, weight_BTI, keys_BCZ, g_BTC, *, tile, chain, interpret):
+@functools.partial(jax.jit, static_argnames=("tile", "native", "interpret"))
+def _backward(q_BTIZ, weight_BTI, keys_BCZ, g_BTC, *, tile, native, interpret):
     _, length, heads, width = q_BTIZ.shape
     entries = keys_BCZ.shape[1]
     rows, weight, keys = _prepared(q_BTIZ, weight_BTI, keys_BCZ, tile)
     # Padding has no gradient, so it gives none.
     g = tpu_tiles.pad_to(tpu_tiles.pad_to(g_BTC.astype(jnp.float32), 1, tile), 2, keys.shape[1])
-    static = {"tile": tile, "chain": chain, "interpret": interpret}
+    static = {"tile": tile, "native": native, "interpret": interpret}
     drows, dweight = _query_gradient(rows, weight, keys, g, **static)
     dkeys = _key_gradient(rows, weight, keys, g, **static)
     dq = tpu_tiles.from_by_head(drows, tile, length)[..., :width]
@@ -103,7 +103,7 @@ def _backward(q_BTIZ, weight_BTI, keys_BCZ, g_BTC, *, tile, chain, interpret):
     return dq, dweight, dkeys[:, :entries, :width]
 
 
-def _query_gradient(rows, weight, keys, g, *, tile, chain, interpret):
+def _query_gradient(rows, weight, keys, g, *, tile, native, interpret):
     batch, tiles, count, width = rows.shape
     key_tile = _key_tile(keys.shape[1])
 
@@ -111,7 +111,7 @@ def _query_gradient(rows, weight, keys, g, *, tile, chain, interpret):
         return b, t, 0, 0
 
     return pl.pallas_call(
-        functools.partial(_query_kernel, tile=tile, chain=chain, interpret=interpret),
+        functools.partial(_query_kernel, tile=tile, native=native, interpret=interpret),
         out_shape=(
             jax.ShapeDtypeStruct(rows.shape, jnp.float32),
             jax.ShapeDtypeStruct(weight.shape, jnp.float32),
@@ -145,7 +145,7 @@ def _query_kernel(
     total,
     *,
     tile,
-    chain,
+    native,
     interpret,
 ):
     step = pl.program_id(2)
@@ -162,7 +162,7 @@ def _query_kernel(
         dots = tpu_tiles.matmul(q_ref[...], keys)
         g = g_ref[:, pl.ds(start, tpu_tiles.WIDE)]
         for lane in range(0, tpu_tiles.WIDE, LANES):
-            relu = jax.nn.relu(tpu_tiles.rounded(dots[:, lane : lane + LANES], chain, interpret))
+            relu = jax.nn.relu(tpu_tiles.rounded(dots[:, lane : lane + LANES], native, interpret))
             total[...] += relu * tpu_tiles.over_heads(g[:, lane : lane + LANES], total.shape[0])
         slope = _slope(dots, g, spread).astype(keys.dtype)
         dq_ref[...] += tpu_tiles.matmul(slope, keys, ((1,), (0,)))
@@ -187,8 +187,8 @@ def _slope(dots, g, spread):
     return jnp.concatenate(parts, axis=1)
 
 
-def _key_gradient(rows, weight, keys, g, *, tile, chain, interpret):
-    del chain  # the rounding changes no sign
+def _key_gradient(rows, weight, keys, g, *, tile, native, interpret):
+    del native  # the rounding changes no sign
     batch, tiles, count, width = rows.shape
     key_tile = _key_tile(keys.shape[1])
 

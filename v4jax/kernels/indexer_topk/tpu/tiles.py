@@ -88,16 +88,16 @@ def matmul(a, b, dims=((1,), (1,))):
     )
 
 
-def rounded(x, chain, interpret):
+def rounded(x, native, interpret):
     """A step of the chain of bf16 tensors."""
-    if not chain:
+    if not native:
         return x
     if interpret:  # compiled by XLA, which may drop a pair of casts
         return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return x.astype(jnp.bfloat16).astype(jnp.float32)
 
 
-def scores(q_ref, keys_refs, spread_ref, start, count, tile, chain, interpret):
+def scores(q_ref, keys_refs, spread_ref, start, count, tile, native, interpret):
     """Scores of `count` keys from `start` on, as pairs of offset and [tile, LANES].
 
     keys_refs: that of rows of keys, or those of stored keys' codes and scales.
@@ -112,9 +112,9 @@ def scores(q_ref, keys_refs, spread_ref, start, count, tile, chain, interpret):
             keys = expand(*(ref[:, own] for ref in keys_refs), q_ref.dtype)
             dots = matmul(q_ref[...], keys, ((1,), (0,)))
         for lane in range(0, wide, LANES):
-            part = rounded(dots[:, lane : lane + LANES], chain, interpret)
-            terms = rounded(jax.nn.relu(part) * spread_ref[...], chain, interpret)
-            yield offset + lane, rounded(sum_heads(terms, tile), chain, interpret)
+            part = rounded(dots[:, lane : lane + LANES], native, interpret)
+            terms = rounded(jax.nn.relu(part) * spread_ref[...], native, interpret)
+            yield offset + lane, rounded(sum_heads(terms, tile), native, interpret)
 
 
 def expand(codes, scales, dtype):

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from v4jax.kernels import blocks, membership
-from v4jax.kernels.sparse_attention.entries import flat
+from v4jax.kernels.sparse_attention.entries import as_rows
 from v4jax.kernels.sparse_attention.gpu import stored as gpu_stored
 from v4jax.kernels.sparse_attention.stored import PLANES, StoredRows
 from v4jax.kernels.sparse_attention.walk import query_bounds
@@ -113,7 +113,7 @@ def _prepare(plan, tile, q_BTNH, window_BSH, entries_BCH, places):
 
 def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places, *, interpret):
     """See api.sparse_attention: out [B,T,N,H] of q's dtype and log-sum-exp [B,T,N]."""
-    arrays = (q_BTNH, sink_N, window_BSH, flat(entries_BCH), places)
+    arrays = (q_BTNH, sink_N, window_BSH, as_rows(entries_BCH), places)
     tile = _tile(q_BTNH, is_stored=isinstance(entries_BCH, StoredRows))
     return _forward(plan, tile, interpret, *arrays)
 
@@ -185,8 +185,10 @@ def _dot(a, b, trans_a=False, trans_b=False):
     return plt.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=precision)
 
 
-def _walk_keys(plan, size, bounds, chosen, window, entries, meet, carry):
-    """`meet(parts, seen, carry)` for every tile of one query's keys, given as blocks of channels.
+def _walk_keys(plan, size, bounds, chosen, window, entries, attend_tile, carry):
+    """`attend_tile(parts, seen, carry)` for every tile of one query's keys.
+
+    parts: the tile as blocks of channels.
 
     entries: one array, whose rows stay whole, or words and tails.
     """
@@ -204,7 +206,7 @@ def _walk_keys(plan, size, bounds, chosen, window, entries, meet, carry):
         def body(j, carry):
             index = low + j * size + jnp.arange(size)
             seen = index < high
-            return meet(load(index, seen), seen, carry)
+            return attend_tile(load(index, seen), seen, carry)
 
         return jax.lax.fori_loop(0, pl.cdiv(jnp.maximum(high - low, 0), size), body, carry)
 
@@ -215,7 +217,7 @@ def _walk_keys(plan, size, bounds, chosen, window, entries, meet, carry):
     def body(j, carry):
         index = chosen[pl.ds(j * size, size)]
         seen = index >= 0
-        return meet(load_entries(index, seen), seen, carry)
+        return attend_tile(load_entries(index, seen), seen, carry)
 
     return jax.lax.fori_loop(0, chosen.shape[0] // size, body, carry)
 
@@ -227,7 +229,7 @@ def _forward_kernel(plan, size, parts, bounds, chosen, window, *refs):
     columns = [pl.ds(i * (width // parts), width // parts) for i in range(parts)]
     q = [q_ref[:, own] for own in columns]
 
-    def meet(kv, seen, carry):
+    def attend_tile(kv, seen, carry):
         top, total, acc = carry
         scores = sum(_dot(q_part, part, trans_b=True) for q_part, part in zip(q, kv, strict=True))
         scores = jnp.where(seen[None, :], scores * plan.scale, -jnp.inf)
@@ -240,7 +242,7 @@ def _forward_kernel(plan, size, parts, bounds, chosen, window, *refs):
 
     acc = [jnp.zeros((heads, width // parts), jnp.float32)] * parts
     start = (sink_ref[...], jnp.ones((heads,), jnp.float32), acc)
-    top, total, acc = _walk_keys(plan, size, bounds, chosen, window, entries, meet, start)
+    top, total, acc = _walk_keys(plan, size, bounds, chosen, window, entries, attend_tile, start)
     for own, part in zip(columns, acc, strict=True):
         o_ref[:, own] = (part / total[:, None]).astype(o_ref.dtype)
     lse_ref[...] = top + jnp.log(total)
@@ -314,13 +316,13 @@ def _dq_kernel(
 ):
     q, do, lse, delta = (ref[...] for ref in (q_ref, do_ref, lse_ref, delta_ref))
 
-    def meet(parts, seen, dq):
+    def attend_tile(parts, seen, dq):
         (kv,) = parts
         _, ds = _score_gradient(plan, q, do, lse, delta, kv, seen[None, :])
         return dq + _dot(ds.astype(kv.dtype), kv)
 
     start = jnp.zeros(q.shape, jnp.float32)
-    dq = _walk_keys(plan, size, bounds, chosen, window, [entries], meet, start)
+    dq = _walk_keys(plan, size, bounds, chosen, window, [entries], attend_tile, start)
     dq_ref[...] = dq.astype(dq_ref.dtype)
 
 
@@ -479,9 +481,9 @@ def _parts_kernel(plan, block, chosen, entries, q_ref, do_ref, lse_ref, delta_re
 def _add_parts(chosen_BTK, parts_BTKH, entries, interpret):
     """The parts of every entry added in the order of the queries, float32 [B, entries, width]."""
     batch, length, choices, width = parts_BTKH.shape
-    flat = jnp.where(chosen_BTK < 0, entries, chosen_BTK).reshape(batch, -1)
-    order = jnp.argsort(flat, axis=1, stable=True).astype(jnp.int32)
-    ordered = jnp.take_along_axis(flat, order, axis=1)
+    choice = jnp.where(chosen_BTK < 0, entries, chosen_BTK).reshape(batch, -1)
+    order = jnp.argsort(choice, axis=1, stable=True).astype(jnp.int32)
+    ordered = jnp.take_along_axis(choice, order, axis=1)
     edges = jnp.arange(entries + 1, dtype=jnp.int32)
     edges = jax.vmap(jnp.searchsorted, in_axes=(0, None))(ordered, edges).astype(jnp.int32)
     span = jnp.stack([edges[:, :-1], edges[:, 1:]], axis=-1)

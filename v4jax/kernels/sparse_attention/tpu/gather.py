@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels import membership
-from v4jax.kernels.sparse_attention.entries import flat
+from v4jax.kernels.sparse_attention.entries import as_rows
 from v4jax.kernels.sparse_attention.stored import StoredRows, tail_row
 from v4jax.kernels.sparse_attention.tpu import stored as tpu_stored
 from v4jax.kernels.sparse_attention.tpu.product import dot
@@ -47,7 +47,7 @@ def _sources(entries, dtype, pad_h):
         return entries.words, entries.tails
     if entries.ndim == 4 and entries.dtype == dtype and not pad_h:
         return (entries,)
-    entries = flat(entries).astype(dtype)
+    entries = as_rows(entries).astype(dtype)
     return (pack_rows(jnp.pad(entries, ((0, 0), (0, 0), (0, pad_h)))),)
 
 
@@ -162,7 +162,7 @@ def _kernel(plan, chunk, span, dtype, ids_smem, ids_ref, bounds, q_ref, sink, wi
 
         jax.lax.fori_loop(0, chunk, row, 0)
 
-    def meet(kv, seen, carry):
+    def attend_tile(kv, seen, carry):
         top, total, acc = carry
         scores = dot(q, kv, ((1,), (1,))) * plan.scale + jnp.where(seen, 0.0, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
@@ -177,7 +177,7 @@ def _kernel(plan, chunk, span, dtype, ids_smem, ids_ref, bounds, q_ref, sink, wi
         for buffer in buffers:  # one wait for the bytes of the whole chunk
             pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], sem.at[slot]).wait()
         ids = ids_ref[0, 0, pl.ds(c, 1), :]
-        return meet(_keys([buffer[slot] for buffer in buffers], ids, dtype), ids >= 0, carry)
+        return attend_tile(_keys([buffer[slot] for buffer in buffers], ids, dtype), ids >= 0, carry)
 
     start(0, 0)
     band.start()
@@ -185,7 +185,7 @@ def _kernel(plan, chunk, span, dtype, ids_smem, ids_ref, bounds, q_ref, sink, wi
     band.wait()
     row = jax.lax.broadcasted_iota(jnp.int32, (1, span), 1)
     seen = (row >= bounds[0, 0, 0, 1]) & (row < bounds[0, 0, 0, 2])
-    carry = meet(window_buf[...], seen, carry)
+    carry = attend_tile(window_buf[...], seen, carry)
     top, total, acc = jax.lax.fori_loop(0, chunks, body, carry)
     o_ref[0, 0] = (acc / total).astype(o_ref.dtype)
     lse_ref[0, 0] = jnp.broadcast_to(top + jnp.log(total), (heads, 128))

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels import blocks, membership
-from v4jax.kernels.sparse_attention.entries import flat
+from v4jax.kernels.sparse_attention.entries import as_rows
 from v4jax.kernels.sparse_attention.stored import LANES, PLANES, StoredRows
 from v4jax.kernels.sparse_attention.tpu import gather as pallas_tpu_gather
 from v4jax.kernels.sparse_attention.tpu import stored as tpu_stored
@@ -67,7 +67,7 @@ def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places, *, interpret)
     arrays = (q_BTNH, sink_N, window_BSH, entries_BCH, places)
     if pallas_tpu_gather.serves(plan, sizes, q_BTNH, entries_BCH):
         return pallas_tpu_gather.forward(plan, sizes, interpret, *arrays)
-    arrays = (q_BTNH, sink_N, window_BSH, flat(entries_BCH), places)
+    arrays = (q_BTNH, sink_N, window_BSH, as_rows(entries_BCH), places)
     return _forward(plan, sizes, interpret, *arrays)
 
 
@@ -148,7 +148,7 @@ def _forward_kernel(plan, tiles, walk, bounds, member, q_ref, sink, window, *ref
     top = jnp.broadcast_to(sink[:, :1][None], (tiles.queries, tiles.heads, 1)).reshape(rows, 1)
     acc[...] = jnp.zeros_like(acc)
 
-    def meet(kv, bias, carry):
+    def attend_tile(kv, bias, carry):
         top, total = carry
         scores = _masked_scores(plan, tiles, q, kv, bias)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
@@ -159,14 +159,14 @@ def _forward_kernel(plan, tiles, walk, bounds, member, q_ref, sink, window, *ref
 
     carry = (top, jnp.ones((rows, 1), jnp.float32))
     top, total = _walk_keys(
-        plan, tiles, walk, bounds, member, window, entries, scratch, meet, carry
+        plan, tiles, walk, bounds, member, window, entries, scratch, attend_tile, carry
     )
     o_ref[0] = (acc[...] / total).reshape(o_ref.shape[1:]).astype(o_ref.dtype)
     lse_ref[0, 0] = _to_lanes(top + jnp.log(total), tiles.lanes)
 
 
-def _walk_keys(plan, tiles, walk, bounds, member, window, entries, scratch, meet, carry):
-    """`meet(kv, bias, carry)` for every key tile of this tile of queries, DMA one tile ahead.
+def _walk_keys(plan, tiles, walk, bounds, member, window, entries, scratch, attend_tile, carry):
+    """`attend_tile(kv, bias, carry)` for every key tile of these queries, DMA one tile ahead.
 
     walk: [first window tile, their number, first entry tile, number of entry tiles, the next tile
     of each ...] in SMEM. entries: one array, or words and tails of stored rows. scratch: a double
@@ -225,7 +225,7 @@ def _walk_keys(plan, tiles, walk, bounds, member, window, entries, scratch, meet
         pl.when(step + 1 < total)(lambda: start(step + 1, ahead, 1 - slot))
         arrive(step, slot)
         bias = _bias(plan, tiles, tile, step < in_window, bounds[0], member)
-        return ahead, meet(buf[slot], bias, carry)
+        return ahead, attend_tile(buf[slot], bias, carry)
 
     return jax.lax.fori_loop(0, total, body, (first, carry))[1]
 
@@ -366,13 +366,13 @@ def _dq_kernel(
     lse, delta = (_to_column(ref[0, 0], rows) for ref in (lse_ref, delta_ref))
     acc[...] = jnp.zeros_like(acc)
 
-    def meet(kv, bias, carry):
+    def attend_tile(kv, bias, carry):
         scores = _masked_scores(plan, tiles, q, kv, bias)
         _, ds = _score_gradient(plan, q, do, kv, lse, delta, scores)
         acc[...] += dot(ds.astype(kv.dtype), kv, ((1,), (0,)))
         return carry
 
-    _walk_keys(plan, tiles, walk, bounds, member, window, [entries], (buf, sem), meet, 0)
+    _walk_keys(plan, tiles, walk, bounds, member, window, [entries], (buf, sem), attend_tile, 0)
     dq_ref[0] = acc[...].reshape(dq_ref.shape[1:]).astype(dq_ref.dtype)
 
 
