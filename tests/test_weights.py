@@ -9,8 +9,9 @@ import pytest
 from tests.support.checkpoints import small_config, tensors
 from tests.support.selection import first
 from tests.support.tiny import VARIANTS, tiny_config
-from v4jax.config import WINDOW, ModelConfig, segments
+from v4jax.config import WINDOW, segments
 from v4jax.errors import InputError
+from v4jax.hf.config import read_config
 from v4jax.model.transformer import Transformer
 from v4jax.named_configs import get_config
 from v4jax.weights import (
@@ -81,7 +82,7 @@ def test_one_file_of_flash_for_each_item():
 
 @pytest.mark.parametrize("folder", ["float32", "native"])
 def test_golden_tables(golden, folder):
-    table = tensor_table(ModelConfig.from_hf(golden / folder))
+    table = tensor_table(read_config(golden / folder))
     expected = {spec.key: (spec.dtypes[0], spec.shape) for spec in table}
     assert expected == {k: (d, s) for k, (d, s, _) in tensors(golden / folder).items()}
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import bench_history
 from absl import app, flags
 
+import v4jax
 from v4jax.cli import cpu_settings
 
 LENGTHS = flags.DEFINE_list("lengths", ["256", "1024", "4096", "16384"], "Tokens of a step.")
@@ -67,7 +68,6 @@ def ours(length, vocab):
     import jax
     import numpy as np
 
-    from v4jax.config import ModelConfig
     from v4jax.model.transformer import Transformer
     from v4jax.train import host_memory
     from v4jax.train.batch import make_batch
@@ -75,7 +75,7 @@ def ours(length, vocab):
     from v4jax.train.optimizer import OptimizerConfig, make_optimizer
     from v4jax.train.step import Rates, StepConfig, new_state, train_step
 
-    config = ModelConfig.from_hf(CONFIG.value)
+    config = v4jax.read_config(CONFIG.value)
     model = Transformer(config, dtype="float32")
     optimizer = make_optimizer(OptimizerConfig(matrices=MATRICES.value), config.o_groups)
     # What the rival trains: no MTP block, no loss of the indexer's own.

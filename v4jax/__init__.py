@@ -20,6 +20,7 @@ _MODULES = {
     "generate": "v4jax.infer.generate",
     "get_config": "v4jax.named_configs",
     "load": "v4jax.checkpoints.load",
+    "read_config": "v4jax.hf.config",
     "load_cache": "v4jax.infer.cache_file",
     "save_cache": "v4jax.infer.cache_file",
     "save_official": "v4jax.checkpoints.load",

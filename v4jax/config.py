@@ -181,19 +181,6 @@ class ModelConfig:
     def shared_intermediate_size(self) -> int:
         return self.n_shared_experts * self.moe_intermediate_size
 
-    @staticmethod
-    def from_hf(source) -> "ModelConfig":
-        """Reads the official config.json or the one transformers writes (path, directory, dict)."""
-        from v4jax.hf import config as hf_config  # it imports this module for the classes above
-
-        return hf_config.from_hf(source)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The official config.json as a dict."""
-        from v4jax.hf import config as hf_config
-
-        return hf_config.to_hf(self)
-
 
 @dataclasses.dataclass(frozen=True)
 class Segment:

@@ -13,6 +13,7 @@ from tests.support.toy_model import ToyModel, toy_config
 from v4jax.checkpoints import load as checkpoint
 from v4jax.cli import generate as cli_generate
 from v4jax.cli.main import main
+from v4jax.hf.config import to_hf
 from v4jax.infer.generate import generate
 from v4jax.infer.tokenizer import Tokenizer
 from v4jax.sharding.rules import ONE_DEVICE
@@ -26,7 +27,7 @@ MAX_LENGTH = 32
 def directory(tmp_path, monkeypatch):
     """A checkpoint directory with a tokenizer; whatever is loaded is the toy model."""
     byte_level().save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text(json.dumps(MODEL.config.to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(MODEL.config)))
     monkeypatch.setattr(checkpoint, "load", lambda path, **options: (MODEL, PARAMS))
     return tmp_path
 
@@ -200,7 +201,7 @@ def test_the_models_end_token_stops_unless_told_otherwise(run, directory, monkey
     at = tokens.index(tokens[3])
     model = ToyModel(toy_config(vocab_size=258, eos_token_id=(257, tokens[3])))
     monkeypatch.setattr(checkpoint, "load", lambda path, **options: (model, PARAMS))
-    (directory / "config.json").write_text(json.dumps(model.config.to_hf()))
+    (directory / "config.json").write_text(json.dumps(to_hf(model.config)))
     command = ["--format=json", "--prompt=ab", "--max_new_tokens=6"]
     found = json.loads(run(*command)[1])
     assert (found["tokens"], found["finish_reason"]) == ([tokens[:at]], ["stop"])

@@ -15,6 +15,7 @@ import pytest
 from v4jax.cli import inspect
 from v4jax.cli.main import SUBCOMMANDS, main
 from v4jax.files.safetensors import NewTensor, SafetensorsFolder, write_index, write_safetensors
+from v4jax.hf.config import to_hf
 from v4jax.named_configs import get_config
 from v4jax.weights import tensor_table
 
@@ -33,7 +34,7 @@ def run(capsys):
 def _write_checkpoint(directory, config, layout="official", more=(), change=lambda key, out: None):
     """A checkpoint of a config, every byte 0x38 (a finite number in every type) and every id 0."""
     directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config.to_hf()))
+    (directory / "config.json").write_text(json.dumps(to_hf(config)))
     table = tensor_table(config, layout)
     tensors = [*(NewTensor(spec.key, spec.dtypes[0], spec.shape) for spec in table), *more]
 
@@ -86,7 +87,7 @@ def test_json_says_the_same(run):
     assert first["flops_ratio"] == first["flops"] / first["v32_flops"]
     layers = get_config("flash_tiny").layers
     assert [layer["attention"] for layer in report["layers"]] == [spec.attention for spec in layers]
-    assert report["config"] == get_config("flash_tiny").to_hf()
+    assert report["config"] == to_hf(get_config("flash_tiny"))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_directory(run, checkpoint):
 
 
 def test_a_config_without_weights(run, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(get_config("pro_tiny").to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(get_config("pro_tiny"))))
     assert run("inspect", tmp_path)[0] == 0
     status, _, error = run("inspect", tmp_path, "--check")
     assert status == 2

@@ -16,11 +16,12 @@ from v4jax.checkpoints.journal import Journal
 from v4jax.checkpoints.load import load_variables, save_orbax
 from v4jax.checkpoints.orbax import OrbaxSource
 from v4jax.checkpoints.source import FolderSource
-from v4jax.config import WINDOW, ModelConfig
+from v4jax.config import WINDOW
 from v4jax.datasets import files
 from v4jax.errors import InputError
 from v4jax.files.safetensors import INDEX_NAME
 from v4jax.files.zarr import ZarrArray
+from v4jax.hf.config import read_config
 from v4jax.infer.cache_file import load_cache, save_cache
 from v4jax.infer.tokenizer import Tokenizer
 from v4jax.kernels import blocks
@@ -85,7 +86,7 @@ def opened(kind, name):
 
 # The file, and what reads it.
 READERS = {
-    "official/config.json": lambda root: ModelConfig.from_hf(root / "official" / "config.json"),
+    "official/config.json": lambda root: read_config(root / "official" / "config.json"),
     f"official/{INDEX_NAME}": opened(FolderSource, "official"),
     "official/model-00001-of-00004.safetensors": opened(FolderSource, "official"),
     "orbax/v4jax.json": opened(OrbaxSource, "orbax"),

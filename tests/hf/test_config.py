@@ -11,6 +11,7 @@ import pytest
 
 from v4jax.config import CSA, FULL, HCA, WINDOW, LayerSpec, ModelConfig, Yarn, with_hash_routing
 from v4jax.errors import InputError
+from v4jax.hf.config import from_hf, read_config, to_hf
 from v4jax.named_configs import config_names, get_config
 
 
@@ -82,31 +83,29 @@ def official():
 
 
 def test_official_and_back(official):
-    config = ModelConfig.from_hf(official)
+    config = from_hf(official)
     assert dataclasses.replace(config, extra={}) == get_config("flash")
-    assert config.to_hf() == official
+    assert to_hf(config) == official
     del official["transformers_version"]
-    assert get_config("flash").to_hf() == official
+    assert to_hf(get_config("flash")) == official
 
 
 @pytest.mark.parametrize("folder", ["float32", "native"])
 def test_golden_and_back(golden, folder, tmp_path):
     keys = json.loads((golden / folder / "config.json").read_text())
-    config = ModelConfig.from_hf(golden / folder)
-    assert (
-        config == ModelConfig.from_hf(keys) == ModelConfig.from_hf(golden / folder / "config.json")
-    )
-    assert config.to_hf() == keys
+    config = read_config(golden / folder)
+    assert config == from_hf(keys) == read_config(golden / folder / "config.json")
+    assert to_hf(config) == keys
     kinds = [layer.attention for layer in config.layers]
     assert kinds == ["window", "hca", "csa", "hca", "csa", "window"]
-    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
-    assert ModelConfig.from_hf(str(tmp_path)) == config
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(config)))
+    assert read_config(str(tmp_path)) == config
 
 
 @pytest.mark.parametrize("name", config_names())
 def test_named_configs_and_back(name):
     config = get_config(name)
-    again = ModelConfig.from_hf(json.loads(json.dumps(config.to_hf())))
+    again = from_hf(json.loads(json.dumps(to_hf(config))))
     assert dataclasses.replace(again, extra={}) == config
 
 
@@ -134,34 +133,34 @@ def test_named_configs_and_back(name):
 )
 def test_ablations_and_back(changes):
     config = dataclasses.replace(get_config("nano"), **changes)
-    again = ModelConfig.from_hf(json.loads(json.dumps(config.to_hf())))
+    again = from_hf(json.loads(json.dumps(to_hf(config))))
     assert dataclasses.replace(again, extra={}) == config
 
 
 def test_only_what_official_keys_cannot_say_goes_through_our_key():
-    assert "v4jax_layers" not in get_config("pro").to_hf()
-    keys = dataclasses.replace(get_config("nano"), layers=(FULL, HCA)).to_hf()
+    assert "v4jax_layers" not in to_hf(get_config("pro"))
+    keys = to_hf(dataclasses.replace(get_config("nano"), layers=(FULL, HCA)))
     assert keys["compress_ratios"] == [-1, 128, 0]  # -1: other readers stop here
     assert keys["v4jax_layers"][0]["attention"] == "full"
 
 
 def test_changes_win_over_what_was_read(official):
-    config = ModelConfig.from_hf(official | {"dtype": "bfloat16", "eos_token_id": None})
-    changed = dataclasses.replace(config, hidden_size=64, eos_token_id=5, dtype="float32").to_hf()
+    config = from_hf(official | {"dtype": "bfloat16", "eos_token_id": None})
+    changed = to_hf(dataclasses.replace(config, hidden_size=64, eos_token_id=5, dtype="float32"))
     assert (changed["hidden_size"], changed["eos_token_id"], changed["dtype"]) == (64, 5, "float32")
 
 
 def test_draft_blocks_are_counted_by_compress_ratios(official):
     official["compress_ratios"] += [0, 0]  # num_nextn_predict_layers still says 1
-    config = ModelConfig.from_hf(official)
+    config = from_hf(official)
     assert (config.mtp_layers, config.draft_layers) == ((), 3)
-    assert config.to_hf() == official
+    assert to_hf(config) == official
     official["dspark_block_size"] = 5
-    config = ModelConfig.from_hf(official)
+    config = from_hf(official)
     assert config.draft_layers == 3
-    assert config.to_hf() == official
+    assert to_hf(config) == official
     without = dataclasses.replace(config, draft_layers=0, mtp_layers=(WINDOW,))
-    assert ModelConfig.from_hf(without.to_hf()).mtp_layers == (WINDOW,)
+    assert from_hf(to_hf(without)).mtp_layers == (WINDOW,)
 
 
 def test_harmless_variants(official):
@@ -169,11 +168,11 @@ def test_harmless_variants(official):
     official["rope_scaling"] = None
     official["num_nextn_predict_layers"] = 0
     official["compress_ratios"].pop()
-    config = ModelConfig.from_hf(official)
+    config = from_hf(official)
     assert (config.expert_dtype, config.rope_scaling, config.mtp_layers) == (None, None, ())
-    assert config.to_hf() == official
+    assert to_hf(config) == official
     official["scoring_func"], official["norm_topk_prob"] = "softmax", False
-    assert ModelConfig.from_hf(official).to_hf() == official
+    assert to_hf(from_hf(official)) == official
 
 
 @pytest.mark.parametrize(
@@ -222,7 +221,7 @@ def test_harmless_variants(official):
 )
 def test_what_would_change_the_numbers_is_an_error(official, changes, message):
     with pytest.raises(InputError, match=f"^the config: .*{message}"):
-        ModelConfig.from_hf(official | changes)
+        from_hf(official | changes)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +241,7 @@ def test_nested_keys_are_checked_too(official, key, value, message):
     nested = "rope_scaling" if key in ("mscale", "rope_theta", "factor") else "quantization_config"
     official[nested] = official[nested] | {key: value}
     with pytest.raises(InputError, match=message):
-        ModelConfig.from_hf(official)
+        from_hf(official)
 
 
 @pytest.mark.parametrize(
@@ -266,13 +265,13 @@ def test_nested_keys_are_checked_too(official, key, value, message):
 def test_counts_are_bounded_before_anything_is_built(official, changes, message):
     started = time.monotonic()
     with pytest.raises(InputError, match=message) as caught:
-        ModelConfig.from_hf(official | changes)
+        from_hf(official | changes)
     assert time.monotonic() - started < 1 and len(str(caught.value)) < 300
     without = {k: v for k, v in official.items() if k != "compress_ratios"}
     if "compress_ratios" not in changes:
         layers = {"v4jax_layers": [{"attention": "window"}] * 43}
         with pytest.raises(InputError, match=message):
-            ModelConfig.from_hf(without | layers | changes)
+            from_hf(without | layers | changes)
 
 
 def test_counts_of_the_transformers_form_are_bounded(transformers_config):
@@ -280,17 +279,15 @@ def test_counts_of_the_transformers_form_are_bounded(transformers_config):
     for name, value in (("num_hidden_layers", 10**10), ("n_routed_experts", 10**7),
                         ("num_hidden_layers", -1), ("n_routed_experts", -2)):  # fmt: skip
         with pytest.raises(InputError, match=f"{name} is {value}; expected 0 to"):
-            ModelConfig.from_hf(keys | {name: value})
+            from_hf(keys | {name: value})
 
 
 def test_keys_of_other_tools_change_nothing(official):
     others = {"unsloth_version": "2026.1", "use_bfloat16": False, "repetition_penalty": 1.0,
               "do_sample": True, "temperature": 0.6, "add_cross_attention": False}  # fmt: skip
-    config = ModelConfig.from_hf(official | others)
-    assert dataclasses.replace(config, extra=ModelConfig.from_hf(official).extra) == (
-        ModelConfig.from_hf(official)
-    )
-    assert config.to_hf() == official | others
+    config = from_hf(official | others)
+    assert dataclasses.replace(config, extra=from_hf(official).extra) == (from_hf(official))
+    assert to_hf(config) == official | others
 
 
 WRONG = (None, True, 0, -1, 1, 3, 1.5, math.nan, "x", [], ["x"], [None], {}, {"x": 1})
@@ -303,20 +300,20 @@ def _never_another_error(keys):
     for name in keys:
         for value in WRONG:
             try:
-                config = ModelConfig.from_hf(copy.deepcopy(keys | {name: value}))
-                ModelConfig.from_hf(config.to_hf())
+                config = from_hf(copy.deepcopy(keys | {name: value}))
+                from_hf(to_hf(config))
             except InputError as error:
                 assert "\n" not in str(error) and len(str(error)) < 600, (name, str(error)[:800])
 
 
 def test_any_wrong_value_gets_a_sentence(official):
     _never_another_error(official)
-    _never_another_error(dataclasses.replace(get_config("nano"), layers=(FULL,)).to_hf())
+    _never_another_error(to_hf(dataclasses.replace(get_config("nano"), layers=(FULL,))))
     for nested in ("rope_scaling", "quantization_config"):
         for name in official[nested]:
             for value in WRONG:
                 with contextlib.suppress(InputError):
-                    ModelConfig.from_hf(official | {nested: official[nested] | {name: value}})
+                    from_hf(official | {nested: official[nested] | {name: value}})
 
 
 def test_any_wrong_value_in_transformers_form_gets_a_sentence(transformers_config):
@@ -328,13 +325,13 @@ def test_any_wrong_value_in_transformers_form_gets_a_sentence(transformers_confi
             for value in WRONG:
                 changed = rope | {label: rope[label] | {name: value}}
                 with contextlib.suppress(InputError):
-                    ModelConfig.from_hf(keys | {"rope_parameters": changed})
+                    from_hf(keys | {"rope_parameters": changed})
 
 
 def test_missing_keys_are_all_named(official):
     del official["head_dim"], official["compress_ratios"]
     with pytest.raises(InputError, match="head_dim, compress_ratios are missing"):
-        ModelConfig.from_hf(official)
+        from_hf(official)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +346,7 @@ def test_unreadable_files(tmp_path, content, message):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match=message):
-        ModelConfig.from_hf(tmp_path)
+        read_config(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +379,7 @@ def _transformers(cls, **changes):
 
 def test_transformers_form(transformers_config, tmp_path):
     _transformers(transformers_config, dtype="float32").save_pretrained(tmp_path)
-    config = ModelConfig.from_hf(tmp_path)
+    config = read_config(tmp_path)
     assert config.layers == (
         LayerSpec("window"),
         LayerSpec("csa", 8, overlap=True, routing="hash"),
@@ -391,16 +388,16 @@ def test_transformers_form(transformers_config, tmp_path):
     assert config.rope_scaling == Yarn(16.0, 256)
     assert config.qk_rope_head_dim == 128
     assert (config.mtp_layers, config.dtype, config.n_shared_experts) == ((), "float32", 1)
-    again = ModelConfig.from_hf(config.to_hf())
+    again = from_hf(to_hf(config))
     assert dataclasses.replace(again, extra={}) == dataclasses.replace(config, extra={})
-    assert config.to_hf()["transformers_version"]
+    assert to_hf(config)["transformers_version"]
 
 
 def test_transformers_form_of_an_official_config(transformers_config, official):
-    here = ModelConfig.from_hf(official)
-    there = ModelConfig.from_hf(transformers_config(**official).to_dict())
+    here = from_hf(official)
+    there = from_hf(transformers_config(**official).to_dict())
     assert "rope_theta" in official["rope_scaling"]  # transformers writes into its argument
-    assert ModelConfig.from_hf(official) == here
+    assert from_hf(official) == here
     for field in dataclasses.fields(ModelConfig):
         if field.name not in ("mtp_layers", "extra"):
             assert getattr(there, field.name) == getattr(here, field.name), field.name
@@ -408,7 +405,7 @@ def test_transformers_form_of_an_official_config(transformers_config, official):
 
 def test_transformers_without_yarn(transformers_config):
     keys = _transformers(transformers_config, rope_parameters=None).to_dict()
-    config = ModelConfig.from_hf(keys)
+    config = from_hf(keys)
     assert config.rope_scaling is None
     assert config.compress_rope_theta == 160000.0
 
@@ -440,4 +437,4 @@ def test_transformers_refusals(transformers_config, change, message):
     keys = _transformers(transformers_config).to_dict()
     change(keys)
     with pytest.raises(InputError, match=message):
-        ModelConfig.from_hf(keys)
+        from_hf(keys)

@@ -32,6 +32,7 @@ from v4jax.files.regular import read_regular
 from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME, bytes_of
 from v4jax.files.threads import run_all
 from v4jax.files.writing import possible_directory
+from v4jax.hf.config import to_hf
 from v4jax.sharding import processes
 from v4jax.weights import expanded_config
 
@@ -104,7 +105,7 @@ def convert(
     try:
         with open_checkpoint(source) as opened:
             processes.agree(
-                "the conversion", {"config": opened.config.to_hf(), "to": to, "weights": weights}
+                "the conversion", {"config": to_hf(opened.config), "to": to, "weights": weights}
             )
             report = None
             if not (verify and _is_whole(target)):

@@ -32,8 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from v4jax.checkpoints.fit import fit, says_the_same
-from v4jax.checkpoints.source import Read, adapting, read_config, say_notes
-from v4jax.config import ModelConfig
+from v4jax.checkpoints.source import Read, adapting, read_announced, say_notes
 from v4jax.errors import ChecksumError, InputError
 from v4jax.files.atomic import sync_directory, write_atomically
 from v4jax.files.json_reader import MAX_BYTES, Fields, parse_json
@@ -66,8 +65,7 @@ class OrbaxSource:
         self.path = os.fspath(path)
         found, checksums, text = _read_manifest(self.path)
         self._checksums = checksums if verify else {}
-        config_text = read_config(self.path)
-        announced = ModelConfig.from_hf(self.path)
+        config_text, announced = read_announced(self.path)
         fitted = fit(announced, found, self.path)
         self.config, self.items, self._stored = fitted.config, fitted.items, fitted.stored
         self.notes, self.key_in_file = fitted.notes, str

@@ -21,6 +21,7 @@ from v4jax.errors import InputError
 from v4jax.files.regions import Region, hull, shape_of, slices
 from v4jax.files.safetensors import bytes_of
 from v4jax.files.threads import run_all
+from v4jax.hf.config import to_hf
 
 
 @dataclasses.dataclass
@@ -90,7 +91,7 @@ def identity(source) -> dict[str, Any]:
             read(spec.key, out, region)
             sample = zlib.crc32(bytes_of(out), sample)
     return {
-        "config": source.config.to_hf(),
+        "config": to_hf(source.config),
         "tensors": zlib.crc32(repr(tensors).encode()),
         "bytes of the head": sample,
     }

@@ -32,7 +32,7 @@ from v4jax.errors import InputError
 from v4jax.files.regions import shape_of, slices, whole
 from v4jax.files.regular import read_regular
 from v4jax.files.safetensors import NUMPY_DTYPES, SafetensorsFolder
-from v4jax.hf.config import MAX_CONFIG
+from v4jax.hf.config import MAX_CONFIG, parse_config
 from v4jax.hf.names import names_for_errors, official_places
 from v4jax.weights import BLOCK, GROUP, TensorSpec, expanded_config, scale_key, tensor_table
 
@@ -57,8 +57,7 @@ class FolderSource:
         self._places = official_places(found, self.path)
         self.key_in_file = names_for_errors(self._places)
         found = {key: (place.dtype, place.shape) for key, place in self._places.items()}
-        text = read_config(self.path)
-        announced = ModelConfig.from_hf(self.path)
+        text, announced = read_announced(self.path)
         fitted = fit(announced, found, self.path, self.key_in_file)
         self.config, self.items, self._stored = fitted.config, fitted.items, fitted.stored
         self.notes = fitted.notes
@@ -209,11 +208,12 @@ def _check_table(key, table, experts):
         )
 
 
-def read_config(path: str) -> bytes:
-    """The text of a checkpoint's config.json."""
+def read_announced(path: str) -> tuple[bytes, ModelConfig]:
+    """The text of a checkpoint's config.json, and the config that it says."""
     where = os.path.join(path, CONFIG_NAME)
     if not os.path.exists(where):
         raise InputError(
             f"{path}: {CONFIG_NAME} cannot be read (no such file); it belongs beside the weights"
         )
-    return read_regular(where, MAX_CONFIG)
+    text = read_regular(where, MAX_CONFIG)
+    return text, parse_config(text, where)

@@ -15,6 +15,7 @@ from v4jax.checkpoints.source import CONFIG_NAME, Read, converting
 from v4jax.config import ModelConfig
 from v4jax.files.atomic import write_atomically
 from v4jax.files.safetensors import NewTensor, SafetensorsFile, write_index, write_safetensors
+from v4jax.hf.config import to_hf
 from v4jax.weights import TensorSpec
 
 TARGETS = ("official", "orbax")
@@ -121,4 +122,4 @@ def copy_item(
 
 def config_json(config: ModelConfig) -> bytes:
     """The text of an official config.json."""
-    return json.dumps(config.to_hf(), indent=2).encode() + b"\n"
+    return json.dumps(to_hf(config), indent=2).encode() + b"\n"

@@ -19,7 +19,7 @@ from v4jax.accounting import count_parameters
 from v4jax.checkpoints import load as checkpoint
 from v4jax.cli import process_flags
 from v4jax.errors import InputError
-from v4jax.hf.config import from_hf
+from v4jax.hf.config import read_config
 from v4jax.infer.generate import Generation, check_request, generate
 from v4jax.infer.generation_config import read_generation_config
 from v4jax.infer.sampling import Sampling
@@ -86,7 +86,7 @@ def run(*texts: str) -> int:
 def _run(texts):
     # Whatever can be wrong without the weights is said before they are read.
     directory = _find_directory()
-    config = from_hf(directory)
+    config = read_config(directory)
     tokenizer = _find_tokenizer(directory)
     prompts = _read_prompts(tokenizer, texts)
     settings = _settings(directory, config, demo=not (texts or FLAGS.prompt_ids))

@@ -22,6 +22,7 @@ from v4jax.cli.inspect_text import as_text
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME, read_index
+from v4jax.hf.config import read_config, to_hf
 from v4jax.named_configs import config_names, get_config
 from v4jax.weights import TensorSpec, tensor_table
 
@@ -70,7 +71,7 @@ def _describe_directory(path):
     files = os.listdir(directory)
     if CONFIG_NAME in files and not WEIGHTS_NAMES.intersection(files):
         # Only the config: there are no tensors to read, and what they would be is known.
-        return _describe_config(path, ModelConfig.from_hf(directory))
+        return _describe_config(path, read_config(directory))
     with open_checkpoint(directory) as source:
         table = [spec for specs in source.items.values() for spec in specs]
         report = describe(path, source.config, contexts(source.config, FLAGS.context), table)
@@ -123,7 +124,7 @@ def describe(
         "v32_kv_bytes_per_token": v32.kv_bytes_per_token(),
         "window_bytes": accounting.window_bytes(config),
         "contexts": [_describe_context(config, v32, context) for context in contexts],
-        "config": config.to_hf(),
+        "config": to_hf(config),
     }
 
 

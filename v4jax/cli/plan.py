@@ -13,9 +13,9 @@ from absl import flags
 
 from v4jax import extras
 from v4jax.chips import CHIPS
-from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.files.writing import writable_file, writing
+from v4jax.hf.config import read_config
 from v4jax.named_configs import config_names, get_config
 from v4jax.plan import environment
 from v4jax.weights import WEIGHTS
@@ -76,7 +76,7 @@ def _job():
 
 def _config():
     if os.path.exists(FLAGS.config):
-        return ModelConfig.from_hf(FLAGS.config)
+        return read_config(FLAGS.config)
     if FLAGS.config not in config_names():
         raise InputError(
             f"--config is {FLAGS.config[:200]!r}; expected a checkpoint's directory or one of "

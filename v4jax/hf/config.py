@@ -18,7 +18,8 @@ from typing import Any
 
 from v4jax.config import CSA, HCA, WINDOW, LayerSpec, ModelConfig, Yarn, with_hash_routing
 from v4jax.errors import InputError
-from v4jax.files.json_reader import read_json
+from v4jax.files.json_reader import parse_json
+from v4jax.files.regular import read_regular
 from v4jax.hf.keys import (
     CONSTANT_KEYS,
     DRAFT_PREFIX,
@@ -50,18 +51,38 @@ FIELD_KEYS = frozenset(
 )
 
 
-def from_hf(source: str | os.PathLike | Mapping[str, Any]) -> ModelConfig:
-    """Reads a config.json.
+def read_config(path: str | os.PathLike) -> ModelConfig:
+    """Reads a config.json, official or as transformers writes it.
 
     Args:
-      source: the file, the directory that holds it, or its content as a dict; official or as
-        transformers writes it.
+      path: the file, or the directory that holds it.
 
     Raises:
-      InputError: no such file or no JSON; a key is missing, unknown, of the wrong type, or says
-        something that is not implemented; two keys contradict each other.
+      InputError: no such file, or as `from_hf`.
     """
-    where, keys = _read(source)
+    where = os.fspath(path)
+    if os.path.isdir(where):
+        where = os.path.join(where, "config.json")
+    cure = "expected a config.json or a folder with one"
+    return parse_config(read_regular(where, MAX_CONFIG, cure), where)
+
+
+def parse_config(text: bytes, where: str) -> ModelConfig:
+    """The config that the text of a config.json says; `where` names the file in errors."""
+    keys = parse_json(text, where)
+    if not isinstance(keys, dict):
+        raise InputError(f"{where}: holds a JSON {type(keys).__name__}; expected an object")
+    return from_hf(keys, where)
+
+
+def from_hf(keys: Mapping[str, Any], where: str = "the config") -> ModelConfig:
+    """The config that the content of a config.json says.
+
+    Raises:
+      InputError: a key is missing, unknown, of the wrong type, or says something that is not
+        implemented; two keys contradict each other.
+    """
+    keys = dict(keys)
     try:
         check_counts(keys)
         if TRANSFORMERS_KEYS & keys.keys():
@@ -84,18 +105,6 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         if name not in keys and not (name.startswith(DRAFT_PREFIX) and not config.draft_layers)
     }
     return copy.deepcopy(others | keys)
-
-
-def _read(source):
-    if isinstance(source, Mapping):
-        return "the config", dict(source)
-    path = os.fspath(source)
-    if os.path.isdir(path):
-        path = os.path.join(path, "config.json")
-    keys = read_json(path, MAX_CONFIG, cure="expected a config.json or a folder with one")
-    if not isinstance(keys, dict):
-        raise InputError(f"{path}: holds a JSON {type(keys).__name__}; expected an object")
-    return path, keys
 
 
 def _from_official(keys):
