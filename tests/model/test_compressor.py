@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4jax.model.compressor import softmax_sum
+from v4jax.ops.softmax_sum import softmax_sum
 
 
 @pytest.mark.parametrize("span", [8, 128])  # written out, and a reduction

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from v4jax.model import rope
-from v4jax.model.attention import norm_and_turn
-from v4jax.model.layers import inverse_rms
+from v4jax.ops.head_norm import norm_and_rope
+from v4jax.ops.rms_norm import inverse_rms
+from v4jax.ops.rope import rotate, rotated
 
 EPS = 1e-6
 
@@ -28,26 +29,26 @@ def gradient(f, x, weight):
 @pytest.mark.parametrize("inverse", [False, True])
 def test_of_a_turn(inverse):
     x, (cos, sin), weight = arguments("float32")
-    found = gradient(lambda x: rope.rotate(x, cos, sin, "float32", inverse), x, weight)
+    found = gradient(lambda x: rotate(x, cos, sin, "float32", inverse), x, weight)
     sign = -1 if inverse else 1
-    wanted = gradient(lambda x: rope.turned(x, cos, sign * sin), x, weight)
+    wanted = gradient(lambda x: rotated(x, cos, sign * sin), x, weight)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
 
 
 def plain(x, cos, sin):
-    return rope.turned(x * inverse_rms(x, EPS)[..., None], cos, sin)
+    return rotated(x * inverse_rms(x, EPS)[..., None], cos, sin)
 
 
 def test_of_a_norm_and_a_turn():
     x, angles, weight = arguments("float32")
-    found = gradient(lambda x: norm_and_turn(EPS, "float32", x, *angles), x, weight)
+    found = gradient(lambda x: norm_and_rope(EPS, "float32", x, *angles), x, weight)
     wanted = gradient(lambda x: plain(x, *angles), x, weight)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
 def test_in_bfloat16_it_is_within_its_rounding():
     x, angles, weight = arguments("bfloat16")
-    found = gradient(lambda x: norm_and_turn(EPS, "bfloat16", x, *angles), x, weight)
+    found = gradient(lambda x: norm_and_rope(EPS, "bfloat16", x, *angles), x, weight)
     assert found.dtype == jnp.bfloat16
     wanted = np.asarray(gradient(lambda x: plain(x, *angles), x.astype(jnp.float32), weight))
     # Three roundings of 2^-9: of the incoming gradient, of the result that is read, of the outcome.

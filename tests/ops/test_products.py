@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4jax.model.layers import inverse_rms, rms_norm
 from v4jax.ops import products
+from v4jax.ops.rms_norm import inverse_rms, rms_norm
 
 EPS = 1e-6
 

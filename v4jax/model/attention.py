@@ -1,7 +1,5 @@
 """Attention of every layer kind: window, CSA, HCA and the dense baseline (architecture 4-6)."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,8 +16,9 @@ from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
 from v4jax.model.indexer import Indexer
 from v4jax.model.indexer_loss import Student, Teacher, indexer_loss
-from v4jax.model.layers import Execution, Projection, RMSNorm, inverse_rms, weight
-from v4jax.ops import products
+from v4jax.model.layers import Execution, Projection, RMSNorm, weight
+from v4jax.ops.head_norm import head_norm, native_norm, norm_and_rope
+from v4jax.ops.rope import rotate
 from v4jax.sharding import collectives, sequence
 
 
@@ -127,16 +126,16 @@ class Attention(nn.Module):
         q = q.reshape(*q.shape[:2], -1, config.head_dim)
         cos, sin = (angle[:, :, None] for angle in cos_sin)
         if self.execution.native:
-            q = _native_norm(q, config.rms_norm_eps)
+            q = native_norm(q, config.rms_norm_eps)
         elif self.execution.kernels == "reference":
-            q = _normed(config.rms_norm_eps, dtype, q)[0]
+            q = head_norm(config.rms_norm_eps, dtype, q)[0]
         else:
             return norm_and_rope(config.rms_norm_eps, dtype, q, cos, sin)
         return self._rotated(q, cos, sin)
 
     def _rotated(self, x, cos, sin, inverse=False):
         execution = self.execution
-        return rope.rotate(x, cos, sin, execution.dtype, inverse, execution.kernels)
+        return rotate(x, cos, sin, execution.dtype, inverse, execution.kernels)
 
     def _kv_rows(self, x_BTD, cos_sin):
         kv = self.kv_norm(self.wkv("btd,hd->bth", x_BTD))
@@ -285,50 +284,3 @@ def _read(layout, buffer_RBCX, layer):
     if sequence.spread_entries(layout):
         return entries
     return collectives.gather(entries, layout.axes("entries"), 1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def norm_and_rope(eps, dtype, q_BTNH, cos, sin):
-    """Each head's q / rms(q), rounded, turned by the angles and rounded again."""
-    return _norm_and_rope_forward(eps, dtype, q_BTNH, cos, sin)[0]
-
-
-def _norm_and_rope_forward(eps, dtype, q_BTNH, cos, sin):
-    normed, scale_BTN = _normed(eps, dtype, quant.keep_in_bf16(q_BTNH))
-    out = rope.rotate(normed, cos, sin, dtype)
-    return out, (out, scale_BTN, cos, sin)
-
-
-def _normed(eps, dtype, q_BTNH):
-    """Each head's q / rms(q), rounded, and 1 / rms(q)."""
-    scale_BTN = inverse_rms(q_BTNH, eps)
-    return quant.round_to(q_BTNH.astype(jnp.float32) * scale_BTN[..., None], dtype), scale_BTN
-
-
-def _norm_and_rope_backward(eps, dtype, saved, g_BTNH):
-    """From the result, which the core attention keeps anyway, so that q itself is not kept.
-
-    A turn changes no product of two rows, so what the norm removes, the gradient's part along the
-    normed row, is found before the turn back; it is taken out after it, since the arrays at hand
-    can be shifted as they are stored.
-    """
-    out, scale_BTN, cos, sin = saved
-    g, out = quant.keep_in_bf16(g_BTNH), quant.keep_in_bf16(out)
-    along_BTN = products.over_channels(g, out) / g.shape[-1]
-    across = rope.turned(g, cos, -sin) - along_BTN[..., None] * rope.turned(out, cos, -sin)
-    return quant.round_to(across * scale_BTN[..., None], dtype), None, None
-
-
-norm_and_rope.defvjp(_norm_and_rope_forward, _norm_and_rope_backward)
-
-
-def _native_norm(q, eps):
-    """The per-head norm as a chain of bf16 tensors (section 10, point 2)."""
-    dtype, q = q.dtype, q.astype(jnp.float32)
-
-    def rounded(x):
-        return quant.round_to(x, dtype).astype(jnp.float32)
-
-    mean = rounded(jnp.mean(rounded(q * q), axis=-1, keepdims=True))
-    inverse = rounded(1 / jnp.sqrt(rounded(mean + eps)))
-    return quant.round_to(q * inverse, dtype)

@@ -1,11 +1,9 @@
 """The compressor: blocks of m tokens pooled into one entry (architecture section 5)."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.model import rope
@@ -13,6 +11,8 @@ from v4jax.model.cache import CompressorState, raw_rows, read_layer, write_layer
 from v4jax.model.context import Context, closing_rows
 from v4jax.model.layers import Execution, Projection, RMSNorm, weight
 from v4jax.ops import derivatives
+from v4jax.ops.rope import rotate
+from v4jax.ops.softmax_sum import softmax_sum
 from v4jax.sharding import sequence
 
 
@@ -90,7 +90,7 @@ class Compressor(nn.Module):
         entries = self.norm(self.execution.round(entries_BEH))
         frequency = rope.inverse_frequencies(self.config, compressing=True)
         cos, sin = rope.rotations(frequency, position_BE)
-        return rope.rotate(
+        return rotate(
             entries, cos, sin, self.execution.dtype, implementation=self.execution.kernels
         )
 
@@ -142,45 +142,6 @@ def _packed_blocks(joined_BPX, context, older, spec):
     blocks = joined_BPX[jnp.arange(batch, dtype=jnp.int32)[:, None, None], jnp.maximum(row, 0)]
     position = jnp.take_along_axis(context.position, last, axis=1)
     return blocks, position - (spec.ratio - 1)
-
-
-@jax.custom_vjp
-def softmax_sum(
-    c_BEPX: Float[Array, "b e p x"], gate_BEPX: Float[Array, "b e p x"]
-) -> Float[Array, "b e x"]:
-    """sum_p softmax_p(gate) c, channel by channel; a gate may be -inf where c is finite.
-
-    A short span is written out, term by term: XLA:CPU takes ten times longer over a reduction along
-    a middle axis.
-    """
-    return _softmax_sum_forward(c_BEPX, gate_BEPX)[0]
-
-
-def _softmax_sum_forward(c, gate):
-    span = gate.shape[2]
-    if span > 16:
-        top = gate.max(2)
-        weights = jnp.exp(gate - top[:, :, None])
-        total = weights.sum(2)
-        y = (weights * c).sum(2) / total
-    else:
-        gates = [gate[:, :, i] for i in range(span)]
-        top = functools.reduce(jnp.maximum, gates)
-        weights = [jnp.exp(g - top) for g in gates]
-        total = sum(weights)
-        y = sum(w * c[:, :, i] for i, w in enumerate(weights)) / total
-    return y, (c, gate, top, total, y)
-
-
-def _softmax_sum_backward(saved, dy):
-    """Elementwise. Differentiated term by term, every element would sum a term of each token."""
-    c, gate, *of_entry = saved
-    top, total, y, dy = (x[:, :, None] for x in (*of_entry, dy))
-    dc = jnp.exp(gate - top) / total * dy
-    return dc, dc * (c - y)
-
-
-softmax_sum.defvjp(_softmax_sum_forward, _softmax_sum_backward)
 
 
 def _first_then_last(x):

@@ -8,11 +8,11 @@ from v4jax import quant
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.kernels import membership
 from v4jax.kernels.indexer_topk import api
-from v4jax.model import rope
 from v4jax.model.cache import CompressorState
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
 from v4jax.model.layers import Execution, Projection
+from v4jax.ops.rope import rotate
 
 
 class Indexer(nn.Module):
@@ -45,7 +45,7 @@ class Indexer(nn.Module):
         q = q.reshape(*q.shape[:2], config.index_n_heads, config.index_head_dim)
         cos, sin = (angle[:, :, None] for angle in cos_sin)
         execution = self.execution
-        q = rope.rotate(q, cos, sin, execution.dtype, implementation=execution.kernels)
+        q = rotate(q, cos, sin, execution.dtype, implementation=execution.kernels)
         q = self._rotate_and_quantize(q)
         factor = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
         weight = self.weights_proj("btd,id->bti", x_BTD).astype(jnp.float32) * factor

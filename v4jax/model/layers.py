@@ -7,12 +7,13 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Float
 
 from v4jax import quant
 from v4jax.errors import InputError
 from v4jax.kernels.quantized_matmul import api as quantized_matmul
-from v4jax.ops import derivatives, products
+from v4jax.ops import derivatives
+from v4jax.ops.rms_norm import rms_norm
 from v4jax.quant import round_to
 from v4jax.sharding import collectives
 from v4jax.sharding.rules import ONE_DEVICE, Layout
@@ -169,47 +170,6 @@ class Projection(nn.Module):
             self.weight.astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
-
-
-def inverse_rms(x: Inexact[Array, "*b d"], eps: float) -> Float[Array, "*b"]:
-    """1 / rms(x) over the last axis, in float32."""
-    x = x.astype(jnp.float32)
-    return jax.lax.rsqrt(jnp.mean(x * x, axis=-1) + eps)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def rms_norm(
-    eps: float, x: Inexact[Array, "*b d"], scale_D: Float[Array, " d"]
-) -> Float[Array, "*b d"]:
-    """x / rms(x) over the last axis, times a weight, in float32."""
-    return _rms_norm_forward(eps, x, scale_D)[0]
-
-
-def _rms_norm_forward(eps, x, scale_D):
-    inverse = inverse_rms(x, eps)
-    return _scaled(x, inverse) * _over_last(scale_D, x), (x, scale_D, inverse)
-
-
-def _rms_norm_backward(eps, saved, g):
-    """dx = (dn - n mean(dn n)) / rms(x), n the normed row; its two sums are a CPU's slowest."""
-    x, scale_D, inverse = saved
-    n = _scaled(x, inverse)
-    dn = g * _over_last(scale_D, x)
-    along = products.over_channels(dn, n) / x.shape[-1]
-    dx = _scaled(dn - _scaled(n, along), inverse)
-    return dx.astype(x.dtype), products.over_rows(g, n)
-
-
-rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
-
-
-def _scaled(x, by):
-    """Each row times its number, in float32."""
-    return x.astype(jnp.float32) * by[..., None]
-
-
-def _over_last(scale_D, x):
-    return jnp.expand_dims(scale_D, tuple(range(x.ndim - 1)))
 
 
 class RMSNorm(nn.Module):
