@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from v4jax.model import auxiliary
 from v4jax.ops import varying
 
 _ARRAYS = ("tokens", "cache", "lengths", "segment_ids", "replay")
 
 
 def run(call: Callable, variables: Any, options: dict[str, Any]) -> Any:
-    """`call(variables, **options)`; options are those of `Transformer.__call__`, tokens too."""
+    """`call(variables, **options)`; options are those of `Transformer.apply`, tokens too."""
     arrays = {name: options[name] for name in _ARRAYS if options.get(name) is not None}
     rest = {name: value for name, value in options.items() if name not in arrays}
 
@@ -44,7 +45,7 @@ def _with_auto_axes(one, mesh, variables, arrays):
 
     def place(path, leaf):
         names = [getattr(key, "name", getattr(key, "key", None)) for key in path]
-        if "indexer_loss" in names:  # sums over the batch
+        if names[0] == "aux" and "batch" not in auxiliary.TABLE[names[1]].axes:  # summed over it
             return PartitionSpec()
         if names[:2] == ["cache", "layers"]:  # [R,B,...]: repeats of the segment first
             return PartitionSpec(None, batch)

@@ -11,15 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4jax.errors import InputError
+from v4jax.model.auxiliary import ASKABLE
 from v4jax.model.cache import Cache
+from v4jax.model.context import check_packed
 
 REPLAYS = ("router_experts", "chosen")
 
 
-def check(
-    model, tokens, *, cache=None, lengths=None, segment_ids=None, aux=(), replay=None, **options
-) -> None:
-    """Refuses arguments of `Transformer.__call__` that contradict the model or each other.
+LOGITS = ("all", "last", "none", "normed")
+
+
+def check(model, tokens, *, cache, lengths, segment_ids, logits, mtp, aux, replay, dense) -> None:
+    """Refuses arguments of `Transformer.apply` that contradict the model or each other.
 
     Raises:
       InputError: naming the argument, what was expected and what was found.
@@ -33,11 +36,13 @@ def check(
         _check_range("lengths", lengths, 0, shape[1], "the tokens of a row in this call")
     if segment_ids is not None:
         _check_array("segment_ids", segment_ids, shape, "the shape of the tokens")
-    if isinstance(aux, str):
-        raise InputError(f"aux is {aux[:200]!r}; expected a tuple of names, ({aux[:80]!r},)")
+    _check_outputs(logits, aux)
+    check_packed(segment_ids, cache, lengths)
     if replay is not None:
         seen = shape[1] if cache is None else cache.max_length
         _check_replay(config, replay, shape, seen)
+    if cache is not None:
+        _check_room(shape, cache, lengths, mtp)
 
 
 @contextlib.contextmanager
@@ -54,16 +59,26 @@ def derivatives_explained():
         ) from error
 
 
-def check_room(tokens, cache, lengths, mtp) -> None:
+def _check_outputs(logits, aux):
+    if logits not in LOGITS:
+        raise InputError(f"logits is {logits!r}; expected 'all', 'last', 'none' or 'normed'")
+    if isinstance(aux, str):
+        raise InputError(f"aux is {aux[:200]!r}; expected a tuple of names, ({aux[:80]!r},)")
+    unknown = sorted(set(aux) - set(ASKABLE))
+    if unknown:
+        raise InputError(f"aux names {unknown} are unknown; expected some of {ASKABLE}")
+
+
+def _check_room(shape, cache, lengths, mtp):
     """Refuses a call that a cache has no room or no meaning for."""
-    batch, length = tokens.shape
+    batch, length = shape
     if mtp:
         raise InputError("mtp=True came with a cache; MTP logits need the whole row in one call")
     if cache.lengths.shape[0] != batch:
         raise InputError(
             f"tokens have {batch} rows and the cache {cache.lengths.shape[0]}; they must agree"
         )
-    used = lengths if lengths is not None else jnp.full((batch,), length, jnp.int32)
+    used = jnp.full((batch,), length, jnp.int32) if lengths is None else jnp.asarray(lengths)
     if isinstance(cache.lengths, jax.core.Tracer) or isinstance(used, jax.core.Tracer):
         longest = 0 if lengths is not None else length
     else:
@@ -83,6 +98,8 @@ def _check_tokens(tokens, vocab_size):
     _check_integers("tokens", found[1], "token ids")
     if found[0][0] == 0:
         raise InputError("tokens has no rows; expected at least one")
+    if found[0][1] == 0:
+        raise InputError("tokens has no columns; expected at least one token a row")
     _check_range("tokens", tokens, 0, vocab_size - 1, "the model's vocabulary")
     return found[0]
 

@@ -11,22 +11,6 @@ from v4jax.errors import InputError
 from v4jax.sharding import collectives, sequence
 from v4jax.sharding.rules import ONE_DEVICE, Layout
 
-# Auxiliary outputs that a call can ask for, and the names under which `aux` has them if others:
-# mhc as mhc_attn and mhc_ffn; attention as q, kv, entries (none in window layers) and o;
-# index_scores also brings index_keys.
-AUX_NAMES = (
-    "streams",
-    "router_experts",
-    "router_weights",
-    "router_scores",
-    "chosen",
-    "index_scores",
-    "mhc",
-    "attention",
-    "router_load",
-    "indexer_loss",
-)
-
 
 @struct.dataclass
 class Context:
@@ -157,7 +141,7 @@ def check_packed(segment_ids, cache, lengths) -> None:
 def place_tokens(
     tokens_BT, lengths_B, start_B, segment_ids_BT, aux=(), dense=False, layout=ONE_DEVICE
 ) -> Context:
-    """The context of one call from the whole of it; see `Transformer.__call__`."""
+    """The context of one call from the whole of it; see `Transformer.apply`."""
     batch, length = tokens_BT.shape
     row = jnp.arange(length, dtype=jnp.int32)[None]
     total = jnp.full((batch,), length, jnp.int32) if lengths_B is None else lengths_B

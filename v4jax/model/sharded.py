@@ -12,26 +12,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from v4jax.config import ModelConfig
+from v4jax.model import auxiliary
 from v4jax.model.cache import Cache, CompressorState, LayerCache
-from v4jax.model.context import check_packed
-from v4jax.sharding.rules import Layout
-
-# Axes of auxiliary outputs; arrays whose rows are the call's tokens have "sequence" in place 1.
-_AUX_AXES = {
-    "streams": ("batch", "sequence"),
-    "router_experts": ("batch", "sequence"),
-    "router_weights": ("batch", "sequence"),
-    "router_scores": ("batch", "sequence"),
-    "chosen": ("batch", "sequence"),
-    "mhc_attn": ("batch", "sequence"),
-    "mhc_ffn": ("batch", "sequence"),
-    "q": ("batch", "sequence", "heads"),
-    "kv": ("batch", "sequence"),
-    "o": ("batch", "sequence", "heads"),
-    "entries": ("batch",),
-    "index_scores": ("batch", "sequence"),
-    "index_keys": ("batch",),
-}
+from v4jax.model.network import Output, logical_axes
+from v4jax.sharding import collectives
+from v4jax.sharding.rules import ONE_DEVICE, Layout
 
 
 def check(config: ModelConfig, layout: Layout) -> None:
@@ -64,16 +49,9 @@ def variable_specs(model) -> dict[str, Any]:
 def _variable_specs(config, min_repeats, layout):
     return jax.tree.map(
         lambda names: layout.spec(*names),
-        _logical_axes(config, min_repeats),
+        logical_axes(config, min_repeats),
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
-
-
-@functools.lru_cache(maxsize=8)
-def _logical_axes(config, min_repeats):
-    from v4jax.model.transformer import Transformer  # it imports this module
-
-    return Transformer(config, min_repeats=min_repeats).logical_axes()
 
 
 def variable_shardings(model) -> dict[str, Any]:
@@ -117,7 +95,7 @@ def _on_mesh(layout, specs):
 def init(model, rngs):
     """Fresh variables, made where they lie: no device ever holds all of them."""
     check(model.config, model.sharding)
-    alone = model.clone(sharding=Layout())
+    alone = model.clone(sharding=ONE_DEVICE)
     return jax.jit(alone.init, out_shardings=variable_shardings(model))(rngs)
 
 
@@ -135,10 +113,9 @@ def apply(
     aux=(),
     **options,
 ):
-    """`Transformer.__call__` of global arrays on the model's mesh."""
+    """`Transformer.apply` of global arrays on the model's mesh."""
     layout = model.sharding
     check(model.config, layout)
-    check_packed(segment_ids, cache, lengths)
     tokens = jnp.asarray(tokens, jnp.int32)
     batch, length = tokens.shape
     layout.check_divides({"batch": batch})
@@ -155,7 +132,7 @@ def apply(
         None if segment_ids is None else row,
         layout.spec("batch", "sequence"),
     )
-    body = functools.partial(apply_local, model.clone(inside=True), logits, mtp, aux, options)
+    body = functools.partial(apply_local, model.network(), logits, mtp, aux, options)
     out = jax.shard_map(
         body,
         mesh=layout.mesh,
@@ -167,10 +144,10 @@ def apply(
 
 
 def apply_local(
-    model, logits, mtp, aux, options, variables, tokens, cache, lengths, segment_ids, replay
+    network, logits, mtp, aux, options, variables, tokens, cache, lengths, segment_ids, replay
 ):
     """The forward pass on one shard's arrays; tokens, lengths and segment ids of whole rows."""
-    out = model.apply(
+    out = network.apply(
         variables,
         tokens,
         cache=cache,
@@ -182,16 +159,13 @@ def apply_local(
         aux=aux,
         **options,
     )
-    axes = model.sharding.axes("sequence")
-    sums = {name: out.aux[name] for name in ("router_load", "indexer_loss") if name in out.aux}
-    if "router_load" in sums and axes:
-        sums["router_load"] = jax.tree.map(lambda x: jax.lax.psum(x, axes), sums["router_load"])
-    batch_axes = axes + model.sharding.axes("batch")
-    if "indexer_loss" in sums and batch_axes:
-        sums["indexer_loss"] = jax.tree.map(
-            lambda x: jax.lax.psum(x, batch_axes), sums["indexer_loss"]
-        )
-    return out.replace(aux=out.aux | sums)
+    layout = network.execution.layout
+    summed = {}
+    for key, layers in out.aux.items():
+        axes = tuple(a for name in auxiliary.TABLE[key].summed for a in layout.axes(name))
+        total = functools.partial(collectives.total, axes=axes)
+        summed[key] = jax.tree.map(total, layers) if axes else layers
+    return out.replace(aux=summed)
 
 
 def _padded(padding, tokens, lengths, segment_ids, replay):
@@ -213,49 +187,22 @@ def _padded(padding, tokens, lengths, segment_ids, replay):
 
 
 def _output_specs(model, logits, mtp, aux, cache, replay):
-    from v4jax.model.transformer import Output  # it imports this module
-
     layout, config = model.sharding, model.config
     rows = layout.spec("batch", "sequence")
-    table = {name: layout.spec(*axes) for name, axes in _AUX_AXES.items()}
-    table |= {"router_load": layout.spec("batch"), "indexer_loss": PartitionSpec()}
-    if cache is not None and not layout.axes("sequence"):
-        for name, axes in (
-            ("entries", ("batch", "entries")),
-            ("index_keys", ("batch", "entries")),
-            ("index_scores", ("batch", None, "entries")),
-        ):
-            table[name] = layout.spec(*axes)
     predictions = len(config.mtp_layers) if mtp else 0
     vocab = layout.spec("batch", "sequence" if logits == "all" else None, "vocab")
     normed = logits == "normed"
     further = layout.spec("batch", "sequence", "vocab")
+    keys = auxiliary.keys(config, aux, bool(replay) and "chosen" in replay)
     return Output(
         logits=vocab if logits in ("all", "last") else None,
         cache=None if cache is None else cache_specs(layout, cache),
         mtp_logits=() if normed else (further,) * predictions,
-        aux={name: table[name] for name in _aux_names(config, aux, replay)},
+        aux={key: auxiliary.spec(layout, key, cache is not None) for key in keys},
         streams=rows if logits == "none" else None,
         normed=rows if normed else None,
         mtp_normed=(rows,) * predictions if normed else (),
     )
-
-
-def _aux_names(config, wanted, replay):
-    """Keys of `Output.aux` for the wanted names, as this config's layers fill them."""
-    kinds = {layer.attention for layer in config.layers}
-    names = {name for name in wanted if name in ("streams",) or name.startswith("router_")}
-    if "mhc" in wanted and config.hc_mult > 1:
-        names |= {"mhc_attn", "mhc_ffn"}
-    if "attention" in wanted:
-        names |= {"q", "kv", "o"}
-        names |= {"entries"} if kinds & {"csa", "hca", "full"} else set()
-    if "csa" in kinds:
-        names |= {"indexer_loss"} & set(wanted)
-        if not (replay and "chosen" in replay):
-            names |= {"chosen"} & set(wanted)
-            names |= {"index_scores", "index_keys"} if "index_scores" in wanted else set()
-    return names
 
 
 def _cut(out, length, padding, layout):
@@ -272,13 +219,12 @@ def _cut(out, length, padding, layout):
     out = out.replace(mtp_logits=predictions[0], mtp_normed=predictions[1])
     if not padding:
         return out
-    long = {name for name, axes in _AUX_AXES.items() if "sequence" in axes}
     return out.replace(
         logits=None if out.logits is None else out.logits[:, : max(length, 1)],
         streams=None if out.streams is None else rows(out.streams),
         normed=None if out.normed is None else rows(out.normed),
         aux={
-            name: jax.tree.map(rows, value) if name in long else value
+            name: jax.tree.map(rows, value) if auxiliary.has_rows(name) else value
             for name, value in out.aux.items()
         },
     )

@@ -105,12 +105,15 @@ def loss(
     further = jnp.float32(weights.mtp if mtp_weight is None else mtp_weight)
     layout = model.sharding
     if layout.mesh is None:
-        return loss_local(model, weights, dense, variables, batch, counts, further)
+        return loss_local(
+            model.apply, model.config, layout, weights, dense, variables, batch, counts, further
+        )
     sharded.check(model.config, layout)
     layout.check_divides(dict(zip(("batch", "sequence"), batch.tokens_BT.shape, strict=True)))
     row, cell = layout.spec("batch"), layout.spec("batch", "sequence")
     ids = None if batch.segment_ids_BT is None else row
-    here = functools.partial(loss_local, model.clone(inside=True), weights, dense)
+    apply = model.network().apply
+    here = functools.partial(loss_local, apply, model.config, layout, weights, dense)
     specs = sharded.variable_specs(model)
     whole = PartitionSpec()
     return jax.shard_map(
@@ -122,10 +125,12 @@ def loss(
     )(variables, batch, counts, further)
 
 
-def loss_local(model, weights, dense, variables, batch, counts, mtp_weight):
-    """`loss` on one shard's arrays: tokens of whole rows, targets of this shard's part of them."""
-    layout = model.sharding
-    out = model.apply(
+def loss_local(apply, config, layout, weights, dense, variables, batch, counts, mtp_weight):
+    """`loss` on one shard's arrays: tokens of whole rows, targets of this shard's part of them.
+
+    apply: the model's, or inside `shard_map` the network's.
+    """
+    out = apply(
         variables,
         batch.tokens_BT,
         segment_ids=batch.segment_ids_BT,
@@ -139,14 +144,14 @@ def loss_local(model, weights, dense, variables, batch, counts, mtp_weight):
         _mean(_nats(y_BTD, head, batch, column, layout), counts.tokens_J[column])
         for column, y_BTD in enumerate((out.normed, *out.mtp_normed))
     ]
-    balance, load = _balance(model.config, out.aux["router_load"], counts, layout)
+    balance, load = _balance(config, out.aux["router_load"], counts, layout)
     objective = nats[0] + weights.balance * balance
     noted = {"loss": nats[0], "balance": balance, "load": load}
     if nats[1:]:
         noted["mtp"] = sum(nats[1:]) / len(nats[1:])
         objective += mtp_weight * noted["mtp"]
     if "indexer_loss" in out.aux:
-        noted |= _indexer(model.config, out.aux["indexer_loss"], counts, layout, dense)
+        noted |= _indexer(config, out.aux["indexer_loss"], counts, layout, dense)
         objective += weights.indexer * noted["indexer"]
     return objective, noted
 

@@ -1,0 +1,284 @@
+"""The Linen module of a forward pass: one device's, or one shard's inside `shard_map`.
+
+`transformer.Transformer` stands above it: it checks arguments, and runs this where they lie.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Int
+
+from v4jax import config as config_lib
+from v4jax.config import LayerSpec, ModelConfig
+from v4jax.errors import InputError
+from v4jax.model.block import Unit
+from v4jax.model.cache import Cache
+from v4jax.model.context import Context, place_tokens, slice_of
+from v4jax.model.hyper_connections import HyperHead
+from v4jax.model.layers import Execution, RMSNorm, weight
+from v4jax.model.mtp import MTPBlock
+from v4jax.reprs import short_repr
+from v4jax.sharding import collectives
+
+
+@struct.dataclass
+class Output:
+    """What `model.apply` returns.
+
+    logits float32: [B,T,V], or [B,1,V] of each row's last token, or None with logits="none" and
+    "normed". normed, mtp_normed: with logits="normed" what the output head would multiply, [B,T,D].
+    cache: the new decode state, when one went in. mtp_logits: with mtp=True one array for each
+    MTP block k = 1, 2, ...: [B,T-k,V], at t the prediction of token t + k + 1.
+    aux: wanted auxiliary outputs, aux[name][layer]; MTP blocks count on after the layers.
+    streams: [B,T,M,D] with logits="none".
+    """
+
+    logits: Any = None
+    cache: Any = None
+    mtp_logits: Any = ()
+    aux: Any = struct.field(default_factory=dict)
+    streams: Any = None
+    normed: Any = None
+    mtp_normed: Any = ()
+
+    def __repr__(self) -> str:
+        return short_repr(self)
+
+
+class Network(nn.Module):
+    """Embedding, layers, output head and MTP blocks.
+
+    Attributes: as of `transformer.Transformer`; execution: where activations round, on what mesh.
+    """
+
+    config: ModelConfig
+    execution: Execution
+    min_repeats: int = 4
+    remat: bool = False
+
+    @nn.nowrap
+    def segments(self) -> tuple[config_lib.Segment, ...]:
+        return config_lib.segments(self.config.layers, self.min_repeats)
+
+    def setup(self):
+        config, execution = self.config, self.execution
+        normal = nn.initializers.normal(config.initializer_range)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed = _Table(shape, ("vocab", "embed"), normal, execution)
+        self.units = [
+            self._unit(segment)(config, self._specs(segment), execution, name=segment.name)
+            for segment in self.segments()
+        ]
+        self.hc_head = HyperHead(config, execution)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, execution)
+        self.head = _Table(shape, ("vocab", "embed"), normal, execution)
+        self.mtp = [
+            MTPBlock(config, spec, execution, name=f"mtp_{k}")
+            for k, spec in enumerate(config.mtp_layers)
+        ]
+
+    @nn.nowrap
+    def _specs(self, segment) -> tuple[LayerSpec, ...]:
+        return self.config.layers[segment.start : segment.start + segment.period]
+
+    @nn.nowrap
+    def _unit(self, segment):
+        unit = nn.remat(Unit, prevent_cse=segment.repeats == 1) if self.remat else Unit
+        if segment.repeats == 1:
+            return unit
+        return nn.scan(
+            unit,
+            variable_axes={"params": 0, "buffers": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=segment.repeats,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array | np.ndarray, "b t"],
+        *,
+        cache: Cache | None = None,
+        lengths: Int[Array | np.ndarray, " b"] | None = None,
+        segment_ids: Int[Array | np.ndarray, "b t"] | None = None,
+        logits: str = "all",
+        mtp: bool = False,
+        aux: tuple[str, ...] = (),
+        replay: dict[str, dict[int, Array]] | None = None,
+        dense: bool = False,
+    ) -> Output:
+        """The forward pass; arguments are those of `Transformer.apply`, which checks them."""
+        tokens = jnp.asarray(tokens, jnp.int32)
+        lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+        replay = replay or {}
+        start = None if cache is None else cache.lengths
+        layout = self.execution.layout
+        context = place_tokens(tokens, lengths, start, segment_ids, aux, dense, layout)
+        # The embedding, repeated over the residual streams, through all layers.
+        last_only = logits == "last" and self._can_narrow(tokens, cache, aux, replay)
+        h_BTMD = self._streams(context.tokens)
+        h_BTMD, cache, found = self._layers(h_BTMD, context, cache, replay, last_only)
+        # The MTP blocks' states; a fresh model makes their weights too.
+        states = ()
+        if mtp or self.is_initializing():
+            states = self._mtp(h_BTMD, tokens, context, found, replay)
+        out = Output(cache=cache, aux=found)
+        if logits == "normed":
+            return out.replace(normed=self.norm(self.hc_head(h_BTMD)), mtp_normed=states)
+        out = out.replace(mtp_logits=tuple(self._logits(y_BTD) for y_BTD in states))
+        if logits == "none" and not self.is_initializing():
+            return out.replace(streams=h_BTMD)
+        # The output head, on every token or on each row's last real one.
+        if logits == "last" and not last_only:
+            h_BTMD = context.last(h_BTMD)
+        return out.replace(logits=self._logits(self.norm(self.hc_head(h_BTMD))))
+
+    def _streams(self, tokens):
+        """The embedding repeated over the residual streams."""
+        x_BTD = self.embed.rows(tokens).astype(self.execution.dtype)
+        shape = (*tokens.shape, self.config.hc_mult, self.config.hidden_size)
+        return jnp.broadcast_to(x_BTD[:, :, None], shape)
+
+    def _layers(self, h_BTMD, context: Context, cache, replay, last_only):
+        """All layers; the new cache and aux[name][layer].
+
+        last_only: of the last layer only its cache and each row's last token are needed.
+        """
+        found: dict[str, dict[int, Array]] = {}
+        kept = {}
+        for segment, unit in zip(self.segments(), self.units, strict=True):
+            caches = None if cache is None else cache.layers[segment.name]
+            if segment == self.segments()[-1]:
+                context = context.replace(last_only=last_only)
+            carry, auxes = _run(unit, segment, (h_BTMD, caches), replay, context)
+            h_BTMD, kept[segment.name] = carry
+            _collect(found, auxes, segment)
+        if cache is None:
+            return h_BTMD, None, found
+        spare = jnp.minimum(cache.spare + context.call.total, cache.max_rollback)
+        lengths = cache.lengths + context.call.total
+        return h_BTMD, cache.replace(lengths=lengths, spare=spare, layers=kept), found
+
+    @nn.nowrap
+    def _can_narrow(self, tokens, cache, aux, replay):
+        """Whether the last layer can leave out all but each row's last token and its cache.
+
+        Not in a scan, whose steps are one program; nor where each shard has a slice of the row.
+        """
+        several = tokens.shape[1] > 1 and cache is not None and not (aux or replay)
+        layout = self.execution.layout
+        return several and self.segments()[-1].repeats == 1 and not layout.axes("sequence")
+
+    def _logits(self, y_BTD):
+        y, table = y_BTD.astype(jnp.float32), self.head.table().astype(jnp.float32)
+        return jnp.einsum("btd,vd->btv", y, table)
+
+    def _mtp(self, h_BTMD, tokens_BT, context: Context, found, replay):
+        """Each MTP block's normed state, for the output head.
+
+        Block k predicts token t + k + 1 from block k - 1's streams and the embedding of token
+        t + k.
+        """
+        states = []
+        layout, length = self.execution.layout, tokens_BT.shape[1]
+        for k, block in enumerate(self.mtp):
+            # Positions and documents stay those of the streams: the block attends among them. The
+            # last k + 1 rows have no such token; nothing before them sees them.
+            tokens_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
+            total = jnp.maximum(context.call.total - k - 1, 0)
+            call = context.call.replace(total=total)
+            here = slice_of(tokens_BT, call, context.aux, False, layout)
+            e_BTD = self.embed.rows(here.tokens).astype(self.execution.dtype)
+            number = len(self.config.layers) + k
+            given = {name: layers[number] for name, layers in replay.items() if number in layers}
+            h_BTMD, y_BTD, aux = block(h_BTMD, e_BTD, here, given)
+            states.append(y_BTD if layout.axes("sequence") else y_BTD[:, : length - k - 1])
+            for name, value in aux.items():
+                if value is not None:
+                    found.setdefault(name, {})[number] = value
+        return tuple(states)
+
+
+def example_tokens(config: ModelConfig) -> Array:
+    """The fewest ids [B,T] that make all weights: each MTP block needs one behind the first."""
+    return jnp.zeros((1, 2 + len(config.mtp_layers)), jnp.int32)
+
+
+@functools.lru_cache(maxsize=8)
+def logical_axes(config: ModelConfig, min_repeats: int) -> dict[str, Any]:
+    """A PartitionSpec of logical axis names for every variable."""
+    network = Network(config, Execution(), min_repeats)
+    boxed = jax.eval_shape(network.init, jax.random.key(0), example_tokens(config))
+    return nn.get_partition_spec(boxed)
+
+
+class _Table(nn.Module):
+    """An embedding or output table [V,D]."""
+
+    shape: tuple[int, int]
+    axes: tuple[str, str]
+    init_fn: nn.initializers.Initializer
+    execution: Execution
+
+    def setup(self):
+        self.weight = weight(self, "weight", self.shape, self.axes, self.init_fn)
+
+    def rows(self, ids):
+        layout, count = self.execution.layout, self.weight.shape[0]
+        axes = layout.kept(self.axes[0])
+        if not axes:
+            return self.weight[ids]
+        here = ids - layout.index(self.axes[0]) * count
+        rows = self.weight[jnp.clip(here, 0, count - 1)]
+        mine = ((here >= 0) & (here < count))[..., None]
+        return collectives.total(jnp.where(mine, rows, 0), axes)
+
+    def table(self):
+        return self.weight
+
+
+def _run(unit, segment, carry, replay, context):
+    """A segment, scanned if it repeats; replays stacked over its repeats."""
+    if segment.repeats == 1:
+        replays = tuple(
+            {name: layers[segment.start + i] for name, layers in replay.items()
+             if segment.start + i in layers}
+            for i in range(segment.period)
+        )  # fmt: skip
+        return unit(carry, (0, replays), context)
+    replays = tuple(_stacked_replay(replay, segment, i) for i in range(segment.period))
+    return unit(carry, (jnp.arange(segment.repeats, dtype=jnp.int32), replays), context)
+
+
+def _stacked_replay(replay, segment, place):
+    numbers = [segment.start + place + segment.period * r for r in range(segment.repeats)]
+    stacked = {}
+    for name, layers in replay.items():
+        given = [n for n in numbers if n in layers]
+        if given and len(given) < len(numbers):
+            raise InputError(
+                f"replay of {name} has layers {given} and lacks others of the scanned group "
+                f"{numbers}; give all of a group, or build the model with a larger min_repeats"
+            )
+        if given:
+            stacked[name] = jnp.stack([layers[n] for n in numbers])
+    return stacked
+
+
+def _collect(found, auxes, segment):
+    """Files a segment's auxiliary outputs under found[name][layer]."""
+    for place, aux in enumerate(auxes):
+        for name, value in aux.items():
+            if value is None:
+                continue
+            for repeat in range(segment.repeats):
+                layer = segment.start + repeat * segment.period + place
+                one = value if segment.repeats == 1 else value[repeat]
+                found.setdefault(name, {})[layer] = one
