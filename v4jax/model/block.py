@@ -9,6 +9,7 @@ from v4jax.model.attention import Attention
 from v4jax.model.cache import LayerCache
 from v4jax.model.context import Context
 from v4jax.model.hyper_connections import HyperConnection
+from v4jax.model.keys import LayerState
 from v4jax.model.layers import Execution, RMSNorm
 from v4jax.model.moe import MoE
 
@@ -49,9 +50,9 @@ class Block(nn.Module):
         """
         replay = replay or {}
         u_BTD, mixing = self.hc_attn.pre(h_BTMD)
-        y_BTD, cache, aux = self.attn(
-            self.attn_norm(u_BTD), context, cache, layer, replay.get("chosen")
-        )
+        state = LayerState(self.execution.layout, cache, layer)
+        x_BTD = self.attn_norm(u_BTD)
+        y_BTD, state, aux = self.attn(x_BTD, context, state, replay.get("chosen"))
         h_BTMD, mixing = jax.tree.map(context.only_wanted, (h_BTMD, mixing))
         context = context.for_queries()
         h_BTMD, u_BTD, ffn_mixing = self.hc_ffn.post_pre(y_BTD, h_BTMD, mixing)
@@ -62,7 +63,7 @@ class Block(nn.Module):
             aux |= {"streams": h_BTMD}
         if "mhc" in context.aux and mixing is not None:
             aux |= {"mhc_attn": mixing[1], "mhc_ffn": ffn_mixing[1]}
-        return h_BTMD, cache, aux
+        return h_BTMD, state.cache, aux
 
 
 class Unit(nn.Module):

@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.model import rope
-from v4jax.model.cache import CompressorState, raw_rows, read_layer, write_layer
+from v4jax.model.cache import raw_rows
 from v4jax.model.context import Context, closing_rows
 from v4jax.model.layers import Execution, Projection, RMSNorm, weight
 from v4jax.ops import derivatives
@@ -40,25 +40,26 @@ class Compressor(nn.Module):
         self.wgate = Projection(*shape, axes, self.execution, std, float32=True)
         self.norm = RMSNorm(self.width, config.rms_norm_eps, self.execution)
 
-    def __call__(self, x_BTD: Array, context: Context, state: CompressorState | None, layer):
+    def __call__(
+        self, x_BTD: Array, context: Context, older_BPX: Array | None
+    ) -> tuple[Array, Array | None]:
         """The entries whose blocks close in this call, [B,E,width].
 
         Args:
           x_BTD: the layer's input. context: its tokens' places.
-          state: the cache's raw rows, or None. layer: which repeat of the segment this is.
+          older_BPX: raw rows of earlier calls; None without a cache.
 
         Returns:
-          Entries in the activation dtype and the raw rows for the next call (None uncached).
+          Entries in the activation dtype, and the raw rows for the next call (None uncached).
           Entry i is number start // m + i of its row, or in a packed row the i-th whose block
           closes; those past the last closed block are garbage and are not to be kept.
         """
         raw_BTX, layout = self._raw(x_BTD, context), self.execution.layout
-        older = None if state is None else read_layer(state.raw, layer)
-        joined = sequence.joined_rows(layout, raw_BTX, older, raw_rows(self.spec))
-        rows = None
-        if state is not None:
-            last = sequence.last_rows(layout, joined, context.call.total, older.shape[1])
-            rows = write_layer(state.raw, layer, last)
+        joined = sequence.joined_rows(layout, raw_BTX, older_BPX, raw_rows(self.spec))
+        kept = None
+        if older_BPX is not None:
+            total = context.call.total
+            kept = sequence.last_rows(layout, joined, total, older_BPX.shape[1])
         reach = joined.shape[1] - raw_BTX.shape[1]
         if context.document is not None:
             blocks, position = _packed_blocks(joined, context, reach, self.spec)
@@ -66,7 +67,7 @@ class Compressor(nn.Module):
             blocks, position = _whole_blocks(raw_BTX, self.spec)
         else:
             blocks, position = _open_blocks(joined, context, reach, self.spec)
-        return self._finish(self._pool(blocks, position), position), rows
+        return self._finish(self._pool(blocks, position), position), kept
 
     def _raw(self, x_BTD, context):
         """c and gate + ape side by side, float32 [B,T,2*channels]."""

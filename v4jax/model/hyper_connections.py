@@ -1,6 +1,7 @@
 """The weights of manifold-constrained hyper-connections (mHC, architecture section 3)."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -31,7 +32,8 @@ class HyperConnection(nn.Module):
         """The sub-layer's input [B,T,D], rounded, and (post, comb) for `post`."""
         if self.config.hc_mult == 1:
             return h_BTMD[:, :, 0], None
-        u_BTD, *mixing = api.pre(h_BTMD, *self._weights(), **self._options())
+        with jax.named_scope("mix"):
+            u_BTD, *mixing = api.pre(h_BTMD, *self._weights(), **self._options())
         return u_BTD, tuple(mixing)
 
     def post(self, y_BTD: Array, h_BTMD: Array, mixing) -> Array:
@@ -40,7 +42,8 @@ class HyperConnection(nn.Module):
             return self.execution.round(h_BTMD + y_BTD[:, :, None])
         execution = self.execution
         options = {"dtype": execution.dtype, "implementation": execution.kernels}
-        return api.post(y_BTD, h_BTMD, *mixing, **options)
+        with jax.named_scope("mix"):
+            return api.post(y_BTD, h_BTMD, *mixing, **options)
 
     def post_pre(self, y_BTD: Array, h_BTMD: Array, mixing):
         """The streams after another sub-layer's output y, whose mixing it is, and `pre` of them."""
@@ -48,7 +51,8 @@ class HyperConnection(nn.Module):
             h_BTMD = self.post(y_BTD, h_BTMD, mixing)
             return h_BTMD, *self.pre(h_BTMD)
         arrays = (y_BTD, h_BTMD, *mixing, *self._weights())
-        h_BTMD, u_BTD, *mixing = api.post_pre(*arrays, **self._options())
+        with jax.named_scope("mix"):
+            h_BTMD, u_BTD, *mixing = api.post_pre(*arrays, **self._options())
         return h_BTMD, u_BTD, tuple(mixing)
 
     def _weights(self):

@@ -97,17 +97,18 @@ class Experts(nn.Module):
         k = chosen_BTK.shape[-1]
 
         def ffn(x_RD, gate_R, sizes_E):
-            return grouped_matmul.expert_ffn(
-                x_RD,
-                gate_R,
-                sizes_E,
-                w1,
-                w2,
-                w3,
-                limit=config.swiglu_limit,
-                rounding=grouped_matmul.Rounding(self.execution.dtype, self.execution.native),
-                implementation=self.execution.kernels,
-            )
+            with jax.named_scope("experts"):
+                return grouped_matmul.expert_ffn(
+                    x_RD,
+                    gate_R,
+                    sizes_E,
+                    w1,
+                    w2,
+                    w3,
+                    limit=config.swiglu_limit,
+                    rounding=grouped_matmul.Rounding(self.execution.dtype, self.execution.native),
+                    implementation=self.execution.kernels,
+                )
 
         tokens = x_BTD.reshape(-1, d), chosen_BTK.reshape(-1, k), weights_BTK.reshape(-1, k)
         layout, kernels = self.execution.layout, self.execution.kernels
@@ -165,7 +166,8 @@ class MoE(nn.Module):
 
     def __call__(self, x_BTD: Array, context: Context, replayed_BTK: Array | None = None):
         """The layer's output [B,T,D] and auxiliary arrays by name."""
-        chosen, weights, scores = self.gate(x_BTD, context.tokens, replayed_BTK)
+        with jax.named_scope("router"):
+            chosen, weights, scores = self.gate(x_BTD, context.tokens, replayed_BTK)
         y = self.experts(x_BTD, chosen, weights)
         if self.config.n_shared_experts:
             y = y + self.shared_experts(x_BTD).astype(jnp.float32)
