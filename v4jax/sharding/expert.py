@@ -66,7 +66,7 @@ def route(
             "or none of them in its axes of batch and sequence"
         )
     if shared or layout.strategy.exchange == "gather":
-        one = _tokens_everywhere
+        one = _tokens_gathered
     else:
         one = _to_their_experts
     moved = () if shared else axes
@@ -103,12 +103,15 @@ def _all_here(x_XD, chosen_XK, weights_XK, experts, ffn, implementation):
     expert_R = chosen_XK.reshape(-1)
     permutation = _sorted(expert_R, experts, chosen_XK.shape)
     sizes_E = jnp.zeros(experts, jnp.int32).at[expert_R].add(1)
-    spread, combine = (derivatives.of(f, implementation) for f in (_spread, _combine))
-    y_RD = ffn(spread(x_XD, permutation), _rows(weights_XK, permutation, spread), sizes_E)
-    return combine(y_RD, permutation, "float32")
+    dispatch, combine = (derivatives.of(f, implementation) for f in (_dispatch, _combine))
+    with jax.named_scope("dispatch"):
+        rows = dispatch(x_XD, permutation), _rows(weights_XK, permutation, dispatch)
+    y_RD = ffn(*rows, sizes_E)
+    with jax.named_scope("combine"):
+        return combine(y_RD, permutation, "float32")
 
 
-def _tokens_everywhere(layout, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
+def _tokens_gathered(layout, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
     """Every shard gets the tokens of all, runs its experts on those that chose them, and sums.
 
     Args:
@@ -125,11 +128,14 @@ def _tokens_everywhere(layout, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
     permutation = _sorted(expert_R, here + 1, chosen_XK.shape)._replace(
         total=sizes_E.sum(dtype=jnp.int32)
     )
-    y_RD = ffn(_spread(x_XD, permutation), _rows(weights_XK, permutation), sizes_E)
-    y_XD = _combine(y_RD, permutation, "float32")
-    if axes:
-        return collectives.scatter_total(y_XD, axes, 0)
-    return collectives.total(y_XD, layout.axes("expert"))
+    with jax.named_scope("dispatch"):
+        rows = _dispatch(x_XD, permutation), _rows(weights_XK, permutation)
+    y_RD = ffn(*rows, sizes_E)
+    with jax.named_scope("combine"):
+        y_XD = _combine(y_RD, permutation, "float32")
+        if axes:
+            return collectives.scatter_total(y_XD, axes, 0)
+        return collectives.total(y_XD, layout.axes("expert"))
 
 
 def _to_their_experts(layout, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
@@ -139,11 +145,13 @@ def _to_their_experts(layout, axes, experts, ffn, x_XD, chosen_XK, weights_XK):
     counts_E = jnp.zeros(experts, jnp.int32).at[expert_R].add(1)
     exchange, counts_SE, passed = plan_exchange(layout, axes, counts_E, chosen_XK.shape)
     here = _by_expert(counts_SE, exchange.rows_there)
-    x_RD = _spread(exchange.there(_spread(x_XD, permutation)), here)
-    weight_R = _spread(exchange.there(_rows(weights_XK, permutation)), here)
+    with jax.named_scope("dispatch"):
+        x_RD = _dispatch(exchange.there(_dispatch(x_XD, permutation)), here)
+        weight_R = _dispatch(exchange.there(_rows(weights_XK, permutation)), here)
     y_RD = ffn(x_RD, weight_R, counts_SE.sum(0, dtype=jnp.int32))
-    y_RD = exchange.back(_combine(y_RD, here, y_RD.dtype.name))
-    y_XD = _combine(y_RD, permutation, "float32")
+    with jax.named_scope("combine"):
+        y_RD = exchange.back(_combine(y_RD, here, y_RD.dtype.name))
+        y_XD = _combine(y_RD, permutation, "float32")
     return y_XD if passed is None else jnp.where(passed, jnp.nan, y_XD)
 
 
@@ -195,17 +203,17 @@ def _moved(sizes, starts, targets, rows):
     return jnp.where(index_R < sizes.sum(dtype=jnp.int32), index_R + distance_R, index_R)
 
 
-def _rows(weights_XK, permutation, spread=None):
+def _rows(weights_XK, permutation, dispatch=None):
     """A token's weights, one a row."""
     each = permutation._replace(row_XK=permutation.row_XK.reshape(-1, 1))
-    return (spread or _spread)(weights_XK.reshape(-1), each)
+    return (dispatch or _dispatch)(weights_XK.reshape(-1), each)
 
 
 # The two below are each other's transpose, so that neither's gradient is a scatter.
 
 
 @jax.custom_vjp
-def _spread(x_X, permutation: _Permutation):
+def _dispatch(x_X, permutation: _Permutation):
     """Each token [X, ...] in the rows of its choices [R, ...]; zeros in those that are not real."""
     k = permutation.row_XK.shape[1]
     rows = x_X[permutation.source_R // k]
@@ -234,11 +242,11 @@ def _column(mask, like):
     return mask.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _spread_forward(x_X, permutation):
-    return _spread(x_X, permutation), permutation
+def _dispatch_forward(x_X, permutation):
+    return _dispatch(x_X, permutation), permutation
 
 
-def _spread_backward(permutation, dy_R):
+def _dispatch_backward(permutation, dy_R):
     return _combine(dy_R, permutation, dy_R.dtype.name), None
 
 
@@ -248,8 +256,8 @@ def _combine_forward(y_R, permutation, dtype):
 
 def _combine_backward(dtype, kept, dx_X):
     permutation, like = kept
-    return _spread(dx_X.astype(like.dtype), permutation), None
+    return _dispatch(dx_X.astype(like.dtype), permutation), None
 
 
-_spread.defvjp(_spread_forward, _spread_backward)
+_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 _combine.defvjp(_combine_forward, _combine_backward)
