@@ -65,10 +65,8 @@ def route(
             f"have different tokens, and {shared}, whose shards have the same; expected either all "
             "or none of them in its axes of batch and sequence"
         )
-    if shared or layout.strategy.exchange == "gather":
-        one = _tokens_gathered
-    else:
-        one = _to_their_experts
+    gathers = shared or layout.strategy.exchange == "gather"
+    one = _tokens_gathered if gathers else _to_their_experts
     moved = () if shared else axes
     return _in_waves(
         functools.partial(one, layout, moved, experts, ffn),
