@@ -7,8 +7,8 @@ import pytest
 
 from v4jax import accounting
 from v4jax.config import CSA, FULL, HCA, WINDOW, LayerSpec
+from v4jax.hf.tensors import tensor_table
 from v4jax.named_configs import get_config
-from v4jax.weights import tensor_table
 
 MILLION = 2**20
 

@@ -21,8 +21,8 @@ from v4jax.checkpoints.target import OfficialTarget, config_json
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.files.safetensors import bytes_of
+from v4jax.hf.tensors import TensorSpec, tensor_table
 from v4jax.named_configs import get_config
-from v4jax.weights import TensorSpec, tensor_table
 
 # Root mean squares of the codes drawn below.
 _FP4_RMS = 2.93  # all 16 codes alike

@@ -11,7 +11,7 @@ import dataclasses
 import math
 
 from v4jax.config import LayerSpec, ModelConfig
-from v4jax.weights import TensorSpec, tensor_table
+from v4jax.hf.tensors import TensorSpec, tensor_table
 
 
 @dataclasses.dataclass(frozen=True)

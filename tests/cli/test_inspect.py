@@ -16,8 +16,8 @@ from v4jax.cli import inspect
 from v4jax.cli.main import SUBCOMMANDS, main
 from v4jax.files.safetensors import NewTensor, SafetensorsFolder, write_index, write_safetensors
 from v4jax.hf.config import to_hf
+from v4jax.hf.tensors import tensor_table
 from v4jax.named_configs import get_config
-from v4jax.weights import tensor_table
 
 
 @pytest.fixture

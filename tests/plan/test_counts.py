@@ -9,11 +9,11 @@ import v4jax
 from v4jax import accounting
 from v4jax.chips import CHIPS
 from v4jax.errors import InputError
+from v4jax.hf.tensors import tensor_table
 from v4jax.model.transformer import Transformer
 from v4jax.plan import exchange, memory, roofline, variables
 from v4jax.plan.hlo import Collective
 from v4jax.plan.job import Job, abstract_layout
-from v4jax.weights import tensor_table
 
 MILLION = 2**20
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from v4jax.errors import ChecksumError
 from v4jax.files.threads import run_all
-from v4jax.weights import TensorSpec
+from v4jax.hf.tensors import TensorSpec
 
 CHUNK = 1 << 22  # values looked at in one go, to bound memory
 

@@ -33,8 +33,8 @@ from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME, bytes_of
 from v4jax.files.threads import run_all
 from v4jax.files.writing import possible_directory
 from v4jax.hf.config import to_hf
+from v4jax.hf.tensors import expanded_config
 from v4jax.sharding import processes
-from v4jax.weights import expanded_config
 
 # Files that belong to a checkpoint beside its weights and config.
 COMPANIONS = (

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from v4jax.errors import InputError
-from v4jax.weights import BLOCK, GROUP
+from v4jax.hf.tensors import BLOCK, GROUP
 
 NAN_SCALE = 255  # the E8M0 byte that is no number
 

@@ -15,7 +15,7 @@ from v4jax.checkpoints.foreign import Found, refuse_counts, refuse_foreign, with
 from v4jax.config import WINDOW, ModelConfig
 from v4jax.errors import InputError
 from v4jax.files.json_reader import quote, word
-from v4jax.weights import DEFAULT_QUANTIZATION, TensorSpec, scale_key, stored_form, tensor_table
+from v4jax.hf.tensors import DEFAULT_QUANTIZATION, TensorSpec, scale_key, stored_form, tensor_table
 
 _CARRIED = re.compile(r"mtp\.\d{1,4}(\.\w{1,80}){1,8}", re.ASCII)
 _FLOATS = ("F16", "BF16", "F32")

@@ -41,8 +41,8 @@ from v4jax.files.regular import check_regular_below, read_regular
 from v4jax.files.safetensors import NUMPY_DTYPES, bytes_of
 from v4jax.files.threads import run_all
 from v4jax.files.zarr import ZarrArray
+from v4jax.hf.tensors import TensorSpec
 from v4jax.sharding import processes
-from v4jax.weights import TensorSpec
 
 MANIFEST_NAME = "v4jax.json"
 FORMAT = "v4jax-orbax"

@@ -34,7 +34,7 @@ from v4jax.files.regular import read_regular
 from v4jax.files.safetensors import NUMPY_DTYPES, SafetensorsFolder
 from v4jax.hf.config import MAX_CONFIG, parse_config
 from v4jax.hf.names import names_for_errors, official_places
-from v4jax.weights import BLOCK, GROUP, TensorSpec, expanded_config, scale_key, tensor_table
+from v4jax.hf.tensors import BLOCK, GROUP, TensorSpec, expanded_config, scale_key, tensor_table
 
 JOURNAL_NAME = ".incomplete"  # there while a conversion into the directory is under way
 CONFIG_NAME = "config.json"

@@ -16,7 +16,7 @@ from v4jax.config import ModelConfig
 from v4jax.files.atomic import write_atomically
 from v4jax.files.safetensors import NewTensor, SafetensorsFile, write_index, write_safetensors
 from v4jax.hf.config import to_hf
-from v4jax.weights import TensorSpec
+from v4jax.hf.tensors import TensorSpec
 
 TARGETS = ("official", "orbax")
 

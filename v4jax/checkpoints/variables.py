@@ -13,14 +13,14 @@ from v4jax.checkpoints.source import Read
 from v4jax.config import ModelConfig, segments
 from v4jax.errors import InputError
 from v4jax.files.safetensors import STORED_NAMES
-from v4jax.quant import QTensor
-from v4jax.weights import (
+from v4jax.hf.tensors import (
     DEFAULT_QUANTIZATION,
     TensorSpec,
     stored_form,
     tensor_table,
     variable_place,
 )
+from v4jax.quant import QTensor
 
 _FLOATS = ("float32", "bfloat16")
 

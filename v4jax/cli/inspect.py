@@ -23,8 +23,8 @@ from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME, read_index
 from v4jax.hf.config import read_config, to_hf
+from v4jax.hf.tensors import TensorSpec, tensor_table
 from v4jax.named_configs import config_names, get_config
-from v4jax.weights import TensorSpec, tensor_table
 
 FLAGS = flags.FLAGS
 

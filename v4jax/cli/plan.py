@@ -16,9 +16,9 @@ from v4jax.chips import CHIPS
 from v4jax.errors import InputError
 from v4jax.files.writing import writable_file, writing
 from v4jax.hf.config import read_config
+from v4jax.hf.tensors import WEIGHTS
 from v4jax.named_configs import config_names, get_config
 from v4jax.plan import environment
-from v4jax.weights import WEIGHTS
 
 FLAGS = flags.FLAGS
 DOES_NOT_FIT = 1

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from v4jax.errors import InputError
 from v4jax.files.json_reader import word
 from v4jax.files.regions import Region, shape_of
-from v4jax.weights import transformers_key
+from v4jax.hf.tensors import transformers_key
 
 # A module's name inside a block -> the official one, both without their last word.
 _COMPRESSOR = {"kv_proj": "wkv", "gate_proj": "wgate", "kv_norm": "norm", "position_bias": "ape"}

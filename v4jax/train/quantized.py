@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from v4jax import config, quant, weights
+from v4jax import config, quant
 from v4jax.errors import InputError
+from v4jax.hf import tensors
 from v4jax.model.transformer import Transformer
 from v4jax.train.optimizer import joined
 from v4jax.train.scales import next_scales
@@ -40,8 +41,8 @@ def roles(model: Transformer) -> dict[str, str]:
     expert = "expert" if model.config.expert_dtype == "fp4" else "matrix"
     cut = config.segments(model.config.layers, model.min_repeats)
     found = {}
-    for spec in weights.tensor_table(model.config):
-        path, _ = weights.variable_place(cut, spec.item, spec.path)
+    for spec in tensors.tensor_table(model.config):
+        path, _ = tensors.variable_place(cut, spec.item, spec.path)
         if path[0] == "params" and spec.role != "scale":
             found["/".join(path[1:])] = expert if spec.role == "expert" else spec.role
     return found

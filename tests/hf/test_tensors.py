@@ -12,9 +12,7 @@ from tests.support.tiny import VARIANTS, tiny_config
 from v4jax.config import WINDOW, segments
 from v4jax.errors import InputError
 from v4jax.hf.config import read_config
-from v4jax.model.transformer import Transformer
-from v4jax.named_configs import get_config
-from v4jax.weights import (
+from v4jax.hf.tensors import (
     expanded_config,
     item_names,
     stored_form,
@@ -22,6 +20,8 @@ from v4jax.weights import (
     transformers_key,
     variable_place,
 )
+from v4jax.model.transformer import Transformer
+from v4jax.named_configs import get_config
 
 
 @pytest.mark.parametrize(
