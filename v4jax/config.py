@@ -194,6 +194,15 @@ class Segment:
     def name(self) -> str:
         return f"layers_{self.start}"
 
+    def path(self, place: int) -> tuple[str, str]:
+        """Where a layer of the unit lies among the variables: ("layers_2", "block_0")."""
+        return self.name, f"block_{place}"
+
+    def layers(self, place: int) -> range:
+        """The numbers of the layers that lie there, one for each repeat."""
+        first = self.start + place
+        return range(first, first + self.period * self.repeats, self.period)
+
 
 def segments(layers: tuple[LayerSpec, ...], min_repeats: int = 4) -> tuple[Segment, ...]:
     """Cuts the layers into units that repeat, so that each is compiled once and scanned.

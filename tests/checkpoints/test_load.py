@@ -26,8 +26,9 @@ from v4jax.checkpoints.load import load, load_variables, save_official, save_orb
 from v4jax.config import CSA, WINDOW, segments, with_hash_routing
 from v4jax.errors import InputError
 from v4jax.files.safetensors import NUMPY_DTYPES
-from v4jax.hf.tensors import tensor_table, variable_place
+from v4jax.hf.tensors import tensor_table
 from v4jax.model.transformer import Transformer
+from v4jax.weights import variable_place
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from v4jax.hf.tensors import (
     stored_form,
     tensor_table,
     transformers_key,
-    variable_place,
 )
 from v4jax.model.transformer import Transformer
 from v4jax.named_configs import get_config
+from v4jax.weights import variable_place
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,13 @@ from v4jax.config import ModelConfig, Segment, segments
 from v4jax.errors import InputError
 from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME
 from v4jax.files.threads import run_all
-from v4jax.hf.tensors import TensorSpec, variable_place
+from v4jax.hf.tensors import TensorSpec
 from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
 from v4jax.quant import QTensor
 from v4jax.sharding import processes
 from v4jax.sharding.rules import ONE_DEVICE, Layout
+from v4jax.weights import variable_place
 
 THREADS = 8
 _ALIGNMENT = 64  # jax takes host arrays over without a copy where they are aligned to this

@@ -18,9 +18,9 @@ from v4jax.hf.tensors import (
     TensorSpec,
     stored_form,
     tensor_table,
-    variable_place,
 )
 from v4jax.quant import QTensor
+from v4jax.weights import variable_place
 
 _FLOATS = ("float32", "bfloat16")
 

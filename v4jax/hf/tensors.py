@@ -1,8 +1,8 @@
 """Every tensor of a checkpoint: its key, shape and stored type, and where it lives in our tree.
 
 No I/O. A checkpoint is a row of items, each written and read as a whole: `embed`, `layer_000`, ...,
-`head`, `mtp_0`, .... Paths are those inside the item; `variable_place` says where the item's block
-sits in the model's variables, which depends on how its layers are cut into segments.
+`head`, `mtp_0`, .... The weights are those of `weights.items`, and paths are those inside the item;
+`weights.variable_place` says where they sit in the model's variables.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from v4jax.config import LayerSpec, ModelConfig, Segment, layer_place
+from v4jax import weights
+from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.files.safetensors import NUMPY_DTYPES
 
@@ -135,9 +136,9 @@ def tensor_table(
     form = form or stored_form(config)
     specs = [
         spec
-        for item, prefix, layer, weights in _items(config)
-        for path, shape, role in weights
-        for spec in _specs(config, form, item, prefix, layer, path, shape, role)
+        for item, layer, declared in weights.items(config)
+        for path, weight in declared.items()
+        for spec in _specs(form, item, layer, path, weight)
     ]
     if layout == "official":
         return specs
@@ -146,29 +147,7 @@ def tensor_table(
 
 def item_names(config: ModelConfig) -> list[str]:
     """The items of a checkpoint in the order of the official files (without carried drafts)."""
-    return [item for item, *_ in _items(config)]
-
-
-def variable_place(
-    cut: tuple[Segment, ...], item: str, path: tuple[str, ...]
-) -> tuple[tuple[str, ...], int | None]:
-    """Where an item's leaf lives in the model's variables.
-
-    Args:
-      cut: `config.segments(layers, min_repeats)`. item, path: as in `TensorSpec`.
-
-    Returns:
-      The path, and the index along the leaf's leading axis of repeats (None: there is none).
-    """
-    collection, *rest = path
-    kind, _, number = item.partition("_")
-    if kind == "mtp":
-        return (collection, item, *rest), None
-    if kind != "layer":
-        return (collection, *rest), None
-    segment, place, repeat = layer_place(cut, int(number))
-    where = (collection, segment.name, f"block_{place}", *rest)
-    return where, repeat if segment.repeats > 1 else None
+    return [item for item, *_ in weights.items(config)]
 
 
 def transformers_key(key: str) -> str:
@@ -187,119 +166,23 @@ def scale_key(key: str) -> str:
     return key.removesuffix(".weight") + ".scale"
 
 
-def _items(config) -> Iterator[tuple[str, str, int | None, list]]:
-    """Each item's name, prefix of its official keys, layer, and weights (path, shape, role)."""
-    d, vocab = config.hidden_size, config.vocab_size
-    yield "embed", "", None, [("embed/weight", (vocab, d), "plain")]
-    for i, layer in enumerate(config.layers):
-        yield f"layer_{i:03d}", f"layers.{i}.", i, _block(config, layer)
-    head = [("head/weight", (vocab, d), "plain"), ("norm/weight", (d,), "norm")]
-    yield "head", "", None, head + _head_streams(config)
-    for k, layer in enumerate(config.mtp_layers):
-        block = [(f"block/{path}", shape, role) for path, shape, role in _block(config, layer)]
-        yield f"mtp_{k}", f"mtp.{k}.", None, _mtp(config) + block
+def _prefix(item):
+    """What the official keys of an item begin with."""
+    kind, _, number = item.partition("_")
+    return {"layer": f"layers.{int(number or 0)}.", "mtp": f"mtp.{number}."}.get(kind, "")
 
 
-def _block(config, layer: LayerSpec):
-    d = config.hidden_size
-    weights = [("attn_norm/weight", (d,), "norm"), ("ffn_norm/weight", (d,), "norm")]
-    weights += _streams(config, "hc_attn") + _streams(config, "hc_ffn")
-    weights += [(f"attn/{path}", shape, role) for path, shape, role in _attention(config, layer)]
-    return weights + [(f"ffn/{path}", shape, role) for path, shape, role in _moe(config, layer)]
-
-
-def _streams(config, name):
-    m = config.hc_mult
-    if m == 1:
-        return []
-    mix = (2 + m) * m
-    return [
-        (f"{name}/fn", (mix, m * config.hidden_size), "control"),
-        (f"{name}/base", (mix,), "control"),
-        (f"{name}/scale", (3,), "control"),
-    ]
-
-
-def _head_streams(config):
-    m = config.hc_mult
-    if m == 1:
-        return []
-    return [
-        ("hc_head/fn", (m, m * config.hidden_size), "control"),
-        ("hc_head/base", (m,), "control"),
-        ("hc_head/scale", (1,), "control"),
-    ]
-
-
-def _mtp(config):
-    d = config.hidden_size
-    norms = [(f"{name}/weight", (d,), "norm") for name in ("enorm", "hnorm", "norm")]
-    matrices = [(f"{name}/weight", (d, d), "matrix") for name in ("e_proj", "h_proj")]
-    return norms + matrices + _head_streams(config)
-
-
-def _attention(config, layer):
-    d, latent, h = config.hidden_size, config.q_lora_rank, config.head_dim
-    heads, groups, o = config.num_attention_heads, config.o_groups, config.o_lora_rank
-    weights = [
-        ("attn_sink", (heads,), "control"),
-        ("wq_a/weight", (latent, d), "matrix"),
-        ("q_norm/weight", (latent,), "norm"),
-        ("wq_b/weight", (heads * h, latent), "matrix"),
-        ("wkv/weight", (h, d), "matrix"),
-        ("kv_norm/weight", (h,), "norm"),
-        ("wo_a/weight", (groups * o, heads // groups * h), "matrix"),
-        ("wo_b/weight", (d, groups * o), "matrix"),
-    ]
-    if layer.attention in ("csa", "hca"):
-        weights += _compressor(config, layer, "compressor", h)
-    if layer.attention == "csa":
-        index_heads, width = config.index_n_heads, config.index_head_dim
-        weights += [
-            ("indexer/wq_b/weight", (index_heads * width, latent), "matrix"),
-            ("indexer/weights_proj/weight", (index_heads, d), "plain"),
-            *_compressor(config, layer, "indexer/compressor", width),
-        ]
-    return weights
-
-
-def _compressor(config, layer, name, width):
-    channels = 2 * width if layer.overlap else width
-    return [
-        (f"{name}/ape", (layer.ratio, channels), "control"),
-        (f"{name}/wkv/weight", (channels, config.hidden_size), "plain"),
-        (f"{name}/wgate/weight", (channels, config.hidden_size), "plain"),
-        (f"{name}/norm/weight", (width,), "norm"),
-    ]
-
-
-def _moe(config, layer):
-    d, experts, f = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
-    weights = [("gate/weight", (experts, d), "plain")]
-    if layer.routing == "hash":
-        table = (config.vocab_size, config.num_experts_per_tok)
-        weights += [("gate/tid2eid", table, "table")]
-    else:
-        weights += [("gate/bias", (experts,), "control")]
-    sides = (("w1", (f, d)), ("w2", (d, f)), ("w3", (f, d)))
-    weights += [(f"experts/{name}", shape, "expert") for name, shape in sides]
-    shared = config.shared_intermediate_size
-    if shared:
-        sides = (("w1", (shared, d)), ("w2", (d, shared)), ("w3", (shared, d)))
-        weights += [(f"shared_experts/{name}/weight", shape, "matrix") for name, shape in sides]
-    return weights
-
-
-def _specs(config, form, item, prefix, layer, path, shape, role) -> Iterator[TensorSpec]:
-    """The tensors of one weight: an expert's matrices one by one, scales beside values."""
-    names = path.split("/")
-    buffer = names[-2:] in (["gate", "bias"], ["gate", "tid2eid"])
-    place = ("buffers" if buffer else "params", *names)
+def _specs(form, item, layer, path, weight) -> Iterator[TensorSpec]:
+    """The tensors of one weight: an expert's matrices one by one, scales next to values."""
+    names, role, prefix = path.split("/"), weight.role, _prefix(item)
+    stacked = role == "expert"
+    shape = weight.shape[1:] if stacked else weight.shape
     dtype = {"matrix": form.matrices, "expert": form.experts}.get(role, form.plain)
     values_shape, scales_shape = _stored_shapes(path, shape, dtype)
-    for expert in range(config.n_routed_experts) if role == "expert" else (None,):
+    for expert in range(weight.shape[0]) if stacked else (None,):
         key = prefix + _official_name(names, expert)
-        common = {"item": item, "path": place, "expert": expert, "layer": layer}
+        where = (weight.collection, *names)
+        common = {"item": item, "path": where, "expert": expert, "layer": layer}
         if scales_shape is None:
             yield TensorSpec(key, values_shape, _dtypes(form, role), role=role, **common)
             continue

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array
 
-from v4jax import quant
+from v4jax import quant, weights
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.kernels.sparse_attention.entries import as_rows
 from v4jax.model import rope
@@ -28,28 +28,23 @@ class Attention(nn.Module):
     execution: Execution
 
     def setup(self):
-        config, execution, std = self.config, self.execution, self.config.initializer_range
-        d, latent, eps = config.hidden_size, config.q_lora_rank, config.rms_norm_eps
-        heads, h = config.num_attention_heads, config.head_dim
-        groups, o = config.o_groups, config.o_lora_rank
+        config, execution, eps = self.config, self.execution, self.config.rms_norm_eps
+        declared = weights.attention(config, self.spec)
 
-        def matrix(out, features, axes, **options):
-            return Projection(out, features, axes, execution, std, **options)
+        def matrix(name, **options):
+            return Projection(declared[f"{name}/weight"], execution, **options)
 
-        zeros = nn.initializers.zeros
-        self.attn_sink = weight(self, "attn_sink", (heads,), ("heads",), zeros)
-        self.wq_a = matrix(latent, d, ("q_lora", "embed"))
-        self.q_norm = RMSNorm(latent, eps, execution)
-        self.wq_b = matrix(heads * h, latent, ("heads", "q_latent"))
-        self.wkv = matrix(h, d, ("kv", "embed"))
-        self.kv_norm = RMSNorm(h, eps, execution)
+        self.attn_sink = weight(self, "attn_sink", declared["attn_sink"])
+        self.wq_a = matrix("wq_a")
+        self.q_norm = RMSNorm(config.q_lora_rank, eps, execution)
+        self.wq_b = matrix("wq_b")
+        self.wkv = matrix("wkv")
+        self.kv_norm = RMSNorm(config.head_dim, eps, execution)
         # Stored in FP8 and used in bf16: its input alone is not rounded to E4M3 (section 10).
-        self.wo_a = matrix(
-            groups * o, heads // groups * h, ("heads", "head_group"), quantize_input=False
-        )
-        self.wo_b = matrix(d, groups * o, ("embed", "heads"))
+        self.wo_a = matrix("wo_a", quantize_input=False)
+        self.wo_b = matrix("wo_b")
         if self.compresses:
-            self.compressor = Compressor(config, self.spec, h, execution)
+            self.compressor = Compressor(config, self.spec, config.head_dim, execution)
         if self.spec.attention == "csa":
             self.indexer = Indexer(config, self.spec, execution)
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from v4jax import weights
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.model import rope
 from v4jax.model.cache import raw_rows
@@ -30,15 +31,11 @@ class Compressor(nn.Module):
     execution: Execution
 
     def setup(self):
-        config, channels = self.config, self.width * (2 if self.spec.overlap else 1)
-        std = config.initializer_range
-        normal = nn.initializers.normal(std)
-        self.ape = weight(self, "ape", (self.spec.ratio, channels), (None, "compressed"), normal)
-        d = config.hidden_size
-        shape, axes = (channels, d), ("compressed", "embed")
-        self.wkv = Projection(*shape, axes, self.execution, std, float32=True)
-        self.wgate = Projection(*shape, axes, self.execution, std, float32=True)
-        self.norm = RMSNorm(self.width, config.rms_norm_eps, self.execution)
+        declared = weights.compressor(self.config, self.spec, self.width)
+        self.ape = weight(self, "ape", declared["ape"])
+        self.wkv = Projection(declared["wkv/weight"], self.execution, float32=True)
+        self.wgate = Projection(declared["wgate/weight"], self.execution, float32=True)
+        self.norm = RMSNorm(self.width, self.config.rms_norm_eps, self.execution)
 
     def __call__(
         self, x_BTD: Array, context: Context, older_BPX: Array | None

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from v4jax import weights
 from v4jax.config import ModelConfig
 from v4jax.kernels.hyper_connections import api
 from v4jax.model.layers import Execution, weight
@@ -17,16 +18,12 @@ class HyperConnection(nn.Module):
     execution: Execution
 
     def setup(self):
-        m, d = self.config.hc_mult, self.config.hidden_size
-        if m == 1:
+        if self.config.hc_mult == 1:
             return
-        rows = (2 + m) * m
-        normal = nn.initializers.normal(self.config.initializer_range)
-        # The paper starts the dynamic part at 0.01, so that the static base dominates at first.
-        small = nn.initializers.constant(0.01)
-        self.fn = weight(self, "fn", (rows, m * d), ("hc", "hc_embed"), normal)
-        self.base = weight(self, "base", (rows,), ("hc",), nn.initializers.zeros)
-        self.scale = weight(self, "scale", (3,), (None,), small)
+        declared = weights.hyper_connection(self.config)
+        self.fn = weight(self, "fn", declared["fn"])
+        self.base = weight(self, "base", declared["base"])
+        self.scale = weight(self, "scale", declared["scale"])
 
     def pre(self, h_BTMD: Array):
         """The sub-layer's input [B,T,D], rounded, and (post, comb) for `post`."""
@@ -78,14 +75,12 @@ class HyperHead(nn.Module):
     @nn.compact
     def __call__(self, h_BTMD: Array) -> Array:
         config = self.config
-        m, d = config.hc_mult, config.hidden_size
-        if m == 1:
+        if config.hc_mult == 1:
             return h_BTMD[:, :, 0]
-        normal = nn.initializers.normal(config.initializer_range)
-        small = nn.initializers.constant(0.01)
-        fn = weight(self, "fn", (m, m * d), ("hc", "hc_embed"), normal)
-        base = weight(self, "base", (m,), ("hc",), nn.initializers.zeros)
-        scale = weight(self, "scale", (1,), (None,), small)
-        fn, base, scale = (w.astype(jnp.float32) for w in (fn, base, scale))
+        declared = weights.hyper_head(config)
+        fn, base, scale = (
+            weight(self, name, declared[name]).astype(jnp.float32)
+            for name in ("fn", "base", "scale")
+        )
         y_BTD = api.head(h_BTMD, fn, base, scale, eps=config.hc_eps, rms_eps=config.rms_norm_eps)
         return self.execution.round(y_BTD)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array
 
-from v4jax import quant
+from v4jax import quant, weights
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.kernels import membership, ranges
 from v4jax.kernels.indexer_topk import api
@@ -27,15 +27,13 @@ class Indexer(nn.Module):
     execution: Execution
 
     def setup(self):
-        config, execution = self.config, self.execution
-        std, heads, width = config.initializer_range, config.index_n_heads, config.index_head_dim
-        self.wq_b = Projection(
-            heads * width, config.q_lora_rank, ("index_heads", "q_latent"), execution, std
-        )
+        config, spec, execution = self.config, self.spec, self.execution
+        declared = weights.indexer(config, spec)
+        self.wq_b = Projection(declared["wq_b/weight"], execution)
         self.weights_proj = Projection(
-            heads, config.hidden_size, ("index_heads", "embed"), execution, std, False
+            declared["weights_proj/weight"], execution, quantize_input=False
         )
-        self.compressor = Compressor(config, self.spec, width, execution)
+        self.compressor = Compressor(config, spec, config.index_head_dim, execution)
 
     def extend_keys(
         self, x_BTD: Array, context: Context, state: LayerState

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from v4jax import quant
+from v4jax import quant, weights
 from v4jax.errors import InputError
 from v4jax.kernels.quantized_matmul import api as quantized_matmul
 from v4jax.ops import derivatives
@@ -17,6 +17,7 @@ from v4jax.ops.rms_norm import rms_norm
 from v4jax.quant import round_to
 from v4jax.sharding import collectives
 from v4jax.sharding.rules import ONE_DEVICE, Layout
+from v4jax.weights import Initializer, Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,32 +52,26 @@ class Execution:
         return round_to(x, self.dtype)
 
 
-def weight(
-    module: nn.Module,
-    name: str,
-    shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
-    init: Callable,
-    collection: str = "params",
-    dtype=jnp.float32,
-    used_as: str | None = None,
-):
-    """Declares a weight: its name, shape, logical axes and initialiser.
+def weight(module: nn.Module, name: str, declared: Weight, used_as: str | None = None):
+    """A weight of a module, as declared in `v4jax.weights`.
 
     A variable that is already there is taken in the form in which it is stored (float32, bfloat16
     or `quant.QTensor`), after a check of its shape. On a mesh it comes as this shard's part: along
     axes where the strategy gathers weights, all parts are put together here, and only here; a float
     weight that is used in another type, `used_as`, travels in that.
     """
+    collection, shape, axes = declared.collection, declared.shape, declared.axes
     if not module.has_variable(collection, name):
-        boxed = nn.with_logical_partitioning(init, axes)
+        init = initializer(declared.init)
+        dtype = jnp.int32 if declared.role == "table" else jnp.float32
         if collection == "params":
-            return module.param(name, boxed, shape, dtype)
-        value = module.variable(
-            collection, name, lambda: boxed(module.make_rng("params"), shape, dtype)
-        )
-        return value.value
-    value = nn.unbox(module.get_variable(collection, name))
+            return module.param(name, init, shape, dtype)
+
+        def fresh():
+            return init(module.make_rng("params"), shape, dtype)
+
+        return module.variable(collection, name, fresh).value
+    value = module.get_variable(collection, name)
     layout = module.execution.layout
     expected = tuple(n // layout.size(axis) for n, axis in zip(shape, axes, strict=True))
     if tuple(value.shape) != expected:
@@ -91,6 +86,29 @@ def weight(
         else:
             value = collectives.gather_as(value, parts, dimension, used_as)
     return value
+
+
+def initializer(init: Initializer) -> Callable:
+    """The function (key, shape, dtype) -> array that an `Initializer` names."""
+    if init.kind == "normal":
+        return nn.initializers.normal(init.value)
+    if init.kind == "constant":
+        return nn.initializers.constant(init.value)
+    return _even_table(int(init.value))
+
+
+def _even_table(experts):
+    """Even over ids, not over a text's tokens.
+
+    Training from scratch should build the table from token frequencies instead.
+    """
+
+    def init(key, shape, dtype):
+        ids, k = shape
+        order = jax.random.permutation(key, ids).astype(dtype)
+        return (order[:, None] * k + jnp.arange(k, dtype=dtype)[None]) % experts
+
+    return init
 
 
 def project(
@@ -118,25 +136,20 @@ class Projection(nn.Module):
     `float32` says that only `in_float32` is called.
     """
 
-    out_features: int
-    in_features: int
-    axes: tuple[str | None, str | None]
+    declared: Weight
     execution: Execution
-    init_std: float
     quantize_input: bool = True
     float32: bool = False
 
     def setup(self):
-        init = nn.initializers.normal(self.init_std)
-        shape = (self.out_features, self.in_features)
         used_as = None if self.float32 else self.execution.dtype
-        self.weight = weight(self, "weight", shape, self.axes, init, used_as=used_as)
+        self.weight = weight(self, "weight", self.declared, used_as)
 
     def __call__(self, equation: str, x: Array) -> Array:
         """The projection of `x`, rounded once to the activation dtype."""
         y = project(equation, x, self.weight, self.execution, self.quantize_input)
         # Shards that hold parts of the contracted axis have partial sums.
-        y = collectives.total(y, self.execution.layout.kept(self.axes[1]))
+        y = collectives.total(y, self.execution.layout.kept(self.declared.axes[1]))
         return self.execution.round(y)
 
     def grouped(self, x: Array, groups: int) -> Array:
@@ -181,6 +194,6 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = weight(self, "weight", (self.features,), ("norm",), nn.initializers.ones)
+        scale = weight(self, "weight", weights.norm(self.features))
         norm = derivatives.of(rms_norm, self.execution.kernels)
         return self.execution.round(norm(self.eps, x, scale.astype(jnp.float32)))

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from v4jax import weights
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.kernels.grouped_matmul import api as grouped_matmul
 from v4jax.model.context import Context
@@ -24,9 +25,8 @@ class Router(nn.Module):
     def __call__(self, x_BTD: Array, tokens_BT: Array, replayed_BTK: Array | None = None):
         """Experts [B,T,K], their weights [B,T,K] and all scores [B,T,E], float32."""
         config = self.config
-        experts, k = config.n_routed_experts, config.num_experts_per_tok
-        normal = nn.initializers.normal(config.initializer_range)
-        gate_ED = weight(self, "weight", (experts, config.hidden_size), ("router", "embed"), normal)
+        declared = weights.router(config, self.spec)
+        gate_ED = weight(self, "weight", declared["weight"])
         logits = jnp.einsum(
             "btd,ed->bte",
             x_BTD.astype(jnp.float32),
@@ -35,22 +35,17 @@ class Router(nn.Module):
         )
         scores = router_scores(logits, config.scoring_func)
         if self.spec.routing == "hash":
-            shape = (config.vocab_size, k)
-            table = weight(
-                self, "tid2eid", shape, (None, None), even_table(experts), "buffers", jnp.int32
-            )
-            chosen = table[tokens_BT]
+            chosen = weight(self, "tid2eid", declared["tid2eid"])[tokens_BT]
         else:
-            zeros = nn.initializers.zeros
-            bias = weight(self, "bias", (experts,), ("router",), zeros, "buffers")
+            bias = weight(self, "bias", declared["bias"])
             # The bias picks and does not weigh; ties go to the lower expert, as top_k has it.
-            chosen = largest(scores + bias[None, None], k)
+            chosen = largest(scores + bias[None, None], config.num_experts_per_tok)
         if replayed_BTK is not None:
             chosen = replayed_BTK
-        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        gates = jnp.take_along_axis(scores, chosen, axis=-1)
         if config.scoring_func != "softmax":
-            weights = weights / weights.sum(-1, keepdims=True)
-        return chosen, weights * config.routed_scaling_factor, scores
+            gates = gates / gates.sum(-1, keepdims=True)
+        return chosen, gates * config.routed_scaling_factor, scores
 
 
 def router_scores(logits: Float[Array, "b t e"], function: str) -> Float[Array, "b t e"]:
@@ -58,21 +53,6 @@ def router_scores(logits: Float[Array, "b t e"], function: str) -> Float[Array, 
     if function == "sqrtsoftplus":
         return jnp.sqrt(jax.nn.softplus(logits))
     return jax.nn.sigmoid(logits) if function == "sigmoid" else jax.nn.softmax(logits, axis=-1)
-
-
-def even_table(experts: int):
-    """Initialiser of a hash table: K distinct experts an id, every expert equally often.
-
-    Even over ids, not over a text's tokens: training from scratch should build the table from
-    token frequencies instead.
-    """
-
-    def init(key, shape, dtype):
-        ids, k = shape
-        order = jax.random.permutation(key, ids).astype(dtype)
-        return (order[:, None] * k + jnp.arange(k, dtype=dtype)[None]) % experts
-
-    return init
 
 
 class Experts(nn.Module):
@@ -87,14 +67,9 @@ class Experts(nn.Module):
     ) -> Float[Array, "b t d"]:
         """The sum over a token's experts, float32, not yet rounded."""
         config = self.config
-        e, f, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-        normal = nn.initializers.normal(config.initializer_range)
-        up, down = ("expert", "mlp", "embed"), ("expert", "embed", "mlp")
-        used_as = self.execution.dtype
-        w1 = weight(self, "w1", (e, f, d), up, normal, used_as=used_as)
-        w2 = weight(self, "w2", (e, d, f), down, normal, used_as=used_as)
-        w3 = weight(self, "w3", (e, f, d), up, normal, used_as=used_as)
-        k = chosen_BTK.shape[-1]
+        declared, dtype = weights.experts(config), self.execution.dtype
+        w1, w2, w3 = (weight(self, name, declared[name], dtype) for name in ("w1", "w2", "w3"))
+        d, k = x_BTD.shape[-1], chosen_BTK.shape[-1]
 
         def ffn(x_RD, gate_R, sizes_E):
             with jax.named_scope("experts"):
@@ -112,7 +87,8 @@ class Experts(nn.Module):
 
         tokens = x_BTD.reshape(-1, d), chosen_BTK.reshape(-1, k), weights_BTK.reshape(-1, k)
         layout, kernels = self.execution.layout, self.execution.kernels
-        return expert.route(layout, *tokens, e, ffn, kernels).reshape(x_BTD.shape)
+        y = expert.route(layout, *tokens, config.n_routed_experts, ffn, kernels)
+        return y.reshape(x_BTD.shape)
 
 
 class SharedExpert(nn.Module):
@@ -122,11 +98,10 @@ class SharedExpert(nn.Module):
     execution: Execution
 
     def setup(self):
-        config, std = self.config, self.config.initializer_range
-        d, f = config.hidden_size, config.shared_intermediate_size
-        self.w1 = Projection(f, d, ("mlp", "embed"), self.execution, std)
-        self.w2 = Projection(d, f, ("embed", "mlp"), self.execution, std)
-        self.w3 = Projection(f, d, ("mlp", "embed"), self.execution, std)
+        declared = weights.shared_expert(self.config)
+        self.w1 = Projection(declared["w1/weight"], self.execution)
+        self.w2 = Projection(declared["w2/weight"], self.execution)
+        self.w3 = Projection(declared["w3/weight"], self.execution)
 
     def __call__(self, x_BTD: Array) -> Array:
         y = grouped_matmul.gated_ffn(
@@ -167,13 +142,13 @@ class MoE(nn.Module):
     def __call__(self, x_BTD: Array, context: Context, replayed_BTK: Array | None = None):
         """The layer's output [B,T,D] and auxiliary arrays by name."""
         with jax.named_scope("router"):
-            chosen, weights, scores = self.gate(x_BTD, context.tokens, replayed_BTK)
-        y = self.experts(x_BTD, chosen, weights)
+            chosen, gates, scores = self.gate(x_BTD, context.tokens, replayed_BTK)
+        y = self.experts(x_BTD, chosen, gates)
         if self.config.n_shared_experts:
             y = y + self.shared_experts(x_BTD).astype(jnp.float32)
         # Shards that hold parts of the experts' width have partial sums.
         y = collectives.total(y, self.execution.layout.kept("mlp"))
-        named = {"router_experts": chosen, "router_weights": weights, "router_scores": scores}
+        named = {"router_experts": chosen, "router_weights": gates, "router_scores": scores}
         if "router_load" in context.aux:
             named["router_load"] = _load(chosen, scores, context.real)
         return self.execution.round(y), {k: v for k, v in named.items() if k in context.aux}

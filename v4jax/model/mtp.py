@@ -3,6 +3,7 @@
 import flax.linen as nn
 from jaxtyping import Array
 
+from v4jax import weights
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.model.block import Block
 from v4jax.model.context import Context
@@ -19,11 +20,12 @@ class MTPBlock(nn.Module):
 
     def setup(self):
         config, execution = self.config, self.execution
-        d, eps, std = config.hidden_size, config.rms_norm_eps, config.initializer_range
+        d, eps = config.hidden_size, config.rms_norm_eps
+        declared = weights.mtp(config, self.spec)
         self.enorm = RMSNorm(d, eps, execution)
         self.hnorm = RMSNorm(d, eps, execution)
-        self.e_proj = Projection(d, d, (None, "embed"), execution, std)
-        self.h_proj = Projection(d, d, (None, "embed"), execution, std)
+        self.e_proj = Projection(declared["e_proj/weight"], execution)
+        self.h_proj = Projection(declared["h_proj/weight"], execution)
         self.block = Block(config, self.spec, execution)
         self.hc_head = HyperHead(config, execution)
         self.norm = RMSNorm(d, eps, execution)

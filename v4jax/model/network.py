@@ -3,17 +3,16 @@
 `transformer.Transformer` stands above it: it checks arguments, and runs this where they lie.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Int
 
 from v4jax import config as config_lib
+from v4jax import weights
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.errors import InputError
 from v4jax.model.block import Unit
@@ -24,6 +23,7 @@ from v4jax.model.layers import Execution, RMSNorm, weight
 from v4jax.model.mtp import MTPBlock
 from v4jax.reprs import short_repr
 from v4jax.sharding import collectives
+from v4jax.weights import Weight
 
 
 @struct.dataclass
@@ -67,16 +67,14 @@ class Network(nn.Module):
 
     def setup(self):
         config, execution = self.config, self.execution
-        normal = nn.initializers.normal(config.initializer_range)
-        shape = (config.vocab_size, config.hidden_size)
-        self.embed = _Table(shape, ("vocab", "embed"), normal, execution)
+        self.embed = _Table(weights.table(config), execution)
         self.units = [
             self._unit(segment)(config, self._specs(segment), execution, name=segment.name)
             for segment in self.segments()
         ]
         self.hc_head = HyperHead(config, execution)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, execution)
-        self.head = _Table(shape, ("vocab", "embed"), normal, execution)
+        self.head = _Table(weights.table(config), execution)
         self.mtp = [
             MTPBlock(config, spec, execution, name=f"mtp_{k}")
             for k, spec in enumerate(config.mtp_layers)
@@ -97,7 +95,6 @@ class Network(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=segment.repeats,
-            metadata_params={nn.PARTITION_NAME: "layers"},
         )
 
     def __call__(
@@ -206,36 +203,21 @@ class Network(nn.Module):
         return tuple(states)
 
 
-def example_tokens(config: ModelConfig) -> Array:
-    """The fewest ids [B,T] that make all weights: each MTP block needs one behind the first."""
-    return jnp.zeros((1, 2 + len(config.mtp_layers)), jnp.int32)
-
-
-@functools.lru_cache(maxsize=8)
-def logical_axes(config: ModelConfig, min_repeats: int) -> dict[str, Any]:
-    """A PartitionSpec of logical axis names for every variable."""
-    network = Network(config, Execution(), min_repeats)
-    boxed = jax.eval_shape(network.init, jax.random.key(0), example_tokens(config))
-    return nn.get_partition_spec(boxed)
-
-
 class _Table(nn.Module):
     """An embedding or output table [V,D]."""
 
-    shape: tuple[int, int]
-    axes: tuple[str, str]
-    init_fn: nn.initializers.Initializer
+    declared: Weight
     execution: Execution
 
     def setup(self):
-        self.weight = weight(self, "weight", self.shape, self.axes, self.init_fn)
+        self.weight = weight(self, "weight", self.declared)
 
     def rows(self, ids):
         layout, count = self.execution.layout, self.weight.shape[0]
-        axes = layout.kept(self.axes[0])
+        axes = layout.kept("vocab")
         if not axes:
             return self.weight[ids]
-        here = ids - layout.index(self.axes[0]) * count
+        here = ids - layout.index("vocab") * count
         rows = self.weight[jnp.clip(here, 0, count - 1)]
         mine = ((here >= 0) & (here < count))[..., None]
         return collectives.total(jnp.where(mine, rows, 0), axes)

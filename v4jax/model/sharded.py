@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from v4jax import weights
 from v4jax.config import ModelConfig
 from v4jax.model import auxiliary
 from v4jax.model.cache import Cache, CompressorState, LayerCache
-from v4jax.model.network import Output, logical_axes
+from v4jax.model.network import Output
 from v4jax.sharding import collectives
 from v4jax.sharding.rules import ONE_DEVICE, Layout
 
@@ -25,31 +26,14 @@ def check(config: ModelConfig, layout: Layout) -> None:
     Raises:
       InputError: naming the axis, its size and the mesh axes.
     """
-    layout.check_divides(
-        {
-            "vocab": config.vocab_size,
-            "embed": config.hidden_size,
-            "q_latent": config.q_lora_rank,
-            "head_group": config.num_attention_heads // config.o_groups * config.head_dim,
-            "hc_embed": config.hc_mult * config.hidden_size,
-            "expert": config.n_routed_experts,
-            "mlp": config.moe_intermediate_size,
-        }
-    )
-    # Heads stay with their group of the output projection.
-    layout.check_divides({"heads": config.o_groups})
+    layout.check_divides(weights.axis_sizes(config))
 
 
 def variable_specs(model) -> dict[str, Any]:
     """A PartitionSpec for every variable; that of a quantised matrix holds for both its leaves."""
-    return _variable_specs(model.config, model.min_repeats, model.sharding)
-
-
-@functools.lru_cache(maxsize=32)
-def _variable_specs(config, min_repeats, layout):
     return jax.tree.map(
-        lambda names: layout.spec(*names),
-        logical_axes(config, min_repeats),
+        lambda names: model.sharding.spec(*names),
+        model.logical_axes(),
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
 

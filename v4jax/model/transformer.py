@@ -16,18 +16,19 @@ import dataclasses
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from v4jax import config as config_lib
+from v4jax import weights
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.model import ambient, arguments, sharded
 from v4jax.model import cache as cache_lib
 from v4jax.model.cache import Cache
 from v4jax.model.layers import Execution
-from v4jax.model.network import Network, Output, example_tokens, logical_axes
+from v4jax.model.network import Network, Output
 from v4jax.sharding.rules import ONE_DEVICE, Layout
 
 
@@ -140,16 +141,30 @@ class Transformer:
         """
         if self.sharding.mesh is not None:
             return sharded.init(self, rngs)
-        tokens = example_tokens(self.config) if tokens is None else tokens
-        return nn.unbox(self.network().init(rngs, tokens))
+        if tokens is None:
+            # Each MTP block needs a token of its own behind the first.
+            tokens = jnp.zeros((1, 2 + len(self.config.mtp_layers)), jnp.int32)
+        return self.network().init(rngs, tokens)
 
     def abstract_variables(self) -> dict[str, Any]:
         """Shapes and types of `init`'s variables, nothing computed."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return self._by_path(
+            lambda w: jax.ShapeDtypeStruct(w.shape, "int32" if w.role == "table" else "float32")
+        )
 
     def logical_axes(self) -> dict[str, Any]:
         """A PartitionSpec of logical axis names for every variable."""
-        return logical_axes(self.config, self.min_repeats)
+        return self._by_path(lambda w: PartitionSpec(*w.axes))
+
+    def _by_path(self, of):
+        """A tree like the variables, of what `of` makes of each declared weight."""
+        tree: dict[str, Any] = {"params": {}, "buffers": {}}
+        for (*groups, name), weight in weights.variables(self.config, self.min_repeats).items():
+            node = tree
+            for group in groups:
+                node = node.setdefault(group, {})
+            node[name] = of(weight)
+        return tree
 
     def init_cache(self, batch: int, max_length: int, rollback: int = 0) -> Cache:
         """An empty decode state; see `cache.init_cache`."""

@@ -7,12 +7,11 @@ from typing import Any
 
 from jax.sharding import AbstractMesh
 
+from v4jax import weights
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.sharding.mesh import complete, make_mesh
 from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL, TRAIN, TRAIN_LONG, Layout, Strategy
-
-MODES = ("train", "prefill", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,19 +94,7 @@ def abstract_layout(job: Job, sizes: Mapping[str, int]) -> Layout:
 
 def _checked(job, mesh):
     layout = Layout(mesh, strategy(job, mesh.shape), waves=job.waves)
-    layout.check_divides({"batch": job.rows} | _model_sizes(job.config))
+    layout.check_divides({"batch": job.rows} | weights.axis_sizes(job.config))
     if job.mode != "decode":
         layout.check_divides({"sequence": job.context})
     return layout
-
-
-def _model_sizes(c):
-    return {
-        "expert": c.n_routed_experts,
-        "heads": c.o_groups,  # a group of heads has one output projection
-        "mlp": c.moe_intermediate_size,
-        "vocab": c.vocab_size,
-        "embed": c.hidden_size,
-        "q_latent": c.q_lora_rank,
-        "head_group": c.num_attention_heads // c.o_groups * c.head_dim,
-    }

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from v4jax.config import ModelConfig, segments
-from v4jax.hf.tensors import expanded_config, stored_form, tensor_table, variable_place
+from v4jax.hf.tensors import expanded_config, stored_form, tensor_table
 from v4jax.quant import QTensor
+from v4jax.weights import variable_place
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from v4jax import config, quant
+from v4jax import quant, weights
 from v4jax.errors import InputError
-from v4jax.hf import tensors
 from v4jax.model.transformer import Transformer
 from v4jax.train.optimizer import joined
 from v4jax.train.scales import next_scales
@@ -39,13 +38,12 @@ def roles(model: Transformer) -> dict[str, str]:
             "quantization and expert_dtype as in configs/flash.py or configs/flash_base.py"
         )
     expert = "expert" if model.config.expert_dtype == "fp4" else "matrix"
-    cut = config.segments(model.config.layers, model.min_repeats)
-    found = {}
-    for spec in tensors.tensor_table(model.config):
-        path, _ = tensors.variable_place(cut, spec.item, spec.path)
-        if path[0] == "params" and spec.role != "scale":
-            found["/".join(path[1:])] = expert if spec.role == "expert" else spec.role
-    return found
+    declared = weights.variables(model.config, model.min_repeats)
+    return {
+        "/".join(path[1:]): expert if weight.role == "expert" else weight.role
+        for path, weight in declared.items()
+        if path[0] == "params"
+    }
 
 
 def stored(params: Any, role_of: dict[str, str], scales: Any = None) -> Any:
