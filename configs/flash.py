@@ -8,15 +8,10 @@ Command: v4jax inspect flash
 """
 
 from v4jax.config import ModelConfig
-
-FP8 = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "scale_fmt": "ue8m0",
-    "weight_block_size": [128, 128],
-}
+from v4jax.hf.tensors import fp8_quantization
 
 
 def get_config() -> ModelConfig:
-    return ModelConfig(initializer_range=0.02, expert_dtype="fp4", quantization=FP8)
+    return ModelConfig(
+        initializer_range=0.02, expert_dtype="fp4", quantization=fp8_quantization("ue8m0")
+    )

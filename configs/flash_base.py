@@ -9,16 +9,11 @@ Command: v4jax inspect flash_base
 import dataclasses
 
 from v4jax.config import ModelConfig
+from v4jax.hf.tensors import fp8_quantization
 from v4jax.named_configs import get_config as named_config
-
-FP8 = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "scale_fmt": "float32",
-    "weight_block_size": [128, 128],
-}
 
 
 def get_config() -> ModelConfig:
-    return dataclasses.replace(named_config("flash"), expert_dtype=None, quantization=FP8)
+    return dataclasses.replace(
+        named_config("flash"), expert_dtype=None, quantization=fp8_quantization("float32")
+    )

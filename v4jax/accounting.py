@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import math
 
+from v4jax import block_sizes
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.hf.tensors import TensorSpec, tensor_table
 
@@ -25,7 +26,7 @@ class Prices:
 
 REPORT = Prices()
 ONE_EACH = Prices(1.0, 1.0, 1.0)  # operations as they are, for hardware that computes all in bf16
-KV_SCALE_GROUP, INDEX_SCALE_GROUP = 64, 32  # channels that share a scale byte in the cache
+KV_SCALE_GROUP, INDEX_SCALE_GROUP = block_sizes.KV, block_sizes.FP4  # per scale byte in the cache
 KV_SCALE_ALIGNMENT = 8  # a main entry's scale bytes are padded to a multiple of this
 
 

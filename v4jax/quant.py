@@ -22,10 +22,11 @@ from flax import serialization
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from v4jax import block_sizes
 from v4jax.reprs import short_repr
 
-FP8_BLOCK = (128, 128)
-FP4_BLOCK = (1, 32)
+FP8_BLOCK = (block_sizes.FP8, block_sizes.FP8)
+FP4_BLOCK = (1, block_sizes.FP4)
 _E8M0_BIAS = 127
 
 

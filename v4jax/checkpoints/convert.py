@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from v4jax.checkpoints.journal import Journal
 from v4jax.checkpoints.load import THREADS, locate, open_checkpoint
-from v4jax.checkpoints.orbax import MANIFEST_NAME
-from v4jax.checkpoints.source import JOURNAL_NAME, converting, planned_items
+from v4jax.checkpoints.source import JOURNAL_NAME, MANIFEST_NAME, converting, planned_items
 from v4jax.checkpoints.target import TARGETS, OfficialTarget, OrbaxTarget, config_json, copy_item
 from v4jax.errors import InputError
 from v4jax.files.atomic import write_atomically

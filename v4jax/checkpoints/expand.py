@@ -7,8 +7,8 @@ with very small scales reach, and numpy does not.
 import ml_dtypes
 import numpy as np
 
+from v4jax import block_sizes
 from v4jax.errors import InputError
-from v4jax.hf.tensors import BLOCK, GROUP
 
 NAN_SCALE = 255  # the E8M0 byte that is no number
 
@@ -48,8 +48,8 @@ def expand(key: str, values: np.ndarray, scales: np.ndarray, out: np.ndarray) ->
     else:
         factors = scales
     with np.errstate(over="ignore"):
-        for start in range(0, len(out), BLOCK):
-            rows = slice(start, start + BLOCK)
+        for start in range(0, len(out), block_sizes.FP8):
+            rows = slice(start, start + block_sizes.FP8)
             out[rows] = _numbers(values[rows], factors, rows)
             _check_range(key, out[rows])
 
@@ -57,9 +57,9 @@ def expand(key: str, values: np.ndarray, scales: np.ndarray, out: np.ndarray) ->
 def _numbers(values, factors, rows):
     if values.dtype == np.uint8:
         pairs = _E2M1_PAIRS[values]
-        groups = pairs.reshape(len(values), -1, GROUP)
+        groups = pairs.reshape(len(values), -1, block_sizes.FP4)
         return (groups * factors[rows, :, None]).reshape(len(values), -1)
-    factor = np.repeat(factors[rows.start // BLOCK], BLOCK)[: values.shape[1]]
+    factor = np.repeat(factors[rows.start // block_sizes.FP8], block_sizes.FP8)[: values.shape[1]]
     return _E4M3[values.view(np.uint8)] * factor
 
 

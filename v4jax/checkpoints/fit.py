@@ -15,7 +15,7 @@ from v4jax.checkpoints.foreign import Found, refuse_counts, refuse_foreign, with
 from v4jax.config import WINDOW, ModelConfig
 from v4jax.errors import InputError
 from v4jax.files.json_reader import quote, word
-from v4jax.hf.tensors import DEFAULT_QUANTIZATION, TensorSpec, scale_key, stored_form, tensor_table
+from v4jax.hf.tensors import TensorSpec, fp8_quantization, scale_key, stored_form, tensor_table
 
 _CARRIED = re.compile(r"mtp\.\d{1,4}(\.\w{1,80}){1,8}", re.ASCII)
 _FLOATS = ("F16", "BF16", "F32")
@@ -162,7 +162,7 @@ def _as_quantized(config, found, notes):
         return dataclasses.replace(config, quantization=None, expert_dtype=None)
     if config.quantization is None:
         e8m0 = _scale_dtype(found) == "F8_E8M0"
-        quantization = DEFAULT_QUANTIZATION | ({"scale_fmt": "ue8m0"} if e8m0 else {})
+        quantization = fp8_quantization("ue8m0" if e8m0 else None)
         config = dataclasses.replace(config, quantization=quantization)
         notes.append("matrices are quantised and config.json has no quantization_config: added")
     packed = "fp4" if "I8" in experts else None if "F8_E4M3" in experts else config.expert_dtype

@@ -18,22 +18,26 @@ import jax
 import numpy as np
 
 from v4jax.checkpoints.fit import refuse_mixed
-from v4jax.checkpoints.orbax import MANIFEST_NAME, OrbaxSource
+from v4jax.checkpoints.leaves import plan, variables_of
+from v4jax.checkpoints.orbax import OrbaxSource
 from v4jax.checkpoints.shards import ShardedLeaf, fill_leaves, identity
-from v4jax.checkpoints.source import JOURNAL_NAME, FolderSource, converting, planned_items
+from v4jax.checkpoints.source import (
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    FolderSource,
+    converting,
+    planned_items,
+)
 from v4jax.checkpoints.target import OfficialTarget, OrbaxTarget, config_json, copy_item
 from v4jax.checkpoints.variables import VariablesSource
 from v4jax.config import ModelConfig, Segment, segments
 from v4jax.errors import InputError
 from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME
 from v4jax.files.threads import run_all
-from v4jax.hf.tensors import TensorSpec
 from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
-from v4jax.quant import QTensor
 from v4jax.sharding import processes
 from v4jax.sharding.rules import ONE_DEVICE, Layout
-from v4jax.weights import variable_place
 
 THREADS = 8
 _ALIGNMENT = 64  # jax takes host arrays over without a copy where they are aligned to this
@@ -179,48 +183,27 @@ def _save(kind, path, config, variables):
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-class _Leaf:
-    """A leaf of the variables while its parts are read."""
-
-    def __init__(self):
-        self.specs: list[TensorSpec] = []
-        self.buffer: np.ndarray | None = None
-
-    def form(self, repeats):
-        """Shape and dtype."""
-        first = self.specs[0]
-        experts = [spec.expert for spec in self.specs if spec.expert is not None]
-        stack = (max(experts) + 1,) if experts else ()
-        leading = () if repeats is None else (repeats,)
-        wide = any(_tree_dtype(spec) == np.float32 for spec in self.specs)
-        dtype = np.dtype(np.float32) if wide else _tree_dtype(first)
-        return (*leading, *stack, *first.shape), dtype
-
-
 def _fill(source, items, cut: tuple[Segment, ...]):
     """Reads all items into the variables' arrays; each goes to the device once it is complete."""
-    leaves, places, repeats = _plan_leaves(source.path, items, cut)
-    for where, leaf in leaves.items():
-        leaf.buffer = _aligned(*leaf.form(repeats[where]))
+    leaves, places = _planned(source.path, items, cut)
+    buffers = {where: _aligned(*leaf.form()) for where, leaf in leaves.items()}
     done = {}
     with ThreadPoolExecutor(THREADS) as pool:
         for item, specs in items.items():
-            _fill_item(source, item, specs, leaves, places, pool)
+            _fill_item(source, item, specs, buffers, places, pool)
             for where in {places[spec.key][0] for spec in specs}:
-                leaf = leaves[where]
-                if leaf.specs[-1].item == item:
-                    done[where] = _to_device(leaf.buffer)
-                    del leaves[where]
-    return _nest(done)
+                if leaves[where].specs[-1].item == item:
+                    done[where] = _to_device(buffers.pop(where))
+    return variables_of(done)
 
 
-def _fill_item(source, item, specs, leaves, places, pool):
+def _fill_item(source, item, specs, buffers, places, pool):
     with source.open_item(item) as read:
         convert = converting(source, item, read)
 
         def fetch(spec):
             where, repeat = places[spec.key]
-            out = leaves[where].buffer
+            out = buffers[where]
             out = out if repeat is None else out[repeat]
             convert(spec.key, out if spec.expert is None else out[spec.expert])
 
@@ -229,7 +212,7 @@ def _fill_item(source, item, specs, leaves, places, pool):
 
 def _fill_mesh(source, items, model):
     """As `_fill`, onto the model's mesh."""
-    planned, where_of, repeats = _plan_leaves(source.path, items, model.segments())
+    planned, where_of = _planned(source.path, items, model.segments())
     shardings = sharded.variable_shardings(model)
     leaves, places, last_items = {}, {}, {}
     for where, leaf in planned.items():
@@ -238,37 +221,23 @@ def _fill_mesh(source, items, model):
         quantized = leaf.specs[0].part != "array"
         path = where[:-1] if quantized else where
         sharding = functools.reduce(dict.__getitem__, path, shardings)
-        leaves[where] = ShardedLeaf(where, *leaf.form(repeats[where]), sharding, _aligned)
+        leaves[where] = ShardedLeaf(where, *leaf.form(), sharding, _aligned)
         last_items[where] = leaf.specs[-1].item
         for spec in leaf.specs:
             indices = (where_of[spec.key][1], spec.expert)
             places[spec.key] = (where, tuple(i for i in indices if i is not None))
-    return _nest(fill_leaves(source, items, leaves, places, last_items))
+    return variables_of(fill_leaves(source, items, leaves, places, last_items))
 
 
-def _plan_leaves(name, items, cut):
-    """Unfilled leaves by their path, each tensor's leaf and repeat, and each leaf's repeats."""
-    leaves, places, repeats = {}, {}, {}
-    lengths = {segment.name: segment.repeats for segment in cut}
-    for item, specs in items.items():
-        for spec in specs:
-            path, repeat = variable_place(cut, item, spec.path)
-            where = path if spec.part == "array" else (*path, spec.part)
-            places[spec.key] = (where, repeat)
-            leaves.setdefault(where, _Leaf()).specs.append(spec)
-            repeats[where] = None if repeat is None else lengths[path[1]]
+def _planned(name, items, cut):
+    """Leaves by path and each tensor's place; refuses a leaf whose tensors differ in form."""
+    leaves, places = plan(items, cut)
     refuse_mixed(
         {where: leaf.specs for where, leaf in leaves.items()},
         name,
         "load it with weights='bf16' (--weights=bf16), which expands what is quantised",
     )
-    return leaves, places, repeats
-
-
-def _tree_dtype(spec):
-    if spec.role == "table":
-        return np.dtype(np.int32)
-    return np.dtype(np.float32) if spec.role == "control" else spec.dtype
+    return leaves, places
 
 
 def _aligned(shape, dtype):
@@ -284,28 +253,9 @@ def _to_device(array):
     return array if wide else jax.device_put(array)
 
 
-def _nest(leaves):
-    """The variables' tree out of leaves by path, values and scales joined."""
-    tree = {"params": {}, "buffers": {}}
-    for path, leaf in leaves.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return _join(tree)
-
-
 def _scales_alone(node):
     if not isinstance(node, dict):
         return node
     if node.keys() == {"scales"}:
         return node["scales"]
     return {name: _scales_alone(child) for name, child in node.items()}
-
-
-def _join(node):
-    if not isinstance(node, dict):
-        return node
-    if node.keys() == {"values", "scales"}:
-        return QTensor(node["values"], node["scales"])
-    return {name: _join(child) for name, child in node.items()}

@@ -32,7 +32,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from v4jax.checkpoints.fit import fit, says_the_same
-from v4jax.checkpoints.source import Read, adapting, read_announced, say_notes
+from v4jax.checkpoints.leaves import nested, path_of
+from v4jax.checkpoints.source import MANIFEST_NAME, Read, adapting, read_announced, say_notes
 from v4jax.errors import ChecksumError, InputError
 from v4jax.files.atomic import sync_directory, write_atomically
 from v4jax.files.json_reader import MAX_BYTES, Fields, parse_json
@@ -44,7 +45,6 @@ from v4jax.files.zarr import ZarrArray
 from v4jax.hf.tensors import TensorSpec
 from v4jax.sharding import processes
 
-MANIFEST_NAME = "v4jax.json"
 FORMAT = "v4jax-orbax"
 VERSION = 1
 _CHUNK = 64 << 20  # larger stacks of experts are cut into a file an expert
@@ -215,18 +215,15 @@ def empty_tree(specs: list[TensorSpec]) -> tuple[dict, dict[str, np.ndarray]]:
     for spec in specs:
         if spec.expert is not None:
             experts[spec.path] = max(experts.get(spec.path, 0), spec.expert + 1)
-    tree, slices = {}, {}
+    leaves, slices = {}, {}
     for spec in specs:
-        *parents, last = spec.path if spec.part == "array" else (*spec.path, spec.part)
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        if last not in node:
+        path = path_of(spec, spec.path)
+        if path not in leaves:
             stack = (experts[spec.path],) if spec.expert is not None else ()
-            node[last] = np.empty((*stack, *spec.shape), spec.dtype).view(_Owned)
-        leaf = node[last].view(np.ndarray)
+            leaves[path] = np.empty((*stack, *spec.shape), spec.dtype).view(_Owned)
+        leaf = leaves[path].view(np.ndarray)
         slices[spec.key] = leaf if spec.expert is None else leaf[spec.expert]
-    return tree, slices
+    return nested(leaves), slices
 
 
 def reader(tree: dict, specs: list[TensorSpec]) -> Read:
@@ -243,8 +240,7 @@ def _parts(tree, specs):
     """Each tensor's part of an item's tree."""
     parts = {}
     for spec in specs:
-        names = spec.path if spec.part == "array" else (*spec.path, spec.part)
-        leaf = functools.reduce(dict.__getitem__, names, tree)
+        leaf = functools.reduce(dict.__getitem__, path_of(spec, spec.path), tree)
         parts[spec.key] = leaf if spec.expert is None else leaf[spec.expert]
     return parts
 

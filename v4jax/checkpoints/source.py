@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 from absl import logging
 
+from v4jax import block_sizes
 from v4jax.checkpoints.expand import check_scales, expand
 from v4jax.checkpoints.fit import by_item, fit, says_the_same
 from v4jax.checkpoints.foreign import Found
@@ -34,10 +35,11 @@ from v4jax.files.regular import read_regular
 from v4jax.files.safetensors import NUMPY_DTYPES, SafetensorsFolder
 from v4jax.hf.config import MAX_CONFIG, parse_config
 from v4jax.hf.names import names_for_errors, official_places
-from v4jax.hf.tensors import BLOCK, GROUP, TensorSpec, expanded_config, scale_key, tensor_table
+from v4jax.hf.tensors import TensorSpec, expanded_config, scale_key, tensor_table
 
 JOURNAL_NAME = ".incomplete"  # there while a conversion into the directory is under way
 CONFIG_NAME = "config.json"
+MANIFEST_NAME = "v4jax.json"  # makes a directory a checkpoint in our Orbax format
 
 Read = Callable[..., None]  # (key, out), or of parts (key, out, region)
 
@@ -179,7 +181,7 @@ def _expand_into(spec, scales, read, region, out):
         expand(spec.key, values, factors, out)
         return
     packed = spec.dtype == np.uint8
-    rows, columns = (1, GROUP) if packed else (BLOCK, BLOCK)
+    rows, columns = (1, block_sizes.FP4) if packed else (block_sizes.FP8, block_sizes.FP8)
     blocks = tuple(
         (first // size, -(-end // size))
         for (first, end), size in zip(region, (rows, columns), strict=True)

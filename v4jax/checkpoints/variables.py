@@ -9,17 +9,17 @@ import jax
 import numpy as np
 
 from v4jax.checkpoints.fit import adapted, by_item, matched
+from v4jax.checkpoints.leaves import leaves_of
 from v4jax.checkpoints.source import Read
 from v4jax.config import ModelConfig, segments
 from v4jax.errors import InputError
 from v4jax.files.safetensors import STORED_NAMES
 from v4jax.hf.tensors import (
-    DEFAULT_QUANTIZATION,
     TensorSpec,
+    fp8_quantization,
     stored_form,
     tensor_table,
 )
-from v4jax.quant import QTensor
 from v4jax.weights import variable_place
 
 _FLOATS = ("float32", "bfloat16")
@@ -37,7 +37,7 @@ class VariablesSource:
     config_text = None
 
     def __init__(self, config: ModelConfig, variables: Mapping[str, Any]):
-        leaves = dict(_flatten({k: v for k, v in variables.items() if k != "carried"}))
+        leaves = dict(leaves_of({k: v for k, v in variables.items() if k != "carried"}))
         self._carried = variables.get("carried", {})
         cut = _cut(config, variables["params"])
         self.config, form = _stored_config(config, leaves, cut)
@@ -83,17 +83,6 @@ class VariablesSource:
         """Nothing is kept open."""
 
 
-def _flatten(tree, path=()):
-    if isinstance(tree, Mapping):
-        for name, child in tree.items():
-            yield from _flatten(child, (*path, name))
-    elif isinstance(tree, QTensor):
-        yield (*path, "values"), tree.values
-        yield (*path, "scales"), tree.scales
-    else:
-        yield path, tree
-
-
 def _cut(config, params):
     """The cut into segments whose names the variables have."""
     names = {name for name in params if name.startswith("layers_")}
@@ -112,7 +101,7 @@ def _stored_config(config, leaves, cut):
     plain = np.dtype(_leaf(leaves, ("params", "embed", "weight")).dtype).name
     if plain not in _FLOATS:
         raise InputError(f"params/embed/weight is {plain}; expected float32 or bfloat16")
-    block = ("params", cut[0].name, "block_0")
+    block = ("params", *cut[0].path(0))
     matrix, expert = (*block, "attn", "wq_a", "weight"), (*block, "ffn", "experts", "w1")
     quantized = [(*path, "values") in leaves for path in (matrix, expert)]
     announced = config.quantization
@@ -127,7 +116,7 @@ def _stored_config(config, leaves, cut):
     packed = leaves[(*expert, "values")].dtype == np.uint8
     e8m0 = leaves[(*matrix, "scales")].dtype == np.uint8
     scale = "F8_E8M0" if e8m0 else "F32"
-    default = DEFAULT_QUANTIZATION | ({"scale_fmt": "ue8m0"} if e8m0 else {})
+    default = fp8_quantization("ue8m0" if e8m0 else None)
     for quantization in (announced, default):
         if quantization is None:
             continue

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from v4jax import accounting
 from v4jax.checkpoints.check import find_bad_values
-from v4jax.checkpoints.source import CONFIG_NAME, JOURNAL_NAME
+from v4jax.checkpoints.source import CONFIG_NAME, JOURNAL_NAME, MANIFEST_NAME
 from v4jax.cli.inspect_text import as_text
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
@@ -31,7 +31,7 @@ FLAGS = flags.FLAGS
 CONTEXTS = (4096, 32768, 131072, 1048576)
 FOUND_SOMETHING = 1
 PACKAGED = "nano"  # a config, and the checkpoint that comes with the package
-WEIGHTS_NAMES = frozenset({INDEX_NAME, SINGLE_NAME, "v4jax.json", JOURNAL_NAME})
+WEIGHTS_NAMES = frozenset({INDEX_NAME, SINGLE_NAME, MANIFEST_NAME, JOURNAL_NAME})
 
 
 def define_flags():

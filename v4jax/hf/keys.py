@@ -1,4 +1,6 @@
-"""Which keys of a config.json are known, beside those that are fields of `ModelConfig`."""
+"""Which keys of a config.json are known, apart from the fields of `ModelConfig`."""
+
+from v4jax import block_sizes
 
 TRANSFORMERS_KEYS = frozenset(
     {"layer_types", "mlp_layer_types", "compress_rates", "rope_parameters", "partial_rotary_factor"}
@@ -38,7 +40,7 @@ IMPLEMENTED_QUANTIZATION = {
     "fmt": ("e4m3", None),
     "scale_fmt": ("ue8m0", "float32", None),
     "activation_scheme": ("dynamic", None),
-    "weight_block_size": ([128, 128],),
+    "weight_block_size": ([block_sizes.FP8, block_sizes.FP8],),
 }
 
 # What training and serving tools leave in a config.json, and generation settings of old ones. They

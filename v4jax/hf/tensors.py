@@ -8,25 +8,17 @@ No I/O. A checkpoint is a row of items, each written and read as a whole: `embed
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from v4jax import weights
+from v4jax import block_sizes, weights
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.files.safetensors import NUMPY_DTYPES
 
 LAYOUTS = ("official", "transformers")
 WEIGHTS = ("stored", "bf16", "float32")
-BLOCK = 128  # an FP8 scale covers BLOCK x BLOCK values
-GROUP = 32  # an FP4 scale covers GROUP input channels
-DEFAULT_QUANTIZATION = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [BLOCK, BLOCK],
-}
 _PLAIN_NAMES = {"bfloat16": "BF16", "float32": "F32"}
 
 
@@ -87,6 +79,25 @@ class TensorSpec(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def loaded_dtype(self) -> np.dtype:
+        """The dtype in a model's variables: narrow tables, control tensors always in float32."""
+        if self.role == "table":
+            return np.dtype(np.int32)
+        return np.dtype(np.float32) if self.role == "control" else self.dtype
+
+
+def fp8_quantization(scale_fmt: str | None = None) -> dict[str, Any]:
+    """The official `quantization_config` of FP8 weights; scale_fmt: "ue8m0", "float32" or none."""
+    keys = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "scale_fmt": scale_fmt,
+        "weight_block_size": [block_sizes.FP8, block_sizes.FP8],
+    }
+    return {name: value for name, value in keys.items() if value is not None}
 
 
 def stored_form(config: ModelConfig, scale: str | None = None) -> StoredForm:
@@ -214,13 +225,14 @@ def _dtypes(form, role):
 def _stored_shapes(path, shape, dtype):
     """Shapes of a matrix's values and of its scales, None where it has none."""
     if dtype == "F8_E4M3":
-        return shape, tuple(-(-n // BLOCK) for n in shape)
+        return shape, tuple(-(-n // block_sizes.FP8) for n in shape)
     if dtype != "I8":
         return shape, None
     out, channels = shape
-    if channels % GROUP:
+    group = block_sizes.FP4
+    if channels % group:
         raise InputError(
-            f"{path} has {channels} input channels; FP4 needs a multiple of {GROUP}, as one scale "
-            f"covers {GROUP} of them"
+            f"{path} has {channels} input channels; FP4 needs a multiple of {group}, as one scale "
+            f"covers {group} of them"
         )
-    return (out, channels // 2), (out, channels // GROUP)
+    return (out, channels // 2), (out, channels // group)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array
 
-from v4jax import quant, weights
+from v4jax import block_sizes, quant, weights
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.kernels.sparse_attention.entries import as_rows
 from v4jax.model import rope
@@ -134,7 +134,9 @@ class Attention(nn.Module):
         if not self.execution.native:
             return kv
         kept = kv.shape[-1] - self.config.qk_rope_head_dim
-        return jnp.concatenate([quant.fake_quant_e4m3(kv[..., :kept], 64), kv[..., kept:]], -1)
+        return jnp.concatenate(
+            [quant.fake_quant_e4m3(kv[..., :kept], block_sizes.KV), kv[..., kept:]], -1
+        )
 
     def _entries(self, keys, x_BTD, context, state):
         """The keys with all compressed entries so far [B,C,H], and the state with the new ones."""

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array
 
-from v4jax import quant, weights
+from v4jax import block_sizes, quant, weights
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.kernels import membership, ranges
 from v4jax.kernels.indexer_topk import api
@@ -103,7 +103,7 @@ class Indexer(nn.Module):
         """
         if not self.execution.native:
             return x
-        return quant.fake_quant_e2m1(self.execution.round(quant.hadamard(x)), 32)
+        return quant.fake_quant_e2m1(self.execution.round(quant.hadamard(x)), block_sizes.FP4)
 
 
 def _options(student):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from v4jax import quant, weights
+from v4jax import block_sizes, quant, weights
 from v4jax.errors import InputError
 from v4jax.kernels.quantized_matmul import api as quantized_matmul
 from v4jax.ops import derivatives
@@ -120,7 +120,7 @@ def project(
     groups of 128 channels (section 10), unless `quantize_input` is False.
     """
     if execution.native and quantize_input:
-        x = quant.fake_quant_e4m3(x, 128)
+        x = quant.fake_quant_e4m3(x, block_sizes.FP8)
     # Values of the native path fit bf16 exactly, so float32 operands lose nothing on any backend.
     dtype = jnp.float32 if execution.native else execution.dtype
     if isinstance(w, quant.QTensor):
@@ -155,7 +155,7 @@ class Projection(nn.Module):
     def grouped(self, x: Array, groups: int) -> Array:
         """[B,T,G,X] -> [B,T,G,O]: output rows cut into groups, each with its own slice of x."""
         w = self.weight
-        if isinstance(w, quant.QTensor) and w.shape[0] // groups % 128:
+        if isinstance(w, quant.QTensor) and w.shape[0] // groups % block_sizes.FP8:
             w = w.dequantize(self.execution.dtype)  # a scale block would reach over two groups
         w = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, leaf.shape[-1]), w)
 

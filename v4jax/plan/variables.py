@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from v4jax.checkpoints.fit import by_item
+from v4jax.checkpoints.leaves import plan, variables_of
 from v4jax.config import ModelConfig, segments
 from v4jax.hf.tensors import expanded_config, stored_form, tensor_table
-from v4jax.quant import QTensor
-from v4jax.weights import variable_place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,39 +34,10 @@ def stored_variables(config: ModelConfig, weights: str, min_repeats: int) -> dic
       weights: "stored" (FP8 and FP4 matrices as `QTensor`), "bf16" or "float32".
     """
     config = expanded_config(config, weights)
-    cut = segments(config.layers, min_repeats)
-    repeats = {segment.name: segment.repeats for segment in cut}
-    tree: dict[str, Any] = {"params": {}, "buffers": {}}
-    for spec in tensor_table(config, form=stored_form(config)):
-        if spec.expert not in (None, 0):
-            continue
-        path, repeat = variable_place(cut, spec.item, spec.path)
-        stack = () if spec.expert is None else (config.n_routed_experts,)
-        stack = stack if repeat is None else (repeats[path[1]], *stack)
-        leaf = jax.ShapeDtypeStruct((*stack, *spec.shape), _dtype(spec))
-        _put(tree, path, spec.part, leaf)
-    return _joined(tree)
-
-
-def _dtype(spec):
-    # As a checkpoint is loaded: tables of ids narrow, control tensors always in float32.
-    narrow = {"table": np.dtype(np.int32), "control": np.dtype(np.float32)}
-    return narrow.get(spec.role, spec.dtype)
-
-
-def _put(tree, path, part, leaf):
-    *groups, name = path if part == "array" else (*path, part)
-    for group in groups:
-        tree = tree.setdefault(group, {})
-    tree[name] = leaf
-
-
-def _joined(node):
-    if not isinstance(node, dict):
-        return node
-    if node.keys() == {"values", "scales"}:
-        return QTensor(node["values"], node["scales"])
-    return {name: _joined(child) for name, child in node.items()}
+    items = by_item(tensor_table(config, form=stored_form(config)))
+    planned, _ = plan(items, segments(config.layers, min_repeats))
+    shapes = {path: jax.ShapeDtypeStruct(*leaf.form()) for path, leaf in planned.items()}
+    return variables_of(shapes)
 
 
 def leaves(variables: Any, axes: Any) -> list[Leaf]:
