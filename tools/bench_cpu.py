@@ -1,9 +1,9 @@
-"""Prefill and decode on this CPU, ours beside transformers, same float32 weights, one run.
+"""Prefill and decode on this CPU, ours versus transformers, same float32 weights, one run.
 
     python tools/bench_cpu.py [--rival=false] [--out experiments/001_cpu_speed/history.jsonl]
 
-Both sides take turns after a warm-up; medians of --repeats steady-state runs. A length that the
-rival cannot hold in memory is left to ours alone (--rival_limit).
+Both sides run alternately after a warm-up; medians of --repeats steady-state runs. A length that
+the rival cannot hold in memory is left to ours alone (--rival_limit).
 """
 
 import json
@@ -64,7 +64,7 @@ def write_checkpoint(folder):
 
 
 def median_seconds(runs):
-    """Medians of runs (by name) that take turns, so that a slow minute of the machine slows all."""
+    """Medians of runs by name, run alternately: a slow minute of the machine slows all."""
     times = {name: [] for name in runs}
     for run in runs.values():
         run()

@@ -1,4 +1,4 @@
-"""Every kernel beside its rivals on this accelerator: right first, then how fast, in one run.
+"""Every kernel versus its rivals on this accelerator: right first, then how fast, in one run.
 
     python tools/bench_kernels.py [--out experiments/002_kernel_speed] [--tiny] [--only sparse]
 
@@ -44,7 +44,7 @@ from v4jax.kernels.bench import jobs, timing
 from v4jax.kernels.sparse_attention import cases as attention_cases
 
 KERNELS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu", "cpu": "xla"}
-# bf16 products and sums beside float32 ones: twice bf16's rounding, over the largest value.
+# bf16 products and sums versus float32 ones: twice bf16's rounding, over the largest value.
 TOLERANCE = 2 * 2**-8
 
 

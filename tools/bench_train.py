@@ -1,4 +1,4 @@
-"""A full training step on this CPU, ours beside transformers with torch.optim.AdamW, in one run.
+"""A full training step on this CPU, ours versus transformers with torch.optim.AdamW, in one run.
 
     python tools/bench_train.py [--lengths 256,1024,4096] [--vocab 4096] [--out FILE.jsonl]
 

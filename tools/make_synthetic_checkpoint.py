@@ -92,7 +92,7 @@ def _scales(rng, spec, config):
 
 
 def _floats(rng, spec, out):
-    """Random bits with a fixed exponent: as good as normal numbers and many times quicker."""
+    """Random bits with a fixed exponent: as good as normal numbers and much faster."""
     exponent = round(np.log2(1 / (_FLOAT_RMS * spec.shape[-1] ** 0.5))) + 127
     high = np.frombuffer(rng.bytes(2 * out.size), np.uint16).reshape(out.shape)
     high = (high & 0x807F) | (exponent << 7)

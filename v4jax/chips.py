@@ -3,7 +3,7 @@
 Sources of the figures: cloud.google.com/tpu/docs (v5e, v5p, v6e, tpu7x: peak compute, memory,
 bidirectional interconnect and its ports) and NVIDIA's H100 SXM5 data sheet. A TPU's memory is what
 libtpu says a program may use; a tpu7x chip is two devices, each with half of it. No latency is
-published: those here are assumptions, small beside the bytes in all but a decode step.
+published: those here are assumptions, small compared with the bytes in all but a decode step.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ class Chip:
 
     Attributes:
       memory: bytes that a program may use.
-      flops: dense bf16 operations a second.
-      bandwidth: bytes a second of its memory.
-      link: bytes a second that leave it along one dimension of its torus, both ways together; of a
+      flops: dense bf16 operations per second.
+      bandwidth: bytes per second of its memory.
+      link: bytes per second that leave it along one dimension of its torus, both ways together; of a
         GPU, to the others of its node.
       latency: seconds that a hop to a neighbour takes.
       torus: dimensions of the torus; 0 for a switch.
       per_chip: devices of one chip.
-      node: devices joined by `link`, and `outside`: bytes a second to other nodes (0: no nodes).
+      node: devices joined by `link`, and `outside`: bytes per second to other nodes (0: no nodes).
       slices: shapes that can be had.
     """
 
@@ -73,7 +73,7 @@ _KINDS = {
     "NVIDIA H100 80GB HBM3": "h100",
 }
 
-# Dense bf16 operations a second of further devices, of which no slices are described.
+# Dense bf16 operations per second of further devices, of which no slices are described.
 _OTHERS = {"TPU v4": 275e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 
 
@@ -83,5 +83,5 @@ def named(kind: str) -> str | None:
 
 
 def peak_flops(kind: str) -> float | None:
-    """Dense bf16 operations a second of a device that JAX calls so, where they are known."""
+    """Dense bf16 operations per second of a device that JAX calls so, where they are known."""
     return CHIPS[_KINDS[kind]].flops if kind in _KINDS else _OTHERS.get(kind)

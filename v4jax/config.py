@@ -364,5 +364,5 @@ def _check_files(config):
     if config.expert_dtype == "fp4" and config.quantization is None:
         raise InputError(
             "expert_dtype is 'fp4' and there is no quantization_config; FP4 experts are stored "
-            "beside FP8 matrices, so give both or neither"
+            "next to FP8 matrices, so give both or neither"
         )

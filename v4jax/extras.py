@@ -26,9 +26,9 @@ def how_to_install(extra: str) -> str:
 
 def _checkout():
     """The directory that the package was installed from, if it is still there, and how."""
-    beside = Path(__file__).resolve().parents[1]
-    if (beside / "pyproject.toml").is_file():
-        return beside, True
+    parent = Path(__file__).resolve().parents[1]
+    if (parent / "pyproject.toml").is_file():
+        return parent, True
     try:
         text = metadata.distribution("v4jax").read_text("direct_url.json")
         described = json.loads(text or "{}")

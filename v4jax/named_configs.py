@@ -1,6 +1,6 @@
 """`get_config(name)`: the model that a file of configs/ describes.
 
-The files lie beside the package in a checkout, and inside it as `v4jax.configs` once installed.
+The files lie next to the package in a checkout, and inside it as `v4jax.configs` once installed.
 """
 
 import importlib.util

@@ -35,7 +35,7 @@ from v4jax.hf.config import to_hf
 from v4jax.hf.tensors import expanded_config
 from v4jax.sharding import processes
 
-# Files that belong to a checkpoint beside its weights and config.
+# Files that belong to a checkpoint next to its weights and config.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -252,7 +252,7 @@ class _Conversion:
 
 
 def _convert_part(task, resumed, part):
-    """One process's part of the items; its journal is beside that of the whole."""
+    """One process's part of the items; its journal is next to that of the whole."""
     with open_checkpoint(task.source) as opened:
         conversion = _Conversion(opened, task)
         journal = Journal(task.target, conversion.purpose, 1 + part[0])

@@ -143,7 +143,7 @@ def _say_table(spec, dtype, shape, differing):
         differing.add(f"are {dtype} where I64 is usual: read as I64", spec.key)
     if shape != spec.shape:
         differing.add(
-            f"name {shape[1]} experts a token and num_experts_per_tok is {spec.shape[1]}: the "
+            f"name {shape[1]} experts per token and num_experts_per_tok is {spec.shape[1]}: the "
             f"first {spec.shape[1]} are read",
             spec.key,
         )

@@ -98,7 +98,7 @@ def refuse_counts(config: ModelConfig, found: Found, where: str) -> None:
         if width is not None and width < config.num_experts_per_tok:
             raise InputError(
                 f"{where}: num_experts_per_tok is {config.num_experts_per_tok} and {word(key)} is "
-                f"{dtype} {quote(shape)}, which names {width} experts a token; expected "
+                f"{dtype} {quote(shape)}, which names {width} experts per token; expected "
                 f"num_experts_per_tok of at most {width}: fewer can be active, and no more"
             )
 

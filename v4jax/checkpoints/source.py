@@ -215,7 +215,7 @@ def read_announced(path: str) -> tuple[bytes, ModelConfig]:
     where = os.path.join(path, CONFIG_NAME)
     if not os.path.exists(where):
         raise InputError(
-            f"{path}: {CONFIG_NAME} cannot be read (no such file); it belongs beside the weights"
+            f"{path}: {CONFIG_NAME} cannot be read (no such file); it belongs next to the weights"
         )
     text = read_regular(where, MAX_CONFIG)
     return text, parse_config(text, where)

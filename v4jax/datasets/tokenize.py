@@ -1,4 +1,4 @@
-"""Documents to one array of ids, with the tokenizer that the run keeps beside its checkpoints."""
+"""Documents to one array of ids, with the tokenizer that the run keeps next to its checkpoints."""
 
 import hashlib
 import os

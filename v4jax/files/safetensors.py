@@ -212,7 +212,7 @@ def write_safetensors(
     the largest ones in flight. The bytes do not depend on the threads.
 
     Args:
-      path: the file; a hidden temporary file beside it is renamed to it at the end.
+      path: the file; a hidden temporary file next to it is renamed to it at the end.
       tensors: what to write. Wider dtypes come first, so that every tensor is aligned.
       fill: `fill(key, out)` writes a tensor into the C-contiguous array `out`.
       pool: a `ThreadPoolExecutor`, or None to work in this thread.
@@ -330,7 +330,7 @@ def _weight_map(directory):
 
 
 def read_index(path: str | os.PathLike) -> dict[str, str]:
-    """The weight_map of an index: which file beside it holds each tensor.
+    """The weight_map of an index: which file next to it holds each tensor.
 
     Raises:
       InputError: no such file, no index, or it names files elsewhere.
@@ -340,7 +340,7 @@ def read_index(path: str | os.PathLike) -> dict[str, str]:
     if bad or not weight_map:
         found = f"names {quote(bad[0])}" if bad else "is empty"
         raise InputError(
-            f"{path}: its weight_map {found}; expected .safetensors files beside it: get it again"
+            f"{path}: its weight_map {found}; expected .safetensors files next to it: get it again"
         )
     return weight_map
 

@@ -171,13 +171,13 @@ def _layers(keys):
         if len(layers) != count:
             raise InputError(
                 f"v4jax_layers has {len(layers)} entries and num_hidden_layers is {count}; "
-                "expected one entry a layer"
+                "expected one entry per layer"
             )
         return layers
     if len(ratios) < count:
         raise InputError(
             f"compress_ratios has {len(ratios)} entries and num_hidden_layers is {count}; expected "
-            "one ratio a layer and then one for each MTP or draft block"
+            "one ratio per layer and then one for each MTP or draft block"
         )
     num_hash_layers = integer(keys, "num_hash_layers")
     if not 0 <= num_hash_layers <= count:
@@ -202,7 +202,7 @@ def _official_layer(index, ratio):
 def _own_layers(entries):
     types = {field.name: field.type for field in dataclasses.fields(LayerSpec)}
     if not isinstance(entries, (list, tuple)):
-        raise InputError(f"v4jax_layers is {short(entries)}; expected a list, one entry a layer")
+        raise InputError(f"v4jax_layers is {short(entries)}; expected a list, one entry per layer")
     for i, entry in enumerate(entries):
         if not isinstance(entry, Mapping) or not {"attention"} <= entry.keys() <= types.keys():
             raise InputError(

@@ -12,7 +12,7 @@ def in_official_words(keys):
     for name in ("compress_ratios", "num_hash_layers", "rope_scaling", "v4jax_layers"):
         if name in keys:
             raise InputError(
-                f"has {name} beside {min(TRANSFORMERS_KEYS & keys.keys())}; these are the official "
+                f"has {name} next to {min(TRANSFORMERS_KEYS & keys.keys())}; these are the official "
                 "and the transformers way to say the same thing, so keep one"
             )
     missing = sorted(TRANSFORMERS_KEYS - {"partial_rotary_factor"} - keys.keys())
@@ -39,7 +39,7 @@ def _transformers_layers(keys):
         if not isinstance(keys[name], (list, tuple)) or len(keys[name]) != count:
             raise InputError(
                 f"{name} is {short(keys[name])} and num_hidden_layers is {short(count)}; expected "
-                "a list with one entry a layer"
+                "a list with one entry per layer"
             )
         bad = [kind for kind in keys[name] if not isinstance(kind, str) or kind not in allowed]
         if bad:

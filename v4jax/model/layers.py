@@ -171,7 +171,7 @@ class Projection(nn.Module):
 
         if isinstance(w, quant.QTensor):
             return self.execution.round(together(x, w))
-        # A CPU turns all of x over before a batched product; other backends do not.
+        # A CPU transposes all of x before a batched product; other backends do not.
         y = jax.lax.platform_dependent(x, w, cpu=one_by_one, default=together)
         return self.execution.round(y)
 

@@ -6,7 +6,7 @@ Dimension key, the suffix of every array's name:
   B batch            T query tokens      S window rows (older + own)   P older rows
   D hidden           M residual streams  N heads       H head dim      R rope dim
   L query latent     G output groups     C compressed entries          E experts (or new entries)
-  K choices a token  F expert width      I index heads Z index head dim
+  K choices of a token  F expert width    I index heads Z index head dim
   V vocabulary       X anything flattened
 Logical axes name the same things for sharding: vocab embed q_lora heads kv expert mlp router
 compressed index_heads hc hc_embed norm, and layers for the repeats of a scanned segment.

@@ -209,4 +209,4 @@ def _draw_time(axes, plan):
     values = [1e3 * getattr(time, name) for name in names]
     bars = axes.barh(names[::-1], values[::-1], color=["tab:green", "tab:orange", "tab:blue"])
     axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
-    axes.set(xlabel="ms a step, at least", xlim=(0, 1.2 * max(values)))
+    axes.set(xlabel="ms per step, at least", xlim=(0, 1.2 * max(values)))

@@ -1,4 +1,4 @@
-"""The smallest slice that holds a job and the mesh on which it is quickest, by the roofline.
+"""The smallest slice that holds a job and the mesh on which it is fastest, by the roofline.
 
 Every mesh is counted by hand first, which takes a moment; only the best few that could fit are
 compiled.
@@ -42,7 +42,7 @@ def search(
     most: int = 3,
     tell: Callable[[Plan], None] = lambda plan: None,
 ) -> Plan:
-    """The quickest plan that fits, on the first of the slices that has one.
+    """The fastest plan that fits, on the first of the slices that has one.
 
     Args:
       topologies: slices, the smallest first. most: meshes of a slice to compile.
@@ -67,7 +67,7 @@ def search(
 
 
 def candidates(job: Job, topology: Topology) -> list[Candidate]:
-    """Meshes whose hand-counted bytes fit, the quickest first, of equals the one with most room."""
+    """Meshes whose hand-counted bytes fit, the fastest first, of equals the one with most room."""
     found = []
     # Without gathered weights fsdp and expert are the same to a model: one of them is enough.
     axes = AXES if job.mode == "train" else [axis for axis in AXES if axis != "fsdp"]
@@ -148,6 +148,6 @@ def working(job: Job, layout: Layout, held: Held) -> int | float:
         return PREFILL_ROWS * rows
     # Units of two layers are the most common; a unit recomputes what is inside it.
     streams = BF16 * tokens * c.hc_mult * c.hidden_size * len(c.layers) / 2
-    copies = 1 if job.parts == 1 else 2  # a part's gradients beside their sum
+    copies = 1 if job.parts == 1 else 2  # a part's gradients next to their sum
     weights = BF16 * held.gathered / len(c.layers)
     return copies * held.gradients + streams + weights + TRAIN_ROWS * rows

@@ -36,10 +36,10 @@ def build_step(job: Job, model: Transformer) -> Program:
 
 
 def _moments(optimizer, params, model):
-    """The optimiser's state, each moment beside its parameter."""
+    """The optimiser's state, each moment next to its parameter."""
     shapes = jax.eval_shape(optimizer.init, params)
-    beside = sharded.variable_shardings(model)["params"]
-    places = state_like(optimizer, params, beside, replicated_sharding(model.sharding))
+    shardings = sharded.variable_shardings(model)["params"]
+    places = state_like(optimizer, params, shardings, replicated_sharding(model.sharding))
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )

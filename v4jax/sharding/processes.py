@@ -19,7 +19,7 @@ from v4jax.errors import InputError
 
 WAIT_SECONDS = 120  # for all processes to come
 HEARTBEAT_SECONDS = 30  # a process that was silent for so long is dead
-COMPILE_SECONDS = 3600  # by which one process may be quicker in compiling than another
+COMPILE_SECONDS = 3600  # by which one process may be faster in compiling than another
 BAD_INPUT, DIED = 2, 1
 
 _meetings = itertools.count()  # a barrier's name may be used once; all processes count alike
@@ -208,7 +208,7 @@ def _check(coordinator, num_processes, process_id, environment):
     if absent and len(absent) < 3 and not environment:
         there = [name for name in given if name not in absent]
         raise InputError(
-            f"{' and '.join(absent)} missing beside {' and '.join(there)}; expected "
+            f"{' and '.join(absent)} missing next to {' and '.join(there)}; expected "
             "all three, or none of them on a TPU pod, SLURM or Open MPI"
         )
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from v4jax.sharding import collectives
 from v4jax.sharding.rules import Layout
 
-ABSENT = -1e30  # a sink that adds nothing beside any other shard's
+ABSENT = -1e30  # a sink that adds nothing to any other shard's
 
 
 def spread_entries(layout: Layout) -> bool:
