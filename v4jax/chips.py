@@ -19,8 +19,8 @@ class Chip:
       memory: bytes that a program may use.
       flops: dense bf16 operations per second.
       bandwidth: bytes per second of its memory.
-      link: bytes per second that leave it along one dimension of its torus, both ways together; of a
-        GPU, to the others of its node.
+      link: bytes per second that leave it along one dimension of its torus, both ways together; of
+        a GPU, to the others of its node.
       latency: seconds that a hop to a neighbour takes.
       torus: dimensions of the torus; 0 for a switch.
       per_chip: devices of one chip.

@@ -1,8 +1,9 @@
 """Block formats of the official checkpoints and the rounding of its activations.
 
-FP8: E4M3 values with one scale a 128 x 128 block of a [out, in] matrix; FP4: E2M1 values with one
-scale a 32 inputs, two codes per byte, low nibble first. A scale is a power of two stored as its E8M0
-byte, or (base checkpoints, FP8 only) a float32. The rules are section 10 of the specification.
+FP8: E4M3 values with one scale per 128 x 128 block of a [out, in] matrix; FP4: E2M1 values with one
+scale per 32 inputs, two codes per byte, low nibble first. A scale is a power of two stored as its
+E8M0 byte, or (base checkpoints, FP8 only) a float32. The rules are section 10 of the
+specification.
 
 Everything here is exact wherever the result is a normal float32: powers of two come from exponent
 bits, never from a logarithm, and no division by a constant is left to XLA, which multiplies by the

@@ -9,9 +9,9 @@
 An item is the tree of one unstacked block, {"params": ..., "buffers": ...} with the paths of
 `weights.tensor_table`, or {"carried": {official key: array}}. The experts of a layer are stacked,
 [E, out, in]. A quantised matrix is {"values", "scales"}: values float8_e4m3fn, or uint8 with two
-E2M1 codes per byte; scales uint8 (E8M0) or float32. Token tables stay int64. Arrays are Zarr, without
-compression (packed weights do not shrink) and without OCDBT, whose file names are random: the same
-checkpoint always has the same bytes.
+E2M1 codes per byte; scales uint8 (E8M0) or float32. Token tables stay int64. Arrays are Zarr,
+without compression (packed weights do not shrink) and without OCDBT, whose file names are random:
+the same checkpoint always has the same bytes.
 
 The manifest holds "format", "version", "weights" ("stored", "bf16" or "float32": what conversion
 made of them), and for each item its tensors by official key: dtype and shape as in the official
