@@ -426,7 +426,7 @@ def _change_rope(label, **changes):
         (_change_rope("compress", partial_rotary_factor=0.5), "compress rotates 256 channels"),
         (_change_rope("main", rope_type="yarn"), "main has rope_type 'yarn'"),
         (lambda keys: keys.update(mlp_bias=True), "mlp_bias is true"),
-        (lambda keys: keys.update(compress_ratios=[0, 4, 128]), "has compress_ratios beside"),
+        (lambda keys: keys.update(compress_ratios=[0, 4, 128]), "has compress_ratios and"),
         (lambda keys: keys.update(num_hidden_layers=4), "layer_types is .* one entry per layer"),
         (lambda keys: keys.update(layer_types=["full_attention"] * 3), "'full_attention'"),
         (lambda keys: keys.update(rope_parameters={"rope_type": "default"}), "nested entries"),

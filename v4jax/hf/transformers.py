@@ -12,8 +12,8 @@ def in_official_words(keys):
     for name in ("compress_ratios", "num_hash_layers", "rope_scaling", "v4jax_layers"):
         if name in keys:
             raise InputError(
-                f"has {name} and {min(TRANSFORMERS_KEYS & keys.keys())}; these are the official and "
-                "the transformers way to say the same thing, so keep one"
+                f"has {name} and {min(TRANSFORMERS_KEYS & keys.keys())}; these are the official "
+                "and the transformers way to say the same thing, so keep one"
             )
     missing = sorted(TRANSFORMERS_KEYS - {"partial_rotary_factor"} - keys.keys())
     if missing:
