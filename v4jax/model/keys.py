@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array
 
 from v4jax.kernels import membership
 from v4jax.kernels.sparse_attention import api as sparse_attention
-from v4jax.model.cache import LayerCache, read_layer, write_layer, write_rows
+from v4jax.model.cache import read_layer, write_layer, write_rows
 from v4jax.model.context import Context
 from v4jax.sharding import collectives, sequence
 from v4jax.sharding.rules import Layout
@@ -46,18 +47,19 @@ class Keys(NamedTuple):
         return membership.to_indices(self.member_BTW, self.topk, self.entries_BCH.shape[1])
 
 
-class LayerState(NamedTuple):
+@struct.dataclass
+class LayerState:
     """One layer's part of the cache and of the mesh, for one call.
 
     Attributes:
       layout: the mesh that the call runs on.
-      cache: the segment's buffers, or None.
+      cache: the segment's buffers (`LayerCache`), or None.
       layer: which repeat of the segment this is.
     """
 
-    layout: Layout
-    cache: LayerCache | None = None
-    layer: int | Array = 0
+    layout: Layout = struct.field(pytree_node=False)
+    cache: Any = None
+    layer: Any = 0
 
     @property
     def in_parts(self) -> bool:
@@ -152,7 +154,7 @@ class LayerState(NamedTuple):
         return sequence.merge_attention(self.layout, o, lse), lse
 
     def _keep(self, **changed):
-        return self._replace(cache=self.cache.replace(**changed))
+        return self.replace(cache=self.cache.replace(**changed))
 
     def _write(self, buffer_RBCX, new_BEX, start_B, count_B):
         """A buffer with new entries at `start`; each shard writes those of its own part."""
