@@ -13,7 +13,7 @@ from tests.support.tiny import tiny_config
 from v4jax import accounting
 from v4jax.cli.main import main
 from v4jax.model.transformer import Transformer
-from v4jax.train import curves, metrics, sweep
+from v4jax.train import curves, events, metrics, sweep
 
 
 def line(step, loss=1.0):
@@ -39,7 +39,7 @@ def test_lines_after_the_step_that_a_run_goes_on_from_are_dropped(tmp_path):
 
 
 def test_the_known_value_of_crc32c():
-    assert metrics.crc32c(b"123456789") == 0xE3069283
+    assert events.crc32c(b"123456789") == 0xE3069283
 
 
 def records(content):
@@ -48,14 +48,14 @@ def records(content):
     while at < len(content):
         (length,) = struct.unpack_from("<Q", content, at)
         head, data = content[at : at + 8], content[at + 12 : at + 12 + length]
-        assert content[at + 8 : at + 12] == metrics._masked_crc(head)
-        assert content[at + 12 + length : at + 16 + length] == metrics._masked_crc(data)
+        assert content[at + 8 : at + 12] == events._masked_crc(head)
+        assert content[at + 12 + length : at + 16 + length] == events._masked_crc(data)
         yield data
         at += 16 + length
 
 
 def test_event_file(tmp_path):
-    file = metrics.EventFile(tmp_path / "events")
+    file = events.EventFile(tmp_path / "events")
     file.write(300, {"loss": 0.25, "note": "no number"})
     file.close()
     version, event = records((tmp_path / "events").read_bytes())

@@ -15,7 +15,7 @@ from v4jax.datasets.config import DataConfig
 from v4jax.datasets.records import Piece
 from v4jax.errors import InputError
 from v4jax.files import atomic, writing
-from v4jax.train import loop, metrics, saves, sweep
+from v4jax.train import events, loop, metrics, saves, sweep
 
 CONFIG = """
 from tests.train.test_resume import run_config
@@ -205,7 +205,7 @@ def failing(name, patch):
     if name == "metrics.jsonl":
         patch.setattr(metrics, "append", fail)
     elif name == "events":
-        patch.setattr(metrics.EventFile, "write", fail)
+        patch.setattr(events.EventFile, "write", fail)
     elif name == "model":
         patch.setattr(loop.export.checkpoint, "save_official", fail)
 

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import math
-import struct
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from v4jax.errors import InputError
 from v4jax.files.atomic import write_atomically
 from v4jax.files.json_reader import parse_json
 from v4jax.files.writing import append, writing
+from v4jax.train.events import EventFile
 from v4jax.train.lora import SUBTREE
 from v4jax.train.optimizer import joined, matches
 
@@ -110,73 +110,6 @@ def _is_figure(value):
     if value is None or isinstance(value, float):
         return True
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-class EventFile:
-    """TensorBoard scalars: records of a length, a protobuf `Event` and their CRCs, written here.
-
-    Every package that writes these brings TensorFlow, torch or a server along; the format of a
-    scalar is thirty lines.
-    """
-
-    def __init__(self, path: Path):
-        with writing(path):
-            self._file = path.open("ab", buffering=0)
-            self._record(_field(1, 1, struct.pack("<d", time.time())) + _bytes(3, b"brain.Event:2"))
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        scalars = {k: v for k, v in values.items() if isinstance(v, int | float)}
-        summary = b"".join(
-            _bytes(1, _bytes(1, name.encode()) + _field(2, 5, struct.pack("<f", value)))
-            for name, value in scalars.items()
-        )
-        event = _field(1, 1, struct.pack("<d", time.time())) + _field(2, 0, _varint(step))
-        self._record(event + _bytes(5, summary))
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _record(self, data):
-        length = struct.pack("<Q", len(data))
-        append(self._file, length + _masked_crc(length) + data + _masked_crc(data))
-
-
-def _field(number, kind, payload):
-    return _varint(number << 3 | kind) + payload
-
-
-def _bytes(number, payload):
-    return _field(number, 2, _varint(len(payload)) + payload)
-
-
-def _varint(value):
-    out = b""
-    while value > 127:
-        out, value = out + bytes([value & 127 | 128]), value >> 7
-    return out + bytes([value])
-
-
-def _masked_crc(data):
-    crc = crc32c(data)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
-def crc32c(data: bytes) -> int:
-    """The Castagnoli CRC."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = crc >> 8 ^ _crc_table()[(crc ^ byte) & 255]
-    return crc ^ 0xFFFFFFFF
-
-
-@functools.cache
-def _crc_table():
-    table = []
-    for n in range(256):
-        for _ in range(8):
-            n = n >> 1 ^ (0x82F63B78 if n & 1 else 0)
-        table.append(n)
-    return table
 
 
 class Clock:
