@@ -43,7 +43,9 @@ from v4jax.train import (
     start,
 )
 from v4jax.train.batch import Batch, make_batch
+from v4jax.train.clock import Clock
 from v4jax.train.config import Stage, TrainConfig, as_json
+from v4jax.train.flops import passes, step_flops
 from v4jax.train.optimizer import make_optimizer
 from v4jax.train.saves import Checkpoints
 from v4jax.train.signals import Signals
@@ -242,9 +244,9 @@ def _steps_of(run: _Run, number: int, done: int):
     evaluator = evaluate.evaluator(config, stage, model, run.source)
     rows = run.source.rows_of(stage.documents)
     tokens = stage.batch * stage.length
-    passes = metrics.passes(run.state.params, options.trained, config.model)
-    flops = metrics.step_flops(config.model, tokens, stage.length, passes, options.dense)
-    clock = metrics.Clock(tokens, stage.length, flops)
+    computed = passes(run.state.params, options.trained, config.model)
+    flops = step_flops(config.model, tokens, stage.length, computed, options.dense)
+    clock = Clock(tokens, stage.length, flops)
     program, ahead = None, None
     while done < run.steps and config.place(done)[0] == number:
         batch = _load(config, rows, number, config.place(done)[1], model.sharding)
