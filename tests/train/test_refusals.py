@@ -16,6 +16,7 @@ from v4jax.datasets.records import Piece
 from v4jax.errors import InputError
 from v4jax.files import atomic, writing
 from v4jax.train import events, loop, metrics, saves, sweep
+from v4jax.train import run as run_files
 
 CONFIG = """
 from tests.train.test_resume import run_config
@@ -39,7 +40,7 @@ def no_work(monkeypatch):
     def called(*_args, **_named):
         raise AssertionError("work before the refusal")
 
-    monkeypatch.setattr(loop, "open_source", called)
+    monkeypatch.setattr(run_files, "open_source", called)
     monkeypatch.setattr(saves.Checkpoints, "__init__", called)
 
 
@@ -201,7 +202,7 @@ def failing(name, patch):
     def write(path, content):
         (fail if path.name == name else atomic.write_atomically)(path, content)
 
-    patch.setattr(loop, "write_atomically", write)
+    patch.setattr(run_files, "write_atomically", write)
     if name == "metrics.jsonl":
         patch.setattr(metrics, "append", fail)
     elif name == "events":

@@ -11,8 +11,9 @@ from tests.support.tiny import tiny_config
 from v4jax.datasets.config import DataConfig
 from v4jax.datasets.source import open_source
 from v4jax.errors import InputError
-from v4jax.train import evaluate, loop
+from v4jax.train import evaluate
 from v4jax.train.config import Stage, TrainConfig
+from v4jax.train.figures import Begun, read
 
 MODEL = tiny_config(vocab_size=300)
 NONE = "none of its .* tokens is a target; expected some"
@@ -68,12 +69,11 @@ def test_means_over_nothing_are_null_in_the_metrics():
     """Not 0.0, which would be the best loss there is; how many there were stands next to it."""
     figures = dict(loss=0.0, mtp=0.0, indexer=0.5, indexer_uniform=0.7, grad_norm=1.0)
     counts = dict(targets=0.0, mtp_targets=0.0, indexer_queries=7.0, learning_rate=0.1)
-    run = types.SimpleNamespace(metrics=None)
     clock = types.SimpleNamespace(tick=lambda ended: {"seconds": 1.0})
     noted = {k: np.float32(v) for k, v in (figures | counts).items()}
-    line = loop._line(run, clock, 3, noted, None, None)
+    line = read(None, clock, Begun(3, noted, None, None))
     assert [line[name] for name in ("loss", "mtp", "targets")] == [None, None, 0.0]
     assert line["indexer"] == 0.5 and line["step"] == 3
     noted |= {"indexer_queries": np.float32(0), "targets": np.float32(5)}
-    line = loop._line(run, clock, 4, noted, None, None)
+    line = read(None, clock, Begun(4, noted, None, None))
     assert [line[name] for name in ("loss", "indexer", "indexer_uniform")] == [0.0, None, None]

@@ -27,6 +27,21 @@ def opening(config: TrainConfig, layout: Layout, source: Source, done: int, step
     say(f"{where} of {config.steps}{_stops(config, steps)}")
 
 
+def bar(done: int, steps: int) -> tqdm:
+    """A bar that begins at the steps that are done; disabled where stderr is no terminal."""
+    return tqdm(initial=done, total=steps, unit="step", dynamic_ncols=True, disable=None)
+
+
+def show(bar: tqdm, line: dict[str, Any]) -> None:
+    """Moves the bar to a step, next to its loss and speed."""
+    loss = "no targets" if line["loss"] is None else f"loss {line['loss']:.3f}"
+    bar.set_postfix_str(
+        f"{loss}, {line['tokens_per_second']:.0f} tokens/s, MFU {line['mfu']:.1%}",
+        refresh=False,
+    )
+    bar.update(line["step"] - bar.n)
+
+
 def progress(line: dict[str, Any], steps: int) -> None:
     """A step's loss, with the held-out one where it was evaluated."""
     held_out = ""
