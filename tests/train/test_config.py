@@ -80,7 +80,7 @@ def test_fields_that_depend_on_each_other_come_in_any_order():
 
 
 def test_places_of_steps():
-    assert [BASE.place(step) for step in (0, 4, 5, 11, 40)] == [
+    assert [BASE.stage_of(step) for step in (0, 4, 5, 11, 40)] == [
         (0, 0), (0, 4), (1, 0), (1, 6), (1, 35),
     ]  # fmt: skip
     assert BASE.steps == 12

@@ -271,6 +271,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     assert again.latest == 1 and again.run_of(1) == described
     like = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, state(0)))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    found = again.restore(1, placement.placed(like, jax.tree.map(lambda _: here, like)))
+    found = again.restore(1, placement.with_shardings(like, jax.tree.map(lambda _: here, like)))
     np.testing.assert_array_equal(found.params["w"]["weight"], 1.0)
     again.close()

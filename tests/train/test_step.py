@@ -15,7 +15,7 @@ from v4jax.model.context import document_starts
 from v4jax.model.transformer import Transformer
 from v4jax.train import step
 from v4jax.train.loss import LossWeights
-from v4jax.train.optimizer import OptimizerConfig, joined, make_optimizer
+from v4jax.train.optimizer import OptimizerConfig, make_optimizer
 from v4jax.train.step import (
     Rates,
     StepConfig,
@@ -24,6 +24,7 @@ from v4jax.train.step import (
     new_state,
     train_step,
 )
+from v4jax.train.tree_paths import tree_path
 
 RATES = Rates(jnp.float32(1e-2), jnp.float32(0.3))
 
@@ -44,7 +45,7 @@ def begin():
 
 def differing(a, b):
     pairs = zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True)
-    return {joined(path) for (path, x), y in pairs if bool(jnp.any(x != y))}
+    return {tree_path(path) for (path, x), y in pairs if bool(jnp.any(x != y))}
 
 
 def test_every_parameter_moves_and_the_loss_falls():
@@ -75,7 +76,7 @@ def test_accumulated_parts_are_the_whole_batch():
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(whole), jax.tree.leaves(parts), strict=True
     ):
-        assert float(jnp.abs(a - b).max()) < 1e-4 * float(jnp.abs(a).max()), joined(path)
+        assert float(jnp.abs(a - b).max()) < 1e-4 * float(jnp.abs(a).max()), tree_path(path)
 
 
 def test_the_gradient_is_clipped_to_its_global_norm(monkeypatch):
@@ -106,7 +107,7 @@ def test_indexer_warm_up_moves_the_indexer_alone():
     state, noted = compiled(config)(begin(), small_batch(rows=4), RATES)
     moved = differing(state.params, begin().params)
     assert moved and all("/indexer/" in path for path in moved)
-    everything = {joined(p) for p, _ in jax.tree_util.tree_leaves_with_path(state.params)}
+    everything = {tree_path(p) for p, _ in jax.tree_util.tree_leaves_with_path(state.params)}
     assert moved == {path for path in everything if "/indexer/" in path}
     assert not differing(state.buffers, begin().buffers)
     touched = differing(state.moments, begin().moments)

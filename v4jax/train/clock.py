@@ -57,7 +57,7 @@ def _time_of(noted):
 
 @functools.cache
 def peak_flops() -> tuple[float, str]:
-    """Operations a second of all devices, and where the figure is from.
+    """Operations per second of all devices, and where the figure is from.
 
     A device of unknown kind is timed on a float32 matrix product.
     """

@@ -25,8 +25,8 @@ class Stage:
     """Steps that share a program.
 
     Attributes:
-      steps: how many. length: tokens a row. batch: rows a step, over all processes. parts: parts
-        of a batch whose gradients are added up.
+      steps: how many. length: tokens per row. batch: rows per step, over all processes. parts:
+        parts of a batch whose gradients are added up.
       attention: "sparse", or "dense": CSA layers attend to every visible entry (the report's first
         1T tokens, and the indexer's warm-up).
       trained: only these parameters learn, a regular expression searched in their paths
@@ -69,9 +69,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A whole run.
-
-    What of it a run may change when it goes on: `v4jax.train.resume`.
+    """Everything about a run. `v4jax.train.resume` says what of it may change between calls.
 
     Attributes:
       losses: weights; mtp_decayed is the MTP weight from the start of the learning rate's decay.
@@ -81,7 +79,7 @@ class TrainConfig:
       mesh: axes and sizes on all devices, "data=2,fsdp=4"; None for one device.
       dtype: of activations. remat: recompute activations. min_repeats: as of `Transformer`.
       checkpoint_every, keep: steps between checkpoints and how many stay. evaluate_every: steps
-        between evaluations on held-out rows, of at most evaluate_rows. log_every: steps a line.
+        between evaluations on held-out rows, of at most evaluate_rows. log_every: steps per line.
     """
 
     model: ModelConfig
@@ -128,7 +126,7 @@ class TrainConfig:
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
-    def place(self, step: int) -> tuple[int, int]:
+    def stage_of(self, step: int) -> tuple[int, int]:
         """The stage of a step, and how many of its steps are done. The last stage has no end."""
         for number, stage in enumerate(self.stages[:-1]):
             if step < stage.steps:

@@ -3,7 +3,7 @@
 No array of tokens x vocabulary is ever held: one pass over the table finds each token's maximum
 and denominator, as flash attention does, and with gradients a second pass makes the logits of a
 block again, and of them the block's [v,D] of the table's gradient, written once, and its share of
-[X,D]. A quarter more operations than with kept logits, and quicker: a block stays in the cache.
+[X,D]. A quarter more operations than with kept logits, and faster: a block stays in the cache.
 """
 
 import functools

@@ -19,7 +19,7 @@ from v4jax.train.step import TrainState
 
 
 def evaluator(config: TrainConfig, stage: Stage, model: Transformer, source: Source):
-    """A function from a state to "held_out" (nats a target) and "held_out_accuracy" (0 to 1).
+    """A function from a state to "held_out" (nats per target) and "held_out_accuracy" (0 to 1).
 
     Of held-out text whose tokens all count alike also to "held_out_bits_per_byte".
 
@@ -75,9 +75,12 @@ def sums(model: Transformer, variables: dict, batch: Batch, dense: bool = False)
 
 
 def _targets_per_byte(source):
-    """Of held-out text, where a token is a target unless it is a document's mark of begin."""
+    """Targets per byte of held-out text, for bits per byte; None if unknown.
+
+    Every token is a target, but for the beginning-of-sequence token of a document.
+    """
     kept = source.held_out
-    if kept is None or not source.held_out_bytes:  # or ids, of which no bytes are known
+    if kept is None or not source.held_out_bytes:  # of ids no bytes are known
         return None
     if np.count_nonzero(kept.counts != 1) > kept.starts.size:
         return None

@@ -4,12 +4,11 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-import jax
-
 from v4jax import accounting
 from v4jax.config import ModelConfig
 from v4jax.train.lora import SUBTREE
-from v4jax.train.optimizer import joined, matches
+from v4jax.train.optimizer import matches
+from v4jax.train.tree_paths import by_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Passes:
 
 
 class _Weight(NamedTuple):
-    """A leaf of the params: its depth, the operations a token pays for it, whether it learns."""
+    """A leaf of the params: its depth, its operations per token, whether it learns."""
 
     name: str
     depth: float
@@ -56,8 +55,8 @@ def passes(params: Any, trained: str | None, config: ModelConfig) -> Passes:
       params: a tree of arrays or shapes. trained: as `StepConfig.trained`.
     """
     weights = [
-        _weight(joined(path), math.prod(leaf.shape), trained, config)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        _weight(path, math.prod(leaf.shape), trained, config)
+        for path, leaf in by_path(params).items()
     ]
     weights = [weight for weight in weights if not weight.name.startswith("mtp_")]
     indexer = [weight for weight in weights if "/indexer/" in weight.name]

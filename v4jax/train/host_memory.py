@@ -1,4 +1,4 @@
-"""What a process holds beside its arrays: traces of programs that are compiled."""
+"""What a process holds besides its arrays: traces of programs that are compiled."""
 
 import gc
 

@@ -79,7 +79,7 @@ def _loop(run: Run) -> Result:
             if run.signals.stop:
                 break
 
-            # Once per stage: compile. The clock starts behind it.
+            # Once per stage: compile. The clock starts afterwards.
             if stage.program is None:
                 stage.compile(run.state, inputs)
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from v4jax.errors import InputError
-from v4jax.train.optimizer import joined, moved
+from v4jax.train.optimizer import moved
+from v4jax.train.tree_paths import by_path
 
 SUBTREE = "lora"
 ALL_ELSE = f"^(?!{SUBTREE}/)"  # a pattern of every other parameter
@@ -48,21 +50,18 @@ def add(params: Any, config: LoraConfig, key: jax.Array) -> Any:
       InputError: no parameter matches.
     """
     found = {
-        joined(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if re.search(config.adapted, joined(path))
+        name: leaf for name, leaf in by_path(params).items() if re.search(config.adapted, name)
     }
     if not found:
         raise InputError(f"lora.adapted is {config.adapted!r} and matches no parameter")
     adapters: dict[str, Any] = {}
     for name, one in zip(found, jax.random.split(key, len(found)), strict=True):
         *lead, out, features = found[name].shape
-        node = adapters
-        for part in name.split("/"):
-            node = node.setdefault(part, {})
-        node["a"] = jax.random.normal(one, (*lead, config.rank, features)) * features**-0.5
-        node["b"] = jnp.zeros((*lead, out, config.rank))
-    return params | {SUBTREE: adapters}
+        adapters[f"{name}/a"] = (
+            jax.random.normal(one, (*lead, config.rank, features)) * features**-0.5
+        )
+        adapters[f"{name}/b"] = jnp.zeros((*lead, out, config.rank))
+    return params | {SUBTREE: traverse_util.unflatten_dict(adapters, sep="/")}
 
 
 def merge(params: Any, config: LoraConfig) -> Any:

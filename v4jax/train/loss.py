@@ -28,7 +28,7 @@ from v4jax.train.cross_entropy import cross_entropy
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """Weights beside the next token's 1. A 0 switches that branch off altogether.
+    """Weights next to the next token's 1. A 0 switches that branch off altogether.
 
     Attributes:
       mtp: of the mean over MTP blocks; the report has 0.3, and 0.1 from the start of the decay.
@@ -97,7 +97,7 @@ def loss(
       dense: CSA layers attend to every visible entry (the stages before the sparse one).
 
     Returns:
-      The loss, and by name: "loss" (nats a token), "mtp", "balance", "indexer" and its
+      The loss, and by name: "loss" (nats per token), "mtp", "balance", "indexer" and its
       companions, and "load": {layer: [E] tokens an expert got}. Each is this part's share of the
       batch's figure, so that parts add up. A mean over no target, or no query, is 0.
     """

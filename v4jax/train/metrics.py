@@ -15,7 +15,7 @@ FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends a line a logged step to metrics.jsonl and to a TensorBoard event file.
+    """Appends a line per logged step to metrics.jsonl and to a TensorBoard event file.
 
     Args:
       step: the step that the run goes on from; lines of later ones, from a run that was killed

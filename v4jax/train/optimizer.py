@@ -16,8 +16,9 @@ import optax
 from jaxtyping import Array, Float
 
 from v4jax.errors import InputError
+from v4jax.train.tree_paths import by_path, tree_path
 
-# Newton-Schulz: eight steps that bring singular values near 1 quickly, two that settle them there.
+# Newton-Schulz: eight steps that bring singular values near 1 fast, two that settle them there.
 COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 SMALL = ("ape", "attn_sink", "base", "scale", "a", "b")  # a and b are LoRA's
 MATRICES = ("fn", "w1", "w2", "w3", "weight")
@@ -81,11 +82,6 @@ def check_pattern(name: str, pattern: str | None) -> None:
         raise InputError(f"{name} is {pattern!r}, no regular expression ({error})") from None
 
 
-def joined(path) -> str:
-    """A tree's key path as "layers_0/block_0/attn/wq_a/weight"."""
-    return "/".join(str(step.key) for step in path if hasattr(step, "key"))
-
-
 def matches(pattern: str | None, path: str) -> bool:
     return pattern is not None and re.search(pattern, path) is not None
 
@@ -121,8 +117,7 @@ def _moved_jvp(primals, tangents):
 def table(params: Any, config: OptimizerConfig, o_groups: int) -> list[Row]:
     """Every parameter with its group."""
     rows = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = joined(path)
+    for name, leaf in by_path(params).items():
         group = group_of(name, config)
         lead = leaf.shape[:-2] + ((o_groups,) if "/wo_a/" in name else ())
         matrices = math.prod(lead) if group == "muon" else 0
@@ -147,7 +142,7 @@ def make_optimizer(config: OptimizerConfig, o_groups: int) -> optax.GradientTran
     }
 
     def labels(params):
-        return jax.tree_util.tree_map_with_path(lambda p, _: group_of(joined(p), config), params)
+        return jax.tree_util.tree_map_with_path(lambda p, _: group_of(tree_path(p), config), params)
 
     return optax.partition(groups, labels)
 
@@ -155,7 +150,7 @@ def make_optimizer(config: OptimizerConfig, o_groups: int) -> optax.GradientTran
 def _decayed(config):
     def mask(params):
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: not matches(config.undecayed, joined(path)), params
+            lambda path, _: not matches(config.undecayed, tree_path(path)), params
         )
 
     return mask
@@ -189,7 +184,7 @@ def _orthogonalized(config, o_groups):
 
     def one(path, m):
         shape = m.shape
-        if "/wo_a/" in joined(path):
+        if "/wo_a/" in tree_path(path):
             m = m.reshape(*shape[:-2], o_groups, -1, shape[-1])
         scale = config.update_rms * max(m.shape[-2:]) ** 0.5
         return scale * orthogonalize(m, config.muon_dtype).reshape(shape)
@@ -229,7 +224,7 @@ def state_like(optimizer: optax.GradientTransformation, params: Any, like: Any, 
     Args:
       params: shapes of the parameters. like: a tree as params (shardings). other: for the counts.
     """
-    of = {joined(path): new for path, new in jax.tree_util.tree_leaves_with_path(like)}
+    of = by_path(like)
 
     def one(path, _):
         return of.get(parameter_of(path), other)
@@ -240,6 +235,8 @@ def state_like(optimizer: optax.GradientTransformation, params: Any, like: Any, 
 def parameter_of(path) -> str:
     """The parameter that a leaf, of params or of the optimiser's state, belongs to.
 
-    A state's paths begin with the name of a group; a count's has nothing behind it.
+    Of a state's path the names in dicts count, not the fields of optax's tuples. The first name is
+    that of a group; a count has no other.
     """
-    return re.sub("^(muon|adamw)/", "", joined(path))
+    names = (str(step.key) for step in path if isinstance(step, jax.tree_util.DictKey))
+    return re.sub("^(muon|adamw)/", "", "/".join(names))

@@ -1,4 +1,4 @@
-"""What of a run lies where on its mesh: state in parts beside its weights, rows by batch."""
+"""Which device of a mesh holds what of a run: the state like its weights, rows by batch."""
 
 import math
 from typing import Any
@@ -36,7 +36,7 @@ def layout_of(mesh: str | None) -> Layout:
 def state_shardings(
     model: Transformer, optimizer: optax.GradientTransformation, state: TrainState
 ) -> Any:
-    """A sharding for every leaf of a state; moments lie beside their parameters.
+    """A sharding for every leaf of a state; moments have that of their parameters.
 
     Args:
       state: shapes.
@@ -55,24 +55,24 @@ def state_shardings(
     )
 
 
-def _scale_shardings(places, scales):
-    """Scales lie beside their weights, whole along axes where the mesh does not divide them."""
+def _scale_shardings(where, scales):
+    """Scales have the sharding of their weights, but for axes that the mesh does not divide."""
     if not isinstance(scales, dict):
-        return None if scales is None else _where_it_divides(places, scales.shape)
-    return {name: _scale_shardings(places[name], child) for name, child in scales.items()}
+        return None if scales is None else _where_it_divides(where, scales.shape)
+    return {name: _scale_shardings(where[name], child) for name, child in scales.items()}
 
 
-def _where_it_divides(place, shape):
+def _where_it_divides(sharding, shape):
     def divided(size, axes):
         names = (axes,) if isinstance(axes, str) else axes or ()
-        return size % math.prod(place.mesh.shape[name] for name in names) == 0
+        return size % math.prod(sharding.mesh.shape[name] for name in names) == 0
 
-    spec = (*place.spec, *(None,) * (len(shape) - len(place.spec)))
+    spec = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
     axes = (axes if divided(n, axes) else None for n, axes in zip(shape, spec, strict=True))
-    return NamedSharding(place.mesh, PartitionSpec(*axes))
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
 
-def placed(shape: TrainState, shardings: Any) -> TrainState:
+def with_shardings(shape: TrainState, shardings: Any) -> TrainState:
     """Shapes with their shardings, to restore into."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shape, shardings
@@ -88,8 +88,8 @@ def own_rows(layout: Layout, rows: int) -> range:
     if layout.mesh is None:
         return range(rows)
     layout.check_divides({"batch": rows})
-    places = layout.sharding("batch").addressable_devices_indices_map((rows,))
-    parts = {index[0].indices(rows)[:2] for index in places.values()}
+    rows_of = layout.sharding("batch").addressable_devices_indices_map((rows,))
+    parts = {index[0].indices(rows)[:2] for index in rows_of.values()}
     first, last = min(begin for begin, _ in parts), max(end for _, end in parts)
     if sum(end - begin for begin, end in parts) < last - first:
         raise InputError(
@@ -108,7 +108,8 @@ def put_batch(layout: Layout, batch: Batch, rows: int) -> Batch:
     def put(x):
         return jax.make_array_from_process_local_data(where, x, (rows, *x.shape[1:]))
 
-    with jax.transfer_guard("allow"):  # what several processes do here does not count as explicit
+    # make_array_from_process_local_data is an implicit transfer.
+    with jax.transfer_guard("allow"):
         return jax.tree.map(put, batch)
 
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from v4jax import quant, weights
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
-from v4jax.train.optimizer import joined
 from v4jax.train.scales import next_scales
+from v4jax.train.tree_paths import by_path, tree_path
 
 KINDS = {"expert": "fp4", "matrix": "fp8"}  # of the roles that have scales
 
@@ -52,12 +52,12 @@ def stored(params: Any, role_of: dict[str, str], scales: Any = None) -> Any:
     Args:
       scales: a tree of part of the params' paths, as `TrainState.scales`; fresh ones for the rest.
     """
-    scale_of = _by_path(scales)
+    scale_of = by_path(scales)
 
     def store(path, w):
-        role = role_of[joined(path)]
+        role = role_of[tree_path(path)]
         if role in KINDS:
-            return _quantized(w, role, scale_of.get(joined(path)))
+            return _quantized(w, role, scale_of.get(tree_path(path)))
         return w if role == "control" else quant.round_to(w, jnp.bfloat16)
 
     return jax.tree_util.tree_map_with_path(store, params)
@@ -65,12 +65,12 @@ def stored(params: Any, role_of: dict[str, str], scales: Any = None) -> Any:
 
 def straight_through(params: Any, role_of: dict[str, str], scales: Any = None) -> Any:
     """Float32 params with the values that `stored` stands for; to gradients the identity."""
-    scale_of = _by_path(scales)
+    scale_of = by_path(scales)
 
     def one(path, w):
-        role, fixed = role_of[joined(path)], jax.lax.stop_gradient(w)
+        role, fixed = role_of[tree_path(path)], jax.lax.stop_gradient(w)
         if role in KINDS:
-            return _passed(w, _quantized(fixed, role, scale_of.get(joined(path))).dequantize())
+            return _passed(w, _quantized(fixed, role, scale_of.get(tree_path(path))).dequantize())
         if role == "control":
             return w
         return _passed(w, quant.round_to(fixed, jnp.bfloat16).astype(jnp.float32))
@@ -80,17 +80,13 @@ def straight_through(params: Any, role_of: dict[str, str], scales: Any = None) -
 
 def follow(params: Any, role_of: dict[str, str], scales: Any) -> Any:
     """The scales that params are stored with after `scales`; None stays None."""
-    param_of = _by_path(params)
+    param_of = by_path(params)
 
     def one(path, before):
-        name = joined(path)
+        name = tree_path(path)
         return next_scales(param_of[name], before, KINDS[role_of[name]])
 
     return jax.tree_util.tree_map_with_path(one, scales)
-
-
-def _by_path(tree):
-    return {joined(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @jax.custom_vjp

@@ -56,7 +56,7 @@ class Run:
 
     def save(self, step: int) -> None:
         """Begins to write the checkpoint of a step; returns when `state` may change."""
-        stage, done = self.config.place(step)
+        stage, done = self.config.stage_of(step)
         described = {
             "config": as_json(self.config),
             "data": self.source.fingerprint,
@@ -118,7 +118,7 @@ def open_run(
         state = _fresh(config, model, optimizer, source, shardings, scales)
     else:
         _check_same_data(config, source, stored, workdir)
-        state = checkpoints.restore(latest, placement.placed(shape, shardings))
+        state = checkpoints.restore(latest, placement.with_shardings(shape, shardings))
 
     # From here on the directory says what it holds, and so does stderr.
     log = _describe(config, workdir, source, latest or 0, stack) if processes.index() == 0 else None

@@ -1,7 +1,7 @@
 """Checkpoints of a run: parameters, optimiser, position in the data, step and config, as one.
 
-DIR/checkpoints/STEP is written beside under another name and renamed when it is whole (Orbax), so
-that whatever ends the process leaves the checkpoints before it as they were.
+DIR/checkpoints/STEP is written under another name and renamed once it is complete (Orbax), so that
+whatever ends the process leaves the checkpoints before it as they were.
 """
 
 import contextlib
@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from v4jax.errors import InputError
 from v4jax.files.json_reader import Fields
 from v4jax.train.step import TrainState
+from v4jax.train.tree_paths import by_path
 
 FOLDER = "checkpoints"
 
@@ -48,7 +50,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._good = self._manager.latest_step()
             # A donated buffer of a CPU would change while it is written: Orbax takes a view of it.
-            arrays = _named(state)
+            arrays = by_path(state, ".")  # names that are also names of files
             if jax.default_backend() == "cpu":
                 copy = np.array if jax.process_count() == 1 else jnp.copy
                 arrays = {name: copy(leaf) for name, leaf in arrays.items()}
@@ -81,21 +83,17 @@ class Checkpoints:
         readable = self._sentence(f"of step {step} cannot be read")
         with readable, self._ocp.StandardCheckpointer() as reader:
             saved = reader.metadata(folder).item_metadata.tree
-        tree: dict[str, Any] = {}
-        for name, leaf in saved.items():
-            field, *path = name.split(".")
-            if field != "scales":
-                continue
-            node = tree
-            for each in path[:-1]:
-                node = node.setdefault(each, {})
-            node[path[-1]] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        return tree or None
+        shapes = {
+            name.removeprefix("scales."): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for name, leaf in saved.items()
+            if name.startswith("scales.")
+        }
+        return traverse_util.unflatten_dict(shapes, sep=".") or None
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step, laid out as `like` (shapes, types, shardings), on any mesh."""
         args = self._ocp.args
-        wanted = _named(like)
+        wanted = by_path(like, ".")
         with jax.transfer_guard("allow"), self._sentence(f"of step {step} cannot be read"):
             restore = args.StandardRestore(wanted)
             found = self._manager.restore(step, args=args.Composite(state=restore)).state
@@ -120,12 +118,3 @@ class Checkpoints:
                 f"{self._folder}: the checkpoint {what} ({type(error).__name__}: {reason}); {good}"
                 ", so free space or mend the disk, and run the same command again"
             ) from error
-
-
-def _named(state):
-    """The leaves by names that are also names of files."""
-    named = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        named[name] = leaf
-    return named

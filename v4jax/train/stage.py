@@ -72,7 +72,7 @@ class OpenStage:
 def open_stage(run: Run, done: int) -> OpenStage:
     """The stage of the step that follows `done` steps; nothing is compiled yet."""
     config = run.config
-    number, of_it = config.place(done)
+    number, of_it = config.stage_of(done)
     stage, first = config.stages[number], done - of_it
     last = number == len(config.stages) - 1  # which has no end of its own
     model, options = recipe.model(config, stage), recipe.step_config(config, stage)

@@ -7,18 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax import quant
+from v4jax import quant, weights
 from v4jax.checkpoints import load as checkpoint
-from v4jax.config import ModelConfig
+from v4jax.config import layer_place
 from v4jax.datasets.hash_table import hash_table
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
 from v4jax.train import lora, quantized
 from v4jax.train.config import TrainConfig, by_dotted_name
-from v4jax.train.optimizer import joined
+from v4jax.train.tree_paths import tree_path
 
 # Fields that say how a checkpoint's files are stored, not what the model is.
 _STORAGE = ("quantization", "expert_dtype", "extra", "dtype", "initializer_range")
+_HASH_TABLE = ("buffers", "ffn", "gate", "tid2eid")
 
 
 def variables(config: TrainConfig, model: Transformer, count_V: np.ndarray | None):
@@ -32,7 +33,7 @@ def variables(config: TrainConfig, model: Transformer, count_V: np.ndarray | Non
     fresh = jax.jit(model.init)(jax.random.key(config.seed))
     if count_V is None:
         return fresh
-    buffers = with_hash_tables(config.model, fresh["buffers"], count_V, config.seed)
+    buffers = with_hash_tables(model, fresh["buffers"], count_V, config.seed)
     return fresh | {"buffers": buffers}
 
 
@@ -49,13 +50,13 @@ def scales(config: TrainConfig, model: Transformer) -> Any:
     params = model.abstract_variables()["params"]
     shapes = jax.eval_shape(functools.partial(quantized.stored, role_of=role_of), params)
     shape_of = {
-        joined(path): leaf.scales.shape
+        tree_path(path): leaf.scales.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes, is_leaf=quant.is_quantized)
         if quant.is_quantized(leaf)
     }
 
     def kept(path, found):
-        same = found.shape == shape_of.get(joined(path)) and found.dtype.name in types
+        same = found.shape == shape_of.get(tree_path(path)) and found.dtype.name in types
         return found if same else None
 
     found = checkpoint.load_scales(config.start, model.min_repeats)
@@ -70,19 +71,24 @@ def adapted(config: TrainConfig, params):
     return lora.add(params, config.lora, jax.random.key(config.seed + 1))
 
 
-def with_hash_tables(config: ModelConfig, buffers, count_V: np.ndarray, seed: int):
-    """The buffers with every hash table even over a text's tokens."""
-    experts, k = config.n_routed_experts, config.num_experts_per_tok
+def with_hash_tables(model: Transformer, buffers: Any, count_V: np.ndarray, seed: int) -> Any:
+    """The buffers with every hash table even over a text's tokens, each layer's by its own seed."""
+    cut = model.segments()
+    tables_of: dict[str, list] = {}  # by the leaf's path, one per repeat of its unit
+    for layer, spec in enumerate(model.config.layers):
+        if spec.routing != "hash":
+            continue
+        segment, place, repeat = layer_place(cut, layer)
+        own = seed + segment.start + 1000 * place + repeat
+        experts, k = model.config.n_routed_experts, model.config.num_experts_per_tok
+        path, _ = weights.variable_place(cut, f"layer_{layer}", _HASH_TABLE)
+        tables = tables_of.setdefault("/".join(path[1:]), [])
+        tables.append(hash_table(count_V, experts, k, own))
 
     def table(path, leaf):
-        if not joined(path).endswith("gate/tid2eid"):
+        tables = tables_of.get(tree_path(path))
+        if tables is None:
             return leaf
-        first = int(joined(path).split("/")[0].removeprefix("layers_"))
-        repeats = leaf.shape[0] if leaf.ndim == 3 else 1
-        tables = [
-            hash_table(count_V, experts, k, seed + first + 1000 * int(path[1].key[6:]) + r)
-            for r in range(repeats)
-        ]
         return jnp.asarray(np.stack(tables) if leaf.ndim == 3 else tables[0])
 
     return jax.tree_util.tree_map_with_path(table, buffers)

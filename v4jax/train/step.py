@@ -15,7 +15,8 @@ from v4jax.train import lora, quantized
 from v4jax.train.batch import Batch
 from v4jax.train.lora import LoraConfig
 from v4jax.train.loss import LossWeights, count, loss
-from v4jax.train.optimizer import joined, matches, moved, parameter_of
+from v4jax.train.optimizer import matches, moved, parameter_of
+from v4jax.train.tree_paths import tree_path
 
 
 @struct.dataclass
@@ -197,7 +198,7 @@ def balanced(model: Transformer, buffers: Any, load: dict[int, Array], step: flo
         return buffers
 
     def move(path, leaf):
-        names = joined(path)
+        names = tree_path(path)
         if not names.endswith("gate/bias"):
             return leaf
         rows = [load[layer] for layer in _layers_of(model, names)]
@@ -208,7 +209,7 @@ def balanced(model: Transformer, buffers: Any, load: dict[int, Array], step: flo
 
 
 def _layers_of(model, path):
-    """The layers, or MTP blocks counted on behind them, whose weights a leaf stacks."""
+    """The layers whose weights a leaf stacks; MTP blocks are numbered on from the last layer."""
     head, *rest = path.split("/")
     if head.startswith("mtp_"):
         return [len(model.config.layers) + int(head.removeprefix("mtp_"))]

@@ -1,6 +1,6 @@
 """An experiment: DIR/sweep.py names its runs, each a config with some fields changed.
 
-    CONFIG = "config.py"                     # beside it, or a path from the working directory
+    CONFIG = "config.py"                     # next to it, or a path from the working directory
     RUNS = {"muon": {}, "adamw": {"optimizer.matrices": "adamw"}}    # "config": another file
     SEEDS = (0, 1, 2)                        # each sets seed and data.seed
 
@@ -142,7 +142,7 @@ def _train(command, workdir):
 
 
 def _table(results):
-    """A line a run: mean and standard deviation over seeds.
+    """A line per run: mean and standard deviation over seeds.
 
     At its end the held-out loss less the first run's of the same seed, mean and standard error.
     """
