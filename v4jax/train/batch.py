@@ -13,7 +13,7 @@ class Batch:
 
     tokens_BT. targets_BTJ: the token j + 1 places further on, one column for the model and one for
     each MTP block. weights_BTJ: float32, how much that target counts, 0 where it does not: it
-    lies beyond its document, or is masked. segment_ids_BT: one run of equal ids a document (None:
+    lies beyond its document, or is masked. segment_ids_BT: one run of equal ids per document (None:
     every row is one document).
     """
 
