@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import types
+import functools
 
 import numpy as np
 import pytest
@@ -13,8 +13,10 @@ from v4jax.datasets.source import open_source
 from v4jax.model.transformer import Transformer
 from v4jax.train import lora, recipe
 from v4jax.train.config import Stage, TrainConfig
+from v4jax.train.run import Run
 from v4jax.train.schedule import Schedule
 from v4jax.train.stage import open_stage
+from v4jax.train.step import TrainState
 
 CONFIG = TrainConfig(
     model=tiny_config(),
@@ -24,17 +26,22 @@ CONFIG = TrainConfig(
 )
 
 
+@functools.cache
+def params():
+    return Transformer(CONFIG.model).abstract_variables()["params"]
+
+
 @pytest.fixture
 def opened(tmp_path):
     """A function: the stage of a step, in a call that stops at `steps`."""
     with contextlib.ExitStack() as stack:
-        params = Transformer(CONFIG.model).abstract_variables()["params"]
 
         def stage_of(done, steps=7):
-            run = types.SimpleNamespace(config=CONFIG, steps=steps, optimizer=None, stack=stack)
+            run = object.__new__(Run)  # what a stage reads of one
+            run.config, run.steps, run.optimizer, run.stack = CONFIG, steps, None, stack
             run.source = open_source(CONFIG.data, CONFIG.model, tmp_path / "tokenizer.json")
-            run.state = types.SimpleNamespace(params=params)
-            run.shardings = types.SimpleNamespace(step=None)
+            run.state = TrainState(params(), {}, {}, 0)
+            run.shardings = TrainState(None, None, None, None)
             return open_stage(run, done)
 
         yield stage_of

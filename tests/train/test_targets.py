@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import types
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from v4jax.datasets.source import open_source
 from v4jax.errors import InputError
 from v4jax.train import evaluate
 from v4jax.train.config import Stage, TrainConfig
-from v4jax.train.figures import Begun, read
+from v4jax.train.figures import without_empty_means
 
 MODEL = tiny_config(vocab_size=300)
 NONE = "none of its .* tokens is a target; expected some"
@@ -69,11 +68,9 @@ def test_means_over_nothing_are_null_in_the_metrics():
     """Not 0.0, which would be the best loss there is; how many there were stands next to it."""
     figures = dict(loss=0.0, mtp=0.0, indexer=0.5, indexer_uniform=0.7, grad_norm=1.0)
     counts = dict(targets=0.0, mtp_targets=0.0, indexer_queries=7.0, learning_rate=0.1)
-    clock = types.SimpleNamespace(tick=lambda ended: {"seconds": 1.0})
-    noted = {k: np.float32(v) for k, v in (figures | counts).items()}
-    line = read(None, clock, Begun(3, noted, None, None))
+    noted = figures | counts
+    line = without_empty_means({"step": 3} | noted)
     assert [line[name] for name in ("loss", "mtp", "targets")] == [None, None, 0.0]
     assert line["indexer"] == 0.5 and line["step"] == 3
-    noted |= {"indexer_queries": np.float32(0), "targets": np.float32(5)}
-    line = read(None, clock, Begun(4, noted, None, None))
+    line = without_empty_means({"step": 4} | noted | {"indexer_queries": 0.0, "targets": 5.0})
     assert [line[name] for name in ("loss", "indexer", "indexer_uniform")] == [0.0, None, None]

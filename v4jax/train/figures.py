@@ -41,10 +41,13 @@ def read(run: Run, clock: Clock, begun: Begun) -> dict[str, Any]:
     noted = {k: float(v) for k, v in jax.device_get(begun.noted).items()}
     line = {"step": begun.step, **noted, **clock.tick(begun.ended)}
     _check_finite(run, line, begun.batch)
-    for name, counted in COUNTED.items():
-        if name in line and not line[counted]:
-            line[name] = None  # a mean over nothing is no 0
-    return line
+    return without_empty_means(line)
+
+
+def without_empty_means(line: dict[str, Any]) -> dict[str, Any]:
+    """The line with None for a mean over nothing: 0 would be the best loss there is."""
+    empty = [name for name, counted in COUNTED.items() if name in line and not line[counted]]
+    return line | dict.fromkeys(empty)
 
 
 def _check_finite(run, line, batch):
