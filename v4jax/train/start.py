@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax import quant, weights
+from v4jax import quant
 from v4jax.checkpoints import load as checkpoint
-from v4jax.config import layer_place
 from v4jax.datasets.hash_table import hash_table
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
@@ -19,7 +18,7 @@ from v4jax.train.tree_paths import tree_path
 
 # Fields that say how a checkpoint's files are stored, not what the model is.
 _STORAGE = ("quantization", "expert_dtype", "extra", "dtype", "initializer_range")
-_HASH_TABLE = ("buffers", "ffn", "gate", "tid2eid")
+_HASH_TABLE = "ffn/gate/tid2eid"
 
 
 def variables(config: TrainConfig, model: Transformer, count_V: np.ndarray | None):
@@ -73,17 +72,15 @@ def adapted(config: TrainConfig, params):
 
 def with_hash_tables(model: Transformer, buffers: Any, count_V: np.ndarray, seed: int) -> Any:
     """The buffers with every hash table even over a text's tokens, each layer's by its own seed."""
-    cut = model.segments()
-    tables_of: dict[str, list] = {}  # by the leaf's path, one per repeat of its unit
-    for layer, spec in enumerate(model.config.layers):
-        if spec.routing != "hash":
-            continue
-        segment, place, repeat = layer_place(cut, layer)
-        own = seed + segment.start + 1000 * place + repeat
-        experts, k = model.config.n_routed_experts, model.config.num_experts_per_tok
-        path, _ = weights.variable_place(cut, f"layer_{layer}", _HASH_TABLE)
-        tables = tables_of.setdefault("/".join(path[1:]), [])
-        tables.append(hash_table(count_V, experts, k, own))
+    experts, k = model.config.n_routed_experts, model.config.num_experts_per_tok
+    tables_of = {}  # by the leaf's path, one per repeat of its unit
+    for segment in model.segments():
+        for place in range(segment.period):
+            if model.config.layers[segment.start + place].routing == "hash":
+                first = seed + segment.start + 1000 * place
+                seeds = range(first, first + segment.repeats)
+                path = "/".join((*segment.path(place), _HASH_TABLE))
+                tables_of[path] = [hash_table(count_V, experts, k, own) for own in seeds]
 
     def table(path, leaf):
         tables = tables_of.get(tree_path(path))

@@ -210,12 +210,12 @@ def balanced(model: Transformer, buffers: Any, load: dict[int, Array], step: flo
 
 def _layers_of(model, path):
     """The layers whose weights a leaf stacks; MTP blocks are numbered on from the last layer."""
-    head, *rest = path.split("/")
-    if head.startswith("mtp_"):
-        return [len(model.config.layers) + int(head.removeprefix("mtp_"))]
-    segment = next(s for s in model.segments() if s.name == head)
-    first = segment.start + int(rest[0].removeprefix("block_"))
-    return [first + segment.period * repeat for repeat in range(segment.repeats)]
+    for segment in model.segments():
+        for place in range(segment.period):
+            if path.startswith("/".join(segment.path(place)) + "/"):
+                return segment.layers(place)
+    blocks = range(len(model.config.mtp_layers))
+    return [len(model.config.layers) + k for k in blocks if path.startswith(f"mtp_{k}/")]
 
 
 def _spread(load):
