@@ -1,9 +1,10 @@
 """How well nano and its rival read files they have not seen, and whether they find a needle.
 
     python experiments/000_nano/evaluate.py [NAME=CHECKPOINT ...]
+    python experiments/000_nano/evaluate.py --draw
 
 By default of nano, of its first run and of the rival, as exported. Adds to held_out.json and draws
-needle.png here.
+needle.png here; with --draw it only draws what held_out.json has.
 """
 
 import functools
@@ -41,6 +42,12 @@ RUNS = {
     "baseline_second_run": "baseline_recall",
 }
 RUNS = {name: HERE / "runs" / run / "model" for name, run in RUNS.items()}
+LABELS = {
+    "nano": "nano, second run",
+    "nano_first_run": "nano, first run",
+    "baseline": "the rival, first run",
+    "baseline_second_run": "the rival, second run",
+}
 HELD_OUT = config.get_config().data.held_out  # files are told apart by their names
 LENGTHS = (512, 4096)
 NEEDLE_LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -48,6 +55,9 @@ TRIALS = 40
 
 
 def main(arguments):
+    if arguments == ["--draw"]:
+        draw(json.loads((HERE / "held_out.json").read_text()))
+        return
     checkpoints = dict(a.split("=", 1) for a in arguments) or RUNS
     out = HERE / "held_out.json"
     results = json.loads(out.read_text()) if out.exists() else {}
@@ -129,20 +139,20 @@ def needle(last, variables, source, tokenizer, length):
 
 
 def draw(results):
-    figure, axis = plt.subplots(figsize=(6, 3.5))
-    measured = {name: found["needle_found"] for name, found in results.items() if name in RUNS}
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    measured = {name: results[name]["needle_found"] for name in RUNS if name in results}
     for (name, found), marker in zip(measured.items(), "osxd", strict=False):  # three lie together
-        lengths = [int(n) for n in found]
-        label = name.replace("_", " ")
-        axis.plot(lengths, list(found.values()), marker=marker, fillstyle="none", label=label)
-    axis.axvline(4096, color="grey", linestyle=":", label="trained up to here")
-    axis.axhline(1 / len(facts.WORDS), color="grey", linewidth=0.7, label="a guess")
-    axis.set(xscale="log", ylim=(-0.04, 1.04), xlabel="tokens of context", ylabel="needles found")
+        lengths, percent = [int(n) for n in found], [100 * share for share in found.values()]
+        axis.plot(lengths, percent, marker=marker, fillstyle="none", label=LABELS[name])
+    axis.axvline(4096, color="grey", linestyle=":", label="longest row in training")
+    axis.axhline(100 / len(facts.WORDS), color="grey", linewidth=0.7, label="a guess")
+    axis.set(xscale="log", ylim=(-4, 104), xlabel="context, tokens", ylabel="needles found, %")
+    axis.set_title(f"One fact in held-out code, asked for at the end ({TRIALS} per point)")
     axis.set_xticks(NEEDLE_LENGTHS, [f"{n:,}" for n in NEEDLE_LENGTHS])
     axis.minorticks_off()
+    axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left")
-    figure.tight_layout()
-    figure.savefig(HERE / "needle.png", dpi=120)
+    figure.savefig(HERE / "needle.png", dpi=110)
 
 
 if __name__ == "__main__":
