@@ -1,7 +1,8 @@
-"""Plans every cell of the table and writes it: `python make_table.py [CELL ...]`.
+"""Plans every cell of the table, writes it and draws cells.png: `python make_table.py [CELL ...]`.
 
 A cell is a process of its own, so that its peak memory is its own; one that is done already is not
-done again (delete its file in cells/ for that). Without names all of them; --table only writes.
+done again (delete its file in cells/ for that). Without names all of them; --table only writes and
+draws.
 """
 
 import json
@@ -50,7 +51,7 @@ def main(names):
     for name in names or JOBS:
         if not _path(name).exists():
             _plan(name)
-    (HERE / "table.md").write_text(table())
+    report()
 
 
 def _path(name):
@@ -73,6 +74,12 @@ def _plan(name):
         _path(name).write_text(done.stdout)
 
 
+def report():
+    """table.md and cells.png, of the cells that are done."""
+    (HERE / "table.md").write_text(table())
+    draw({name: json.loads(_path(name).read_text()) for name in JOBS if _path(name).exists()})
+
+
 def table():
     """All cells that are done, as a Markdown table."""
     head = (
@@ -84,6 +91,32 @@ def table():
     ]
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def draw(plans):
+    """Memory of a device by what takes it, and the three terms of a step's time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    memory, time = figure.subplots(1, 2, sharey=True)
+    labels = [f"{name.replace('_', ' ')}, {plan['devices']} chips" for name, plan in plans.items()]
+    left = [0.0] * len(plans)
+    for kind in ("weights", "optimizer", "cache", "temporaries"):
+        gigabytes = [(plan["per_device"][kind] or 0) / 1e9 for plan in plans.values()]
+        memory.barh(labels, gigabytes, left=left, label=kind)
+        left = [a + b for a, b in zip(left, gigabytes, strict=True)]
+    capacity = max(plan["per_device"]["capacity"] for plan in plans.values()) / 1e9
+    memory.axvline(capacity, color="black", linestyle=":", label=f"capacity, {capacity:.1f} GB")
+    memory.set(title="Memory of a device", xlabel="GB", xlim=(0, 1.02 * capacity))
+    for term, mark in (("compute", "o"), ("memory", "s"), ("interconnect", "^")):
+        time.plot([plan["seconds"][term] for plan in plans.values()], labels, mark, label=term)
+    time.set(title="Least time of a step, by term", xlabel="seconds", xscale="log")
+    for panel in (memory, time):
+        panel.grid(alpha=0.3, axis="x")
+        panel.legend(fontsize=8)
+    memory.invert_yaxis()
+    figure.suptitle("Steps of Flash and Pro on v5p slices, as compiled and counted", fontsize=12)
+    figure.savefig(HERE / "cells.png", dpi=110)
 
 
 def _row(name, plan):
@@ -125,6 +158,6 @@ def _time(seconds):
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--table"]:
-        (HERE / "table.md").write_text(table())
+        report()
     else:
         main(sys.argv[1:])

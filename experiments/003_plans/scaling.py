@@ -68,72 +68,64 @@ def main():
 
 
 def draw(found):
-    """Memory and bytes on the left, seconds on the right, both axes in powers of two."""
+    """A row per axis: memory of a device, bytes exchanged and seconds, all in powers of two."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True)
-    for axis, (left, right) in zip(("sequence", "expert"), panels, strict=True):
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    panels = figure.subplots(2, 3, sharex=True)
+    for axis, (memory, sent, seconds) in zip(("sequence", "expert"), panels, strict=True):
         rows = [(n, found[f"{axis}={n}" if n > 1 else "one"]) for n in COUNTS]
         rows = [(n, row) for n, row in rows if row["peak"]]
-        _bytes(left, rows, axis)
-        _seconds(right, rows, axis)
+        _memory(memory, rows, axis)
+        _sent(sent, rows, axis)
+        _seconds(seconds, rows, axis)
+    for panel in panels.flat:
+        panel.set(xscale="log", yscale="log", xlabel="devices")
+        panel.set_xticks(COUNTS, [str(n) for n in COUNTS])
+        panel.xaxis.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
     figure.suptitle(
         "Prefill of 65,536 tokens through three of Flash's layers, v5p, one device of n",
-        fontsize=11,
+        fontsize=12,
     )
-    figure.savefig(HERE / "scaling.png", dpi=150)
+    figure.savefig(HERE / "scaling.png", dpi=110)
 
 
-def _bytes(axes, rows, axis):
+def _memory(panel, rows, axis):
     counts = [n for n, _ in rows]
-    axes.plot(counts, [row["peak"] / 1e9 for _, row in rows], "o-", label="peak memory, GB")
     temporaries = [(row["peak"] - row["arguments"]) / 1e9 for _, row in rows]
-    axes.plot(counts, temporaries, "s-", label="of it temporaries, GB")
-    axes.plot(
-        counts,
-        [temporaries[0] / n for n in counts],
-        ":",
-        color="grey",
-        label="temporaries if they fell by n",
-    )
+    fallen = [temporaries[0] / n for n in counts]
+    panel.plot(counts, [row["peak"] / 1e9 for _, row in rows], "o-", label="peak")
+    panel.plot(counts, temporaries, "s-", label="of it temporaries")
+    panel.plot(counts, fallen, ":", color="grey", label="temporaries if they fell as 1/n")
+    panel.set(title=f"Along {axis}: memory of a device", ylabel="GB")
+
+
+def _sent(panel, rows, axis):
     sent = [(n, row["sent_per_token"] / 1e3) for n, row in rows if n > 1]
-    axes.plot(*zip(*sent, strict=True), "^-", label="exchanged for a token, kB")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        ylabel=f"along {axis}: GB, kB",
-        xticks=counts,
-        xlabel="devices n",
-    )
-    axes.set_xticks(counts, [str(n) for n in counts])
-    axes.minorticks_off()
-    axes.legend(fontsize=8)
+    panel.plot(*zip(*sent, strict=True), "^-", color="C3", label="all devices together")
+    panel.set(title=f"Along {axis}: bytes exchanged per token", ylabel="kB per token")
 
 
-def _seconds(axes, rows, axis):
+def _seconds(panel, rows, axis):
     counts = [n for n, _ in rows]
-    for key, label in (
-        ("compute", "compute, average device"),
-        ("compute_last", "compute, last slice"),
-        ("memory", "memory"),
+    for key, mark, label in (
+        ("compute", "o-", "compute, average device"),
+        ("compute_last", "o--", "compute, last slice"),
+        ("memory", "s-", "memory"),
     ):
-        axes.plot(counts, [1e3 * row[key] for _, row in rows], "o-", label=label)
+        panel.plot(counts, [1e3 * row[key] for _, row in rows], mark, label=label)
     sent = [(n, 1e3 * row["interconnect"]) for n, row in rows if n > 1]
-    axes.plot(*zip(*sent, strict=True), "^-", label="collectives")
+    panel.plot(*zip(*sent, strict=True), "^-", label="collectives")
     overtaken = [n for n, row in rows if n > 1 and row["interconnect"] > row["compute_last"]]
     if overtaken:
-        axes.axvline(overtaken[0], color="grey", linestyle="--")
-        axes.set_title(f"collectives overtake compute at {overtaken[0]}", fontsize=9)
+        panel.axvline(overtaken[0], color="grey", linestyle="--")
+        said = f"collectives overtake compute at {overtaken[0]}"
     else:
         ratio = rows[-1][1]["compute_last"] / rows[-1][1]["interconnect"]
-        axes.set_title(
-            f"collectives do not overtake compute: 1/{ratio:.1f} of it at {counts[-1]}", fontsize=9
-        )
-    axes.set(xscale="log", yscale="log", ylabel="ms at least", xlabel="devices n")
-    axes.set_xticks(counts, [str(n) for n in counts])
-    axes.minorticks_off()
-    axes.legend(fontsize=8)
+        said = f"collectives 1/{ratio:.1f} of compute at {counts[-1]}"
+    panel.set(title=f"Along {axis}: {said}", ylabel="ms at least")
 
 
 if __name__ == "__main__":
