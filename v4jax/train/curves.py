@@ -1,7 +1,7 @@
 """Curves of runs, and the table of an experiment, out of metrics.jsonl."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -9,16 +9,29 @@ from v4jax import extras
 from v4jax.errors import InputError
 from v4jax.train import metrics
 
-# (field, name on the axis, logarithmic); drawn where some run has it.
+# A curve of fewer points is drawn with its points, and is not smoothed.
+DENSE = 30
+
+
+class Panel(NamedTuple):
+    """A picture of one figure of metrics.jsonl, drawn where some run has it."""
+
+    field: str
+    title: str
+    unit: str
+    logarithmic: bool = False
+    smooth: bool = True
+
+
 PANELS = (
-    ("loss", "nats a token", False),
-    ("held_out", "held-out nats a token", False),
-    ("held_out_accuracy", "held-out targets right", False),
-    ("grad_norm", "gradient norm", True),
-    ("learning_rate", "learning rate", False),
-    ("tokens_per_second", "tokens a second", False),
-    ("load_cv", "variation of the experts' load", False),
-    ("indexer", "KL of the indexer", False),
+    Panel("loss", "Training loss", "nats per token"),
+    Panel("held_out", "Held-out loss", "nats per token"),
+    Panel("held_out_accuracy", "Held-out targets right", "share of targets"),
+    Panel("grad_norm", "Gradient norm", "L2 norm", logarithmic=True),
+    Panel("learning_rate", "Learning rate", "per step", smooth=False),
+    Panel("tokens_per_second", "Speed", "tokens per second"),
+    Panel("load_cv", "Load of the experts", "standard deviation / mean"),
+    Panel("indexer", "Indexer's loss", "KL, nats per token"),
 )
 
 
@@ -37,9 +50,17 @@ def lines_of(workdir: Path) -> list[dict[str, Any]]:
 
 
 def draw(runs: dict[str, list[list[dict[str, Any]]]], out: Path) -> None:
-    """Every panel that some run has figures for, a curve a run.
+    """Every panel that some run has figures for, a colour per name.
 
-    Runs under one name (seeds of one config) have one colour.
+    Faint curves are as logged, bold ones smoothed. Runs under one name (seeds of one config) have
+    one bold curve, their mean, in a band of one standard deviation.
+
+    Args:
+      runs: name -> the metrics of each of its runs.
+      out: a .png file.
+
+    Raises:
+      InputError: no run has figures to draw, or `out` cannot be written.
     """
     extras.require("matplotlib", "plot", "drawing")
     import matplotlib
@@ -48,36 +69,83 @@ def draw(runs: dict[str, list[list[dict[str, Any]]]], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     every = [lines for of_name in runs.values() for lines in of_name]
-    panels = [p for p in PANELS if any(p[0] in line for lines in every for line in lines)]
+    panels = [p for p in PANELS if any(p.field in line for lines in every for line in lines)]
     if not panels:
         raise InputError(f"none of {', '.join(runs)} has figures to draw; give other runs")
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    size = (6 * columns, 3.2 * rows)
+    size = (6 * columns, 3.2 * rows + 0.5)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     handles = {}
-    for axis, (field, name, logarithmic) in zip(axes.flat, panels, strict=False):
+    for axis, panel in zip(axes.flat, panels, strict=False):
         for number, (label, of_name) in enumerate(runs.items()):
-            for lines in of_name:
-                found = _points(lines, field)
-                if found:
-                    mark = {"color": f"C{number % 10}", "marker": "." * (len(found) < 30)}
-                    dashed = "--" if number >= 10 else "-"
-                    steps, values = np.array(found).T
-                    (curve,) = axis.plot(steps, values, linewidth=1, linestyle=dashed, **mark)
-                    handles.setdefault(label, curve)
-        axis.set(xlabel="step", ylabel=name, yscale="log" if logarithmic else "linear")
+            look = {"color": f"C{number % 10}", "linestyle": "--" if number >= 10 else "-"}
+            curve = _draw_runs(
+                axis, [_points(lines, panel.field) for lines in of_name], panel, look
+            )
+            if curve:
+                handles.setdefault(label, curve)
+        scale = "log" if panel.logarithmic else "linear"
+        axis.set(title=panel.title, xlabel="step", ylabel=panel.unit, yscale=scale)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
+    figure.suptitle(_title(runs))
     place = {"loc": "outside lower center", "ncols": min(4, len(handles)), "fontsize": 8}
     figure.legend(handles.values(), handles.keys(), **place)
     try:
-        figure.savefig(out, dpi=120)
+        figure.savefig(out, dpi=110)
     except (OSError, ValueError) as error:
         raise InputError(f"{out}: cannot be written ({error}); give a .png file") from None
     finally:
         plt.close(figure)
+
+
+def _title(runs):
+    seeds = max(len(of_name) for of_name in runs.values())
+    if seeds > 1:
+        return f"Mean and standard deviation of {seeds} runs, smoothed; faint: as logged"
+    return "Smoothed; faint: as logged"
+
+
+def _draw_runs(axis, runs, panel, look):
+    """The runs of one name; returns the bold curve, or None where no run has a point."""
+    runs = [dict(points) for points in runs if points]
+    if not runs:
+        return None
+    dense = len(runs[0]) >= DENSE
+    for points in runs:
+        if len(runs) > 1 or (dense and panel.smooth):
+            axis.plot(*_sorted(points), linewidth=0.6, alpha=0.25, **look)
+    # Seeds of one config have the same steps, as far as all of them have got.
+    steps = sorted(set.intersection(*(set(points) for points in runs)))
+    if not steps:
+        steps, runs = sorted(runs[0]), runs[:1]
+    values = np.array([[points[step] for step in steps] for points in runs], np.float64)
+    if dense and panel.smooth:
+        values = np.array([smoothed(of_run) for of_run in values])
+    mean = np.mean(values, axis=0)
+    if len(values) > 1:
+        spread = np.std(values, axis=0, ddof=1)
+        axis.fill_between(
+            steps, mean - spread, mean + spread, color=look["color"], alpha=0.15, linewidth=0
+        )
+    (curve,) = axis.plot(steps, mean, linewidth=1.4, marker="" if dense else ".", **look)
+    return curve
+
+
+def _sorted(points):
+    return zip(*sorted(points.items()), strict=True)
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """The running mean over a twentieth of the curve around each point, of what is finite."""
+    half = max(1, len(values) // 40)
+    window = np.ones(2 * half + 1)
+    finite = np.isfinite(values)
+    total = np.convolve(np.where(finite, values, 0.0), window, "same")
+    count = np.convolve(finite.astype(np.float64), window, "same")
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _points(lines, field):
