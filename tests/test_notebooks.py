@@ -1,6 +1,11 @@
-"""The notebooks run from the first cell to the last, and are stored without what they print."""
+"""The notebooks run from the first cell to the last, and are stored with what they print and draw.
+
+One of them, a user's way from a checkpoint to a text, runs with every test run; the others with the
+slow tests.
+"""
 
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -9,10 +14,26 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 CELL_SECONDS = 500
+LARGEST = 500_000  # bytes, pictures and all
+A_MACHINES_PATH = re.compile(r"/(home|root|tmp|usr|work|Users)/")
 
 
 def read(path):
     return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def kinds(cell):
+    """What a cell shows: text, pictures. Text may come in one piece or in several."""
+    found = []
+    for output in cell.outputs:
+        kind = output.get("name") or sorted(output.data)
+        if not found or found[-1] != kind:
+            found.append(kind)
+    return found
 
 
 def test_there_are_notebooks():
@@ -20,20 +41,40 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_is_stored_without_outputs(path):
+def test_is_stored_with_its_outputs(path):
     notebook = read(path)
     nbformat.validate(notebook)
-    for cell in notebook.cells:
-        assert not cell.get("outputs") and cell.get("execution_count") is None, cell.id
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        assert "stderr" not in kinds(cell), cell.id
+        assert ("plt.show()" in cell.source) == (["image/png", "text/plain"] in kinds(cell)), (
+            cell.id
+        )
+        assert not A_MACHINES_PATH.search(str(cell.outputs)), cell.id
+    assert path.stat().st_size < LARGEST
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_begins_by_installing_what_is_missing(path):
+    first = code_cells(read(path))[0].source
+    assert 'find_spec("v4jax") is None' in first and '%pip install --quiet "..[plot]"' in first
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[] if path.name.startswith("04_") else pytest.mark.slow)
+        for path in NOTEBOOKS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_runs(path):
     """In a process of its own, as a reader runs it: with one device, without the tests' flags."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     where = {"metadata": {"path": str(path.parent)}}
-    client = NotebookClient(read(path), timeout=CELL_SECONDS, resources=where)
-    notebook = client.execute(env=environment)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.execution_count for cell in code)
-    assert any(cell.outputs for cell in code)
+    notebook, stored = read(path), code_cells(read(path))
+    NotebookClient(notebook, timeout=CELL_SECONDS, resources=where).execute(env=environment)
+    cells = code_cells(notebook)
+    assert all(cell.execution_count for cell in cells)
+    assert [kinds(cell) for cell in cells] == [kinds(cell) for cell in stored]
