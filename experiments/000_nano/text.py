@@ -41,7 +41,7 @@ FACT_DOCUMENTS, MOST_FACTS = 2000, 24
 FAR_DOCUMENTS, FAR_LINES = 1500, (1, 25)  # of code before the questions
 LONG_DOCUMENTS, LONG_LINES = 500, (100, 280)
 
-ANSWER = 20.0  # what an answer counts as a target, beside 1 of a token of code
+ANSWER = 20.0  # what an answer counts as a target; a token of code counts 1
 
 Pieces = list[tuple[str, float]]  # of a document, and what each counts as a target
 
