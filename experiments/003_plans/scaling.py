@@ -80,7 +80,7 @@ def draw(found):
         _sent(sent, rows, axis)
         _seconds(seconds, rows, axis)
     for panel in panels.flat:
-        panel.set(xscale="log", yscale="log", xlabel="devices")
+        panel.set(xscale="log", xlabel="devices")
         panel.set_xticks(COUNTS, [str(n) for n in COUNTS])
         panel.xaxis.minorticks_off()
         panel.grid(alpha=0.3)
@@ -99,13 +99,14 @@ def _memory(panel, rows, axis):
     panel.plot(counts, [row["peak"] / 1e9 for _, row in rows], "o-", label="peak")
     panel.plot(counts, temporaries, "s-", label="of it temporaries")
     panel.plot(counts, fallen, ":", color="grey", label="temporaries if they fell as 1/n")
-    panel.set(title=f"Along {axis}: memory of a device", ylabel="GB")
+    panel.set(title=f"Along {axis}: memory of a device", ylabel="GB", yscale="log")
 
 
 def _sent(panel, rows, axis):
     sent = [(n, row["sent_per_token"] / 1e3) for n, row in rows if n > 1]
     panel.plot(*zip(*sent, strict=True), "^-", color="C3", label="all devices together")
     panel.set(title=f"Along {axis}: bytes exchanged per token", ylabel="kB per token")
+    panel.set_ylim(bottom=0)
 
 
 def _seconds(panel, rows, axis):
@@ -125,7 +126,8 @@ def _seconds(panel, rows, axis):
     else:
         ratio = rows[-1][1]["compute_last"] / rows[-1][1]["interconnect"]
         said = f"collectives 1/{ratio:.1f} of compute at {counts[-1]}"
-    panel.set(title=f"Along {axis}: {said}", ylabel="ms at least")
+    panel.set(ylabel="least time, ms", yscale="log")
+    panel.set_title(f"Along {axis}: {said}", fontsize=10)
 
 
 if __name__ == "__main__":
