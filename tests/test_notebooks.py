@@ -26,14 +26,15 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def kinds(cell):
+def kinds(outputs):
     """What a cell shows: text, pictures. Text may come in one piece or in several."""
-    found = []
-    for output in cell.outputs:
-        kind = output.get("name") or sorted(output.data)
-        if not found or found[-1] != kind:
-            found.append(kind)
-    return found
+    found = [output.get("name") or sorted(output.data) for output in outputs]
+    return [kind for kind, before in zip(found, [None, *found], strict=False) if kind != before]
+
+
+def shown(cell):
+    """Without what plugins say of accelerators that are not there, which differs by machine."""
+    return kinds([output for output in cell.outputs if output.get("name") != "stderr"])
 
 
 def test_there_are_notebooks():
@@ -47,8 +48,8 @@ def test_is_stored_with_its_outputs(path):
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
-        assert "stderr" not in kinds(cell), cell.id
-        assert ("plt.show()" in cell.source) == (["image/png", "text/plain"] in kinds(cell)), (
+        assert "stderr" not in kinds(cell.outputs), cell.id
+        assert ("plt.show()" in cell.source) == (["image/png", "text/plain"] in shown(cell)), (
             cell.id
         )
         assert not A_MACHINES_PATH.search(str(cell.outputs)), cell.id
@@ -77,4 +78,4 @@ def test_runs(path):
     NotebookClient(notebook, timeout=CELL_SECONDS, resources=where).execute(env=environment)
     cells = code_cells(notebook)
     assert all(cell.execution_count for cell in cells)
-    assert [kinds(cell) for cell in cells] == [kinds(cell) for cell in stored]
+    assert [shown(cell) for cell in cells] == [shown(cell) for cell in stored]
