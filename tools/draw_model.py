@@ -59,7 +59,8 @@ def draw_layer(sheet):
     half_layer(sheet, 58, "attention", "window rows and\ncompressed entries", BLUE)
     half_layer(sheet, 38.5, "experts", "6 routed\nand 1 shared", GREEN)
     arrow(sheet, (15.5, 14.5), (22, 14.5), VIOLET)
-    box(sheet, 22, 11, 19, 7, "MTP block: reads the streams\nand the next token, predicts\none token further", 6.5)
+    mtp = "MTP block: reads the streams\nand the next token, predicts\none token further"
+    box(sheet, 22, 11, 19, 7, mtp, 6.5)
     box(sheet, 2, 3, 39, 3.6, "streams summed with weights, RMSNorm, logits")
 
 
@@ -81,15 +82,16 @@ def draw_attention(sheet):
         token(sheet, t)
     for j in range(len(SCORES)):
         entry(sheet, j)
-    box(sheet, 58, 63.6, 60, 3.4, "one softmax over window rows, chosen entries and a sink", 8, BLUE)
-    arrow(sheet, (at(21.5), ROW + 3), (at(21.5), 63.6), BLUE)
+    softmax = "one softmax over window rows, chosen entries and a sink"
+    box(sheet, 58, 63.6, 60, 3.4, softmax, 8, BLUE)
+    arrow(sheet, (at(20.4), ROW + 3), (at(20.4), 63.6), BLUE)
     bracket(sheet, 0, 16, "a block of m = 4 tokens becomes one entry (it looks back one block)")
     bracket(sheet, 17, 22, "window: the last W rows")
     note(sheet, 46.2, 60.6, "indexer:", ORANGE)
     note(sheet, 46.2, 58.8, "scores all", ORANGE)
     note(sheet, 46.2, 57.0, "entries,", ORANGE)
     note(sheet, 46.2, 55.2, "keeps top k", ORANGE)
-    note(sheet, at(20), ROW + 4.2, "open block", FAINT, size=6.5)
+    note(sheet, at(20.8), ROW + 5, "open block:\nno entry yet", FAINT, size=6.5)
     kinds = "window layer: window rows alone     CSA layer: window + chosen entries (m = 4)     "
     note(sheet, 46.2, 28.9, kinds + "HCA layer: window + every entry (m = 128)", size=6.8)
 
@@ -136,7 +138,7 @@ def draw_experts(sheet):
     box(sheet, 47, 18.3, 71, 3.6, router, 7.5)
     note(sheet, 67, 8.2, "routed experts: 256 in Flash, 384 in Pro", size=6.8)
     for i in range(14):
-        chosen = i in (2, 5, 9)
+        chosen = i in (1, 2, 5, 8, 9, 12)
         x = 67 + 2.9 * i
         box(sheet, x, 10, 2.2, 4, "", 6, GREEN if chosen else FAINT, solid=chosen)
         if chosen:

@@ -34,7 +34,7 @@ class Output:
     "normed". normed, mtp_normed: with logits="normed" what the output head would multiply, [B,T,D].
     cache: the new decode state, when one went in. mtp_logits: with mtp=True one array for each
     MTP block k = 1, 2, ...: [B,T-k,V], at t the prediction of token t + k + 1.
-    aux: wanted auxiliary outputs, aux[name][layer]; MTP blocks count on after the layers.
+    aux: wanted auxiliary outputs, `aux[name][layer]`; MTP blocks count on after the layers.
     streams: [B,T,M,D] with logits="none".
     """
 
