@@ -74,7 +74,8 @@ def test_the_examples_of_a_page_run(page):
 
 
 def _blocks(text, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [block for found, block in blocks if found == language]
 
 
 def _joined(text):
