@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Inexact
 
 from v4jax.kernels import dispatch
-from v4jax.kernels.hyper_connections import reference, xla
+from v4jax.kernels.hyper_connections import bind, reference, xla
+from v4jax.kernels.hyper_connections.arguments import Sublayer, Weights
 from v4jax.kernels.hyper_connections.gpu import backward as pallas_gpu_backward
 from v4jax.kernels.hyper_connections.gpu import forward as pallas_gpu
 from v4jax.kernels.hyper_connections.refusals import refusal
@@ -65,13 +66,14 @@ def pre(
     Raises:
       NotImplementedError: the implementation asked for does not exist or cannot take the arrays.
     """
-    weights = (fn_XV, base_X, scale_3)
+    weights = Weights(fn_XV, base_X, scale_3)
     if implementation == "reference":
         small = {"iterations": iterations, "eps": eps, "rms_eps": rms_eps}
         u_BTD, post_BTM, comb_BTMM = reference.pre(h_BTMD, *weights, **small)
         return round_to(u_BTD, dtype), post_BTM, comb_BTMM
     options = Options(iterations, eps, rms_eps, jnp.dtype(dtype).name, implementation)
-    return _pre(options, h_BTMD, *weights)
+    u_BTD, mixing = _pre(options, h_BTMD, weights)
+    return u_BTD, *mixing
 
 
 def post(
@@ -87,10 +89,10 @@ def post(
 
     `implementation` and errors as for `pre`.
     """
-    arrays = (y_BTD, h_BTMD, post_BTM, comb_BTMM)
+    sublayer = Sublayer(y_BTD, h_BTMD, post_BTM, comb_BTMM)
     if implementation == "reference":
-        return round_to(reference.post(*arrays), dtype)
-    return _post((jnp.dtype(dtype).name, implementation), *arrays)
+        return round_to(reference.post(*sublayer), dtype)
+    return _post((jnp.dtype(dtype).name, implementation), sublayer)
 
 
 def post_pre(
@@ -125,15 +127,16 @@ def post_pre(
     Raises:
       NotImplementedError: as for `pre`.
     """
-    arrays = (y_BTD, h_BTMD, post_BTM, comb_BTMM)
-    weights = (fn_XV, base_X, scale_3)
+    sublayer = Sublayer(y_BTD, h_BTMD, post_BTM, comb_BTMM)
+    weights = Weights(fn_XV, base_X, scale_3)
     if implementation == "reference":
         named = {"dtype": dtype, "implementation": implementation}
-        new_BTMD = post(*arrays, **named)
+        new_BTMD = post(*sublayer, **named)
         small = {"iterations": iterations, "eps": eps, "rms_eps": rms_eps}
         return new_BTMD, *pre(new_BTMD, *weights, **small, **named)
     options = Options(iterations, eps, rms_eps, jnp.dtype(dtype).name, implementation)
-    return _post_pre(options, *arrays, *weights)
+    new_BTMD, u_BTD, mixing = _post_pre(options, sublayer, weights)
+    return new_BTMD, u_BTD, *mixing
 
 
 def head(
@@ -145,7 +148,7 @@ def head(
     eps: float,
     rms_eps: float,
 ) -> Float[Array, "b t d"]:
-    """The streams collapsed for the output head, float32; no Sinkhorn. Once a token: plain XLA."""
+    """The streams collapsed for the output head, float32; no Sinkhorn. Plain XLA: once per token."""
     return xla.head(h_BTMD, fn_MV, base_M, scale_1, eps=eps, rms_eps=rms_eps)
 
 
@@ -153,102 +156,74 @@ FORWARD = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 BACKWARD = {"xla": xla, "pallas_tpu": pallas_tpu_backward, "pallas_gpu": pallas_gpu_backward}
 
 
-def _run(op, modules, implementation, streams, dtype, options, *args):
-    """Dispatches `op`, a function of each module; `streams` and `dtype` decide what is refused."""
+def _run(op, modules, implementation, dtype, options, first, *others):
+    """Dispatches `op`, a function of each module; `first` holds the streams, and `dtype` is the
+    results': they decide what is refused.
+    """
     functions = {
         name: functools.partial(getattr(module, op), **options) for name, module in modules.items()
     }
+    streams = bind.streams_of(first)
 
     def refuse(name, *_):
         return refusal(op, name, streams, dtype)
 
-    return dispatch.run(f"hyper_connections.{op}", implementation, functions, refuse, *args)
+    name = f"hyper_connections.{op}"
+    return dispatch.run(name, implementation, functions, refuse, first, *others)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pre(options, *args):
-    return _pre_forward(options, *args)[0]
+def _pre(options, h_BTMD, weights):
+    return _pre_forward(options, h_BTMD, weights)[0]
 
 
-def _pre_forward(options, h_BTMD, *weights):
-    *out, mixed_XN, norm_N = _run(
-        "pre",
-        FORWARD,
-        options.implementation,
-        h_BTMD,
-        options.dtype,
-        options.forward(),
-        h_BTMD,
-        *weights,
-    )
-    return tuple(out), (h_BTMD, *weights, mixed_XN, norm_N)
+def _pre_forward(options, h_BTMD, weights):
+    static = (options.implementation, options.dtype, options.forward())
+    out, saved = _run("pre", FORWARD, *static, h_BTMD, weights)
+    return out, (h_BTMD, weights, saved)
 
 
-def _pre_backward(options, saved, grads):
-    return _run(
-        "pre_backward",
-        BACKWARD,
-        options.implementation,
-        saved[0],
-        options.dtype,
-        options.backward(),
-        *saved,
-        grads,
-    )
+def _pre_backward(options, kept, grads):
+    static = (options.implementation, options.dtype, options.backward())
+    return _run("pre_backward", BACKWARD, *static, *kept, grads)
 
 
 _pre.defvjp(_pre_forward, _pre_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _post(options, *args):
-    return _post_forward(options, *args)[0]
+def _post(options, sublayer):
+    return _post_forward(options, sublayer)[0]
 
 
-def _post_forward(options, *args):
+def _post_forward(options, sublayer):
     dtype, implementation = options
-    out = _run("post", FORWARD, implementation, args[1], dtype, {"dtype": dtype}, *args)
-    return out, args
+    out = _run("post", FORWARD, implementation, dtype, {"dtype": dtype}, sublayer)
+    return out, sublayer
 
 
-def _post_backward(options, saved, grad_BTMD):
+def _post_backward(options, sublayer, grad_BTMD):
     dtype, implementation = options
-    arrays = (*saved, grad_BTMD)
-    return _run("post_backward", BACKWARD, implementation, saved[1], dtype, {}, *arrays)
+    return (_run("post_backward", BACKWARD, implementation, dtype, {}, sublayer, grad_BTMD),)
 
 
 _post.defvjp(_post_forward, _post_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _post_pre(options, *args):
-    return _post_pre_forward(options, *args)[0]
+def _post_pre(options, sublayer, weights):
+    return _post_pre_forward(options, sublayer, weights)[0]
 
 
-def _post_pre_forward(options, *args):
-    *out, mixed_XN, norm_N = _run(
-        "post_pre",
-        FORWARD,
-        options.implementation,
-        args[1],
-        options.dtype,
-        options.forward(),
-        *args,
-    )
-    return tuple(out), (*args[:4], out[0], *args[4:], mixed_XN, norm_N)
+def _post_pre_forward(options, sublayer, weights):
+    static = (options.implementation, options.dtype, options.forward())
+    out, saved = _run("post_pre", FORWARD, *static, sublayer, weights)
+    return out, (sublayer, out[0], weights, saved)
 
 
-def _post_pre_backward(options, saved, grads):
-    return _run(
-        "post_pre_backward",
-        BACKWARD,
-        options.implementation,
-        saved[1],
-        options.dtype,
-        options.backward(),
-        *saved,
-        grads,
-    )
+def _post_pre_backward(options, kept, grads):
+    static = (options.implementation, options.dtype, options.backward())
+    return _run("post_pre_backward", BACKWARD, *static, *kept, grads)
 
 
 _post_pre.defvjp(_post_pre_forward, _post_pre_backward)

@@ -3,32 +3,39 @@
 import jax
 import jax.numpy as jnp
 
+from v4jax.kernels.hyper_connections.arguments import Sublayer
 
-def forward(kernel, streams: int, plan, numbers=("iterations", "eps", "rms_eps")):
-    """A function of arrays, `dtype`, `interpret` and the numbers.
+
+def forward(kernel, plan, numbers=("iterations", "eps", "rms_eps")):
+    """A function of arguments, the first the streams or a `Sublayer`, and of static numbers.
 
     Args:
       kernel: jitted, with static plan, dtype, interpret and, where there are numbers, options.
-      streams: which of the arrays are the streams.
       plan: (streams, dtype) -> the kernel's plan.
     """
 
-    def call(*arrays, dtype, interpret, **given):
+    def call(first, *others, dtype, interpret, **given):
         dtype = jnp.dtype(dtype)
-        static = _static(plan(arrays[streams], dtype), interpret, given, numbers)
-        return kernel(*arrays, dtype=dtype, **static)
+        static = _static(plan(streams_of(first), dtype), interpret, given, numbers)
+        return kernel(first, *others, dtype=dtype, **static)
 
     return call
 
 
-def backward(kernel, streams: int, plan, numbers=("iterations", "eps")):
+def backward(kernel, plan, numbers=("iterations", "eps")):
     """The same of a gradient, whose last argument are those of the results: theirs is the dtype."""
 
-    def call(*arrays, interpret, **given):
-        dtype = jax.tree.leaves(arrays[-1])[0].dtype
-        return kernel(*arrays, **_static(plan(arrays[streams], dtype), interpret, given, numbers))
+    def call(first, *others, interpret, **given):
+        dtype = jax.tree.leaves(others[-1])[0].dtype
+        static = _static(plan(streams_of(first), dtype), interpret, given, numbers)
+        return kernel(first, *others, **static)
 
     return call
+
+
+def streams_of(first):
+    """The streams among an operation's arguments, of which this is the first."""
+    return first.h if isinstance(first, Sublayer) else first
 
 
 def _static(plan, interpret, given, numbers):

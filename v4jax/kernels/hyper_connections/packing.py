@@ -3,18 +3,31 @@
 import jax
 import jax.numpy as jnp
 
+from v4jax.kernels.hyper_connections.arguments import Mixing, Sublayer, Weights
 
-def rows_of_tokens(post_BTM, comb_BTMM):
+
+def rows_of_tokens(mixing: Mixing | Sublayer):
     """post above comb, row major: [M + M*M, N]."""
-    m = post_BTM.shape[-1]
-    return jnp.concatenate([post_BTM.reshape(-1, m).T, comb_BTMM.reshape(-1, m * m).T])
+    m = mixing.post.shape[-1]
+    return jnp.concatenate([mixing.post.reshape(-1, m).T, mixing.comb.reshape(-1, m * m).T])
 
 
-def tokens_of_rows(small_XN, like_BTM):
+def tokens_of_rows(small_XN, like_BTM) -> Mixing:
     """The inverse of `rows_of_tokens`."""
     m = like_BTM[-1]
     post_BTM = small_XN[:m].T.reshape(like_BTM)
-    return post_BTM, small_XN[m:].T.reshape(*like_BTM, m)
+    return Mixing(post_BTM, small_XN[m:].T.reshape(*like_BTM, m))
+
+
+def unrows(y_ND, like_BTD):
+    """[B, T, D] of padded rows."""
+    batch, length, d = like_BTD.shape
+    return y_ND[: batch * length, :d].reshape(like_BTD.shape)
+
+
+def stream_count(rows: int) -> int:
+    """The M whose (2+M)M numbers a token are so many rows."""
+    return next(m for m in range(1, 9) if (2 + m) * m == rows)
 
 
 def row_scale(scale_3, m: int):
@@ -22,6 +35,11 @@ def row_scale(scale_3, m: int):
     return jnp.concatenate(
         [jnp.broadcast_to(scale_3[k], (n,)) for k, n in enumerate((m, m, m * m))]
     )
+
+
+def rows_as_columns(weights: Weights, m: int):
+    """base and the scale of each row, [X, 1]."""
+    return weights.base[:, None], row_scale(weights.scale, m)[:, None]
 
 
 def logit_grads(dlogits_XN, mixed_XN, m: int):

@@ -9,16 +9,16 @@ from v4jax.kernels.sparse_attention.entries import as_rows
 from v4jax.kernels.sparse_attention.stored import StoredRows
 
 
-def sparse_attention(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
+def sparse_attention(plan, q_BTNH, sink_N, window_BSH, entries_BCH, visible):
     """See api.sparse_attention: output and log-sum-exp; holds [B,T,N,S+C]."""
     keys, masks = [], []
     if window_BSH is not None:
         keys.append(window_BSH)
-        masks.append(window_mask(places.first, window_BSH.shape[1], plan.window))
+        masks.append(window_mask(visible.first, window_BSH.shape[1], plan.window))
     if entries_BCH is not None:
         is_stored = isinstance(entries_BCH, StoredRows)
         keys.append(stored.unpack(entries_BCH) if is_stored else as_rows(entries_BCH))
-        masks.append(entry_mask(entries_BCH.shape[1], places))
+        masks.append(entry_mask(entries_BCH.shape[1], visible))
     kv_BKH = jnp.concatenate(keys, axis=1).astype(jnp.float32)
     mask_BTK = jnp.concatenate(masks, axis=2)
     scores = jnp.einsum("btnh,bkh->btnk", q_BTNH.astype(jnp.float32), kv_BKH) * plan.scale
@@ -39,13 +39,13 @@ def window_mask(first_BT, rows, window):
     return (row >= first_BT[..., None]) & (row <= own) & (row > own - window)
 
 
-def entry_mask(entries, places):
+def entry_mask(entries, visible):
     """[B,T,C]: the entries that a query attends to."""
     entry = jnp.arange(entries)[None, None]
-    visible = (entry >= places.low[..., None]) & (entry < places.high[..., None])
-    if places.member is not None:
-        return visible & membership.unpack(places.member, entries)
-    if places.chosen is None:
-        return visible
-    picked = (places.chosen[..., None] == jnp.arange(entries)[None, None, None]).any(2)
-    return visible & picked
+    mask = (entry >= visible.low[..., None]) & (entry < visible.high[..., None])
+    if visible.member is not None:
+        return mask & membership.unpack(visible.member, entries)
+    if visible.chosen is None:
+        return mask
+    picked = (visible.chosen[..., None] == jnp.arange(entries)[None, None, None]).any(2)
+    return mask & picked

@@ -1,6 +1,7 @@
-"""Which tiles meet: padded arrays, bounds of each query, lists of tiles that kernels walk."""
+"""Padded arrays, each query's bounds, and the tiles that a tile of queries or keys walks over."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,15 +66,30 @@ def unprepare(tiles, like_BTNH, x):
     return x[:, :length, :heads, :width]
 
 
-def prepare(plan, sizes, q_BTNH, window_BSH, entries_BCH, places):
-    """What the TPU kernels read.
+class Given(NamedTuple):
+    """What the TPU kernels read, padded.
 
-    Returns:
-      The tiles, and: q; window rows and entries; bounds [B,T,128] (each query sees window rows
-      [x0, x1) and entries [x2, x3)); the mask's words, int32; for each tile of queries its walk
-      [B, count, 1, 4 + ...]; and for each key tile of window and of entries the tiles of queries
-      to walk (`_meets`), [B, tiles, 1, 2 + ...].
+    Attributes:
+      q, window, entries: as api's; an array that is absent is a tile of zeros.
+      bounds: [B,T,128]; each query sees window rows [x0, x1) and entries [x2, x3).
+      member: the mask's words, int32.
+      walk: for each tile of queries its key tiles, [B, count, 1, 4 + ...] (`_walk`).
+      window_walk, entries_walk: for each key tile its tiles of queries, [B, tiles, 1, 2 + ...]
+        (`_query_walk`).
     """
+
+    q: jax.Array
+    window: jax.Array
+    entries: jax.Array | StoredRows
+    bounds: jax.Array
+    member: jax.Array
+    walk: jax.Array
+    window_walk: jax.Array
+    entries_walk: jax.Array
+
+
+def prepare(plan, sizes, q_BTNH, window_BSH, entries_BCH, visible) -> tuple[Tiles, Given]:
+    """The tiles and what is cut into them."""
     batch, length, heads, width = q_BTNH.shape
     tiles = Tiles(
         queries=sizes.queries,
@@ -85,20 +101,21 @@ def prepare(plan, sizes, q_BTNH, window_BSH, entries_BCH, places):
     window = _pad_keys(tiles, window_BSH, q_BTNH)
     entries = _pad_keys(tiles, entries_BCH, q_BTNH)
     # Computed once and stored: a v5p's compiler may stop at minima over numbers that it makes up.
-    bounds = jax.lax.optimization_barrier(query_bounds(plan, window_BSH, batch, length, places))
+    bounds = jax.lax.optimization_barrier(query_bounds(plan, window_BSH, batch, length, visible))
     bounds = jnp.pad(bounds, ((0, 0), (0, tiles.count * tiles.queries - length), (0, 0)))
-    member = _member(plan, tiles, entries_BCH, places, batch)
-    meets_window = _range_meets(tiles, bounds[..., 0], bounds[..., 1], window.shape[1])
+    member = _member(plan, tiles, entries_BCH, visible, batch)
+    sees_window = _range_seen(tiles, bounds[..., 0], bounds[..., 1], window.shape[1])
     if plan.topk:
-        meets_entries = _chosen_meets(tiles, member, entries.shape[1])
+        sees_entries = _chosen_seen(tiles, member, entries.shape[1])
     else:
-        meets_entries = _range_meets(tiles, bounds[..., 2], bounds[..., 3], entries.shape[1])
-    walk = _walk(plan, meets_window, meets_entries)
-    meets = _meets(meets_window, listed=False), _meets(meets_entries, listed=bool(plan.topk))
+        sees_entries = _range_seen(tiles, bounds[..., 2], bounds[..., 3], entries.shape[1])
+    walk = _walk(plan, sees_window, sees_entries)
+    window_walk = _query_walk(sees_window, listed=False)
+    entries_walk = _query_walk(sees_entries, listed=bool(plan.topk))
     bounds = jnp.pad(bounds, ((0, 0), (0, 0), (0, BOUNDS - 4)))
     q = tiles.pad_queries(q_BTNH)
     member = jax.lax.bitcast_convert_type(member, jnp.int32)
-    return tiles, (q, window, entries, bounds, member, walk, meets)
+    return tiles, Given(q, window, entries, bounds, member, walk, window_walk, entries_walk)
 
 
 def _pad_keys(tiles, x, like):
@@ -110,29 +127,29 @@ def _pad_keys(tiles, x, like):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % tiles.keys), (0, tiles.width - x.shape[2])))
 
 
-def query_bounds(plan, window_BSH, batch, length, places):
+def query_bounds(plan, window_BSH, batch, length, visible):
     """[B,T,4]: a query sees window rows [x0, x1) and entries [x2, x3)."""
     none = jnp.zeros((batch, length), jnp.int32)
-    low, high = (none, none) if places.low is None else (places.low, places.high)
+    low, high = (none, none) if visible.low is None else (visible.low, visible.high)
     first = end = none
     if window_BSH is not None:
         row = window_BSH.shape[1] - length + jnp.arange(length, dtype=jnp.int32)[None]
-        first, end = jnp.maximum(places.first, row - plan.window + 1), row + 1 + none
+        first, end = jnp.maximum(visible.first, row - plan.window + 1), row + 1 + none
     return jnp.stack([x.astype(jnp.int32) for x in (first, end, low, high)], axis=-1)
 
 
-def _member(plan, tiles, entries_BCH, places, batch):
+def _member(plan, tiles, entries_BCH, visible, batch):
     """The packed choice of every padded query, uint32; one empty group where there is none."""
     length = tiles.count * tiles.queries
     if not plan.topk:
         return jnp.zeros((batch, length, membership.LANES), jnp.uint32)
-    member = places.member
+    member = visible.member
     if member is None:
-        member = membership.from_indices(places.chosen, entries_BCH.shape[1])
+        member = membership.from_indices(visible.chosen, entries_BCH.shape[1])
     return jnp.pad(member, ((0, 0), (0, length - member.shape[1]), (0, 0)))
 
 
-def _range_meets(tiles, low_BT, high_BT, keys):
+def _range_seen(tiles, low_BT, high_BT, keys):
     """Whether a tile of queries sees anything of a key tile, by position: [B, count, key tiles]."""
     shape = (low_BT.shape[0], tiles.count, tiles.queries)
     low, high = low_BT.reshape(shape), high_BT.reshape(shape)
@@ -143,7 +160,7 @@ def _range_meets(tiles, low_BT, high_BT, keys):
     return (low < begin + tiles.keys) & (high > begin)
 
 
-def _chosen_meets(tiles, member_BTW, keys):
+def _chosen_seen(tiles, member_BTW, keys):
     """Whether a tile of queries has chosen anything of a key tile: [B, count, key tiles]."""
     batch, _, count = member_BTW.shape
     word = member_BTW.reshape(batch, tiles.count, tiles.queries, count)
@@ -156,45 +173,45 @@ def _chosen_meets(tiles, member_BTW, keys):
     return hit[:, :, : keys // tiles.keys]
 
 
-def _walk(plan, meets_window, meets_entries):
+def _walk(plan, sees_window, sees_entries):
     """[first window tile, number, first entry tile, number, the next chosen tile of each ...]."""
-    parts = [*_first_and_count(meets_window), *_first_and_count(meets_entries)]
+    parts = [*_first_and_count(sees_window), *_first_and_count(sees_entries)]
     walk = jnp.stack(parts, axis=-1)
     if plan.topk:
-        walk = jnp.concatenate([walk, _next(meets_entries)], axis=-1)
+        walk = jnp.concatenate([walk, _next(sees_entries)], axis=-1)
     return walk[:, :, None]
 
 
-def _meets(meets_BXY, listed):
+def _query_walk(sees_BXY, listed):
     """The query tiles to walk for each key tile.
 
     Listed: [first, number, the next of each ...]. Else [first, number] of neighbours, from the
-    first that meets the key tile to the last: in a packed row tiles of queries that see no entry
-    lie between, and add nothing under their mask.
+    first that sees any of the key tile to the last: in a packed row tiles of queries that see no
+    entry lie between, and add nothing under their mask.
     """
-    meets = jnp.swapaxes(meets_BXY, 1, 2)
+    sees = jnp.swapaxes(sees_BXY, 1, 2)
     if not listed:
-        return jnp.stack(_first_and_span(meets), axis=-1)[:, :, None]
-    parts = jnp.stack(_first_and_count(meets), axis=-1)
-    return jnp.concatenate([parts, _next(meets)], axis=-1)[:, :, None]
+        return jnp.stack(_first_and_span(sees), axis=-1)[:, :, None]
+    parts = jnp.stack(_first_and_count(sees), axis=-1)
+    return jnp.concatenate([parts, _next(sees)], axis=-1)[:, :, None]
 
 
-def _first_and_span(meets):
-    """The first place where `meets` is true, and the number of places from it to the last."""
-    first, behind = (jnp.argmax(x, axis=-1) for x in (meets, jnp.flip(meets, axis=-1)))
-    span = jnp.where(meets.any(-1), meets.shape[-1] - behind - first, 0)
+def _first_and_span(mask):
+    """The first place where a mask is true, and the number of places from it to the last."""
+    first, behind = (jnp.argmax(x, axis=-1) for x in (mask, jnp.flip(mask, axis=-1)))
+    span = jnp.where(mask.any(-1), mask.shape[-1] - behind - first, 0)
     return first.astype(jnp.int32), span.astype(jnp.int32)
 
 
-def _first_and_count(meets):
-    """The first place where `meets` is true, and in how many it is."""
-    return jnp.argmax(meets, axis=-1).astype(jnp.int32), meets.sum(-1, dtype=jnp.int32)
+def _first_and_count(mask):
+    """The first place where a mask is true, and in how many it is."""
+    return jnp.argmax(mask, axis=-1).astype(jnp.int32), mask.sum(-1, dtype=jnp.int32)
 
 
-def _next(meets):
-    """For every place the next one where `meets` is true: a list to walk, made without a sort."""
-    count = meets.shape[-1]
+def _next(mask):
+    """For every place the next one where a mask is true: a list to walk, made without a sort."""
+    count = mask.shape[-1]
     place = jnp.arange(count, dtype=jnp.int32)[None, None]
-    here = jnp.where(meets, place, count)
+    here = jnp.where(mask, place, count)
     after = jax.lax.cummin(here, axis=2, reverse=True)
     return jnp.pad(after[..., 1:], ((0, 0), (0, 0), (0, 1)), constant_values=count)

@@ -1,6 +1,6 @@
 """Sparse attention in plain XLA: blocks of queries, an online softmax over tiles of keys.
 
-A block of queries meets its window as one band of rows, then the entries: every tile that some
+A block of queries reads its window as one band of rows, then the entries: every tile that some
 query of the block may see, masked (`chosen` None, or few entries for each chosen one), or the
 chosen rows themselves, gathered a few queries at a time. Tiles beyond the block's range are not
 visited. Nothing of size T x S or T x K x H exists. The backward pass recomputes the probabilities
@@ -19,7 +19,7 @@ from v4jax.kernels.sparse_attention.entries import as_rows, take
 from v4jax.kernels.sparse_attention.stored import StoredRows
 from v4jax.ops import varying
 
-# A block is twice the window between these: b queries meet b + window - 1 of its rows, masked.
+# A block is twice the window between these: b queries see b + window - 1 of its rows, masked.
 QUERY_BLOCKS = (32, 128)
 ENTRY_TILES = (128, 512)
 # Masked tiles beat gathered rows while there are at most this many entries for each chosen one.
@@ -27,14 +27,14 @@ MASKED_ENTRIES_PER_CHOICE = 4
 GATHERED_ELEMENTS = 1 << 22
 
 
-def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places):
+def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, visible):
     """See api.sparse_attention: out [B,T,N,H] of q's dtype and log-sum-exp [B,T,N]."""
     length = q_BTNH.shape[1]
-    q, window, entries, places = _pad(plan, q_BTNH, window_BSH, as_rows(entries_BCH), places)
+    q, window, entries, visible = _pad(plan, q_BTNH, window_BSH, as_rows(entries_BCH), visible)
     block = _block(plan, length)
 
     def run(index):
-        q_block, start, here = _take_block(block, index, q, places)
+        q_block, start, here = _take_block(block, index, q, visible)
         carry = _start(q_block, sink_N)
         if window is not None:
             kv, mask = _band(plan, block, start, here, window, q.shape[1])
@@ -60,12 +60,12 @@ def _block(plan, length):
     return min(queries, largest, length)
 
 
-def _pad(plan, q_BTNH, window_BSH, entries_BCH, places):
+def _pad(plan, q_BTNH, window_BSH, entries_BCH, visible):
     """Whole blocks of queries, windows that begin inside the rows, whole tiles of entries."""
     length = q_BTNH.shape[1]
     padding = -length % _block(plan, length)
     pad = functools.partial(query_blocks.pad, after=padding)
-    first = places.first
+    first = visible.first
     if window_BSH is not None:
         short = max(plan.window - 1 - (window_BSH.shape[1] - length), 0)
         window_BSH = query_blocks.pad(window_BSH, before=short, after=padding)
@@ -76,8 +76,8 @@ def _pad(plan, q_BTNH, window_BSH, entries_BCH, places):
     elif entries_BCH is not None:
         tile = _tile_size(entries_BCH.shape[1])
         entries_BCH = query_blocks.pad(entries_BCH, after=-entries_BCH.shape[1] % tile)
-    places = jax.tree.map(pad, places._replace(first=first))
-    return pad(q_BTNH), window_BSH, entries_BCH, places
+    visible = jax.tree.map(pad, visible._replace(first=first))
+    return pad(q_BTNH), window_BSH, entries_BCH, visible
 
 
 def _tile_size(entries):
@@ -90,13 +90,13 @@ def _tile_size(entries):
     return min(entries, quarter, largest)
 
 
-def _take_block(block, index, q_BTNH, places):
+def _take_block(block, index, q_BTNH, visible):
     start = index * block
 
     def take(x):
         return jax.lax.dynamic_slice_in_dim(x, start, block, axis=1)
 
-    return take(q_BTNH).astype(jnp.float32), start, jax.tree.map(take, places)
+    return take(q_BTNH).astype(jnp.float32), start, jax.tree.map(take, visible)
 
 
 def _start(q_BQNH, sink_N):
@@ -223,10 +223,10 @@ def _absorb_gathered(plan, carry, q, entries_BCH, chosen):
     return jax.tree.map(query_blocks.join, jax.lax.map(part, split))
 
 
-def backward(plan, q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout):
+def backward(plan, q_BTNH, window_BSH, entries_BCH, visible, lse, delta, dout):
     """dq, d(window rows) and d(entries), each of its array's dtype (None for an absent one)."""
     length = q_BTNH.shape[1]
-    q, window, entries, places = _pad(plan, q_BTNH, window_BSH, entries_BCH, places)
+    q, window, entries, visible = _pad(plan, q_BTNH, window_BSH, entries_BCH, visible)
     block = _block(plan, length)
     row = [
         query_blocks.pad(x.astype(jnp.float32), after=-length % block) for x in (dout, delta, lse)
@@ -237,7 +237,7 @@ def backward(plan, q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout):
 
     def run(grads, index):
         dwindow, dentries = grads
-        q_block, start, here = _take_block(block, index, q, places)
+        q_block, start, here = _take_block(block, index, q, visible)
         _, _, own = _take_block(block, index, q, tuple(row))
         dq = varying.with_axes_of(jnp.zeros_like(q_block), q_block)
         if window is not None:

@@ -20,6 +20,7 @@ from jax.experimental.pallas import triton as plt
 from v4jax.kernels.grouped_matmul import bind, formats, swiglu, work_items
 from v4jax.kernels.grouped_matmul.gpu import weights as expand
 from v4jax.kernels.grouped_matmul.gpu.tiles import plan
+from v4jax.kernels.grouped_matmul.operands import Extras, Operands, Product, UpGradient
 
 
 def refuse(x_XD, gate_X, group_sizes_E, weights, rounding) -> str | None:
@@ -28,7 +29,7 @@ def refuse(x_XD, gate_X, group_sizes_E, weights, rounding) -> str | None:
     if reason is not None:
         return reason
     for weight in weights:
-        for array in jax.eval_shape(expand.arrays, weight):
+        for array in jax.tree.leaves(jax.eval_shape(expand.arrays, weight)):
             # Pallas Triton counts elements in 32 signed bits up to 4 GiB, and in 64 bits beyond.
             if array.size > 2**31 and array.size * array.dtype.itemsize <= 2**32:
                 return (
@@ -43,27 +44,29 @@ class _Kernels(bind.Kernels):
 
     def up(self, x, gate, w1, w3):
         store = functools.partial(_store_up, limit=self.limit, dtype=self.dtype)
-        [z] = self._call("up", store, [x], [w1, w3], [gate], [self.dtype], transposed=True)
-        return z
+        extras, out = Extras(gate=gate), Product(self.dtype)
+        return self._call("up", store, [x], [w1, w3], extras, out, transposed=True).out
 
     def down(self, z, w2):
-        return self._call("down", _store, [z], [w2], [], [self.dtype], transposed=True)[0]
+        out = Product(self.dtype)
+        return self._call("down", _store, [z], [w2], Extras(), out, transposed=True).out
 
     def dz(self, dy, w2):
-        return self._call("dz", _store, [dy], [w2], [], [self.dtype], transposed=False)[0]
+        out = Product(self.dtype)
+        return self._call("dz", _store, [dy], [w2], Extras(), out, transposed=False).out
 
     def up_gradient(self, x, gate, dz, w1, w3, want_z):
         store = functools.partial(_store_up_gradient, limit=self.limit, dtype=self.dtype)
-        outs = [self.dtype, self.dtype, "sums"] + [self.dtype] * want_z
+        outs = UpGradient(self.dtype, self.dtype, "sums", self.dtype if want_z else None)
         # Half the columns: the gradient's many results share the registers with two sums.
-        da, db, dgate, *z = self._call(
-            "up_gradient", store, [x], [w1, w3], [gate, dz], outs, transposed=True, most=64
+        found = self._call(
+            "up_gradient", store, [x], [w1, w3], Extras(gate, dz), outs, transposed=True, most=64
         )
-        return da, db, dgate.sum(0), z[0] if want_z else None
+        return found.da, found.db, found.dgate.sum(0), found.z
 
     def dx(self, da, db, w1, w3, dtype):
-        [dx] = self._call("dx", _store, [da, db], [w1, w3], [], [dtype], transposed=False)
-        return dx
+        both, out = [da, db], Product(dtype)
+        return self._call("dx", _store, both, [w1, w3], Extras(), out, transposed=False).out
 
     def weight_gradients(self, lhs, rhs, dtype):
         call = functools.partial(
@@ -84,8 +87,9 @@ def _grouped(
     Args:
       store: (sums, where, extras, outs) of one tile; sums are transposed if `transposed`.
       lhs: [X, contracted], one for all weights (as many sums) or one each (a single sum).
-      extras: [X] or [X, columns], further inputs of `store`.
-      outs: types of the results [X, columns], or "sums" for float32 [column tiles, X].
+      extras: gate [X] and dz [X, columns].
+      outs: `Product` or `UpGradient` of the results' types, each [X, columns], or "sums" for
+        float32 [column tiles, X].
       transposed: contract the weights' last axis, or else their first.
       most: columns of a tile, at most.
     """
@@ -93,19 +97,18 @@ def _grouped(
     total, contracted = weights[0].shape[-2:] if transposed else weights[0].shape[:0:-1]
     columns, depth = sizes.columns_of(total, most), sizes.depth_of(contracted)
     grid = (pl.cdiv(total, columns), work.group_I.shape[0])
-    arrays = [expand.arrays(w) for w in weights]
-    inputs = (*work, *lhs, *sum(arrays, []), *extras)
-    shapes = [
-        jax.ShapeDtypeStruct((grid[0], rows), jnp.float32)
-        if dtype == "sums"
-        else jax.ShapeDtypeStruct((rows, total), dtype)
-        for dtype in outs
-    ]
+    operands = Operands(lhs, [expand.arrays(w) for w in weights], extras)
+
+    def shape(dtype):
+        if dtype == "sums":
+            return jax.ShapeDtypeStruct((grid[0], rows), jnp.float32)
+        return jax.ShapeDtypeStruct((rows, total), dtype)
+
+    shapes = jax.tree.map(shape, outs)
     kernel = functools.partial(
         _kernel,
         store=store,
         kinds=[formats.kind(w) for w in weights],
-        counts=(len(lhs), len(extras)),
         transposed=transposed,
         tile=(sizes.rows, columns, depth),
         limits=(rows, total, contracted),
@@ -114,16 +117,17 @@ def _grouped(
     itemsize = lhs[0].dtype.itemsize
     stored = sum(columns * depth * _bytes_each(w) for w in weights)
     step = depth * len(lhs) * sizes.rows * itemsize + int(stored)
-    return pl.pallas_call(
+    [out] = pl.pallas_call(
         kernel,
-        out_shape=shapes,
+        out_shape=(shapes,),
         grid=grid,
-        in_specs=[_whole(x) for x in inputs],
-        out_specs=[_whole(x) for x in shapes],
+        in_specs=jax.tree.map(_whole, (work, operands)),
+        out_specs=jax.tree.map(_whole, (shapes,)),
         compiler_params=plt.CompilerParams(num_warps=sizes.warps, num_stages=sizes.stages_of(step)),
         name=f"expert_{name}",
         interpret=interpret,
-    )(*inputs)
+    )(work, operands)
+    return out
 
 
 def _bytes_each(weight):
@@ -134,7 +138,7 @@ def _bytes_each(weight):
 
 def _whole(x):
     """All of an array: programs find their elements themselves."""
-    zeros = (0,) * x.ndim if isinstance(x, jax.Array) else (0,) * len(x.shape)
+    zeros = (0,) * len(x.shape)
     return pl.BlockSpec(x.shape, lambda *_: zeros)
 
 
@@ -179,20 +183,13 @@ class _Where:
         plt.store(ref.at[self.tile, self.row], sums, mask=self.own)
 
 
-def _kernel(*refs, store, kinds, counts, transposed, tile, limits, interpret):
-    group, begin, end, *refs = refs
-    n_lhs, n_extras = counts
-    lhs, refs = refs[:n_lhs], refs[n_lhs:]
-    weights = []
-    for kind in kinds:
-        held = 1 if kind == "float" else 2
-        weights.append(refs[:held])
-        refs = refs[held:]
-    extras, outs = refs[:n_extras], refs[n_extras:]
+def _kernel(work, operands, outs, *, store, kinds, transposed, tile, limits, interpret):
+    """One item's rows times one tile of columns of each weight."""
+    lhs, weights, extras = operands
     rows, columns, depth = tile
     all_rows, total, contracted = limits
     place, item = pl.program_id(0), pl.program_id(1)
-    first, last, expert = begin[item], end[item], group[item]
+    first, last, expert = work.row_I[item], work.end_I[item], work.group_I[item]
 
     @pl.when(first < last)
     def _():
@@ -204,21 +201,21 @@ def _kernel(*refs, store, kinds, counts, transposed, tile, limits, interpret):
             k_index = k * depth + jnp.arange(depth)
             x = [_load_rows(ref, source, k_index, contracted) for ref in lhs]
             sums = list(sums)
-            for n, (kind, refs) in enumerate(zip(kinds, weights, strict=True)):
-                rhs, dtype = x[n % n_lhs], x[0].dtype
+            for n, (kind, weight) in enumerate(zip(kinds, weights, strict=True)):
+                rhs, dtype = x[n % len(lhs)], x[0].dtype
                 to = n % len(sums)
                 if transposed:
-                    w = expand.tile(refs, kind, expert, column, k, depth, dtype)
+                    w = expand.tile(weight, kind, expert, column, k, depth, dtype)
                     sums[to] += expand.dot(w, rhs, True, interpret)
                 else:
-                    w = expand.tile(refs, kind, expert, k_index, place, columns, dtype)
+                    w = expand.tile(weight, kind, expert, k_index, place, columns, dtype)
                     sums[to] += expand.dot(rhs, w, False, interpret)
             return tuple(sums)
 
         shape = (columns, rows) if transposed else (rows, columns)
         zero = jnp.zeros(shape, jnp.float32)
         sums = jax.lax.fori_loop(
-            0, pl.cdiv(contracted, depth), step, (zero,) * (len(kinds) // n_lhs)
+            0, pl.cdiv(contracted, depth), step, (zero,) * (len(kinds) // len(lhs))
         )
         where = _Where(row, column, row < last, column < total, place, transposed)
         store(sums, where, extras, outs)
@@ -234,23 +231,23 @@ def _load_rows(ref, row, column, total):
 
 
 def _store(sums, where, extras, outs):
-    where.store(outs[0], sums[0])
+    where.store(outs.out, sums[0])
 
 
 def _store_up(sums, where, extras, outs, *, limit, dtype):
     a, b = (total.astype(dtype).astype(jnp.float32) for total in sums)
-    where.store(outs[0], swiglu.forward(a, b, where.load(extras[0]), limit))
+    where.store(outs.out, swiglu.forward(a, b, where.load(extras.gate), limit))
 
 
 def _store_up_gradient(sums, where, extras, outs, *, limit, dtype):
     a, b = (total.astype(dtype).astype(jnp.float32) for total in sums)
-    gate, dz = where.load(extras[0]), where.load(extras[1])
+    gate, dz = where.load(extras.gate), where.load(extras.dz)
     z, dgate, da, db = swiglu.backward(a, b, gate, dz, limit)
-    where.store(outs[0], da)
-    where.store(outs[1], db)
-    where.store_row_sums(outs[2], dgate)
-    if len(outs) > 3:
-        where.store(outs[3], z)
+    where.store(outs.da, da)
+    where.store(outs.db, db)
+    where.store_row_sums(outs.dgate, dgate)
+    if outs.z is not None:
+        where.store(outs.z, z)
 
 
 def _weight_gradient(group_sizes_E, sizes, interpret, lhs_XM, rhs_XN, *, dtype):

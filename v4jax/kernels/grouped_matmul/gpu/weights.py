@@ -8,41 +8,43 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
 
 from v4jax.kernels.grouped_matmul import formats
+from v4jax.kernels.grouped_matmul.operands import Weight
 
 FP8 = 128
 FP4 = 32
 CODES = 8  # FP4 codes of a word
 
 
-def arrays(weight) -> list[jax.Array]:
+def arrays(weight) -> Weight:
     """The arrays that hold [E, out, in]."""
     kind = formats.kind(weight)
     if kind == "float":
-        return [weight]
+        return Weight(weight)
     if kind == "fp8":
-        return [weight.values, formats.float_scales(weight)]
+        return Weight(weight.values, formats.float_scales(weight))
     # Words of four bytes, without a copy: Pallas Triton's offsets would not reach the bytes of
     # Pro's experts, and two codes of a word are decoded at a time.
     values = weight.values.reshape(*weight.values.shape[:-1], -1, 4)
-    return [jax.lax.bitcast_convert_type(values, jnp.int32), weight.scales]
+    return Weight(jax.lax.bitcast_convert_type(values, jnp.int32), weight.scales)
 
 
-def tile(refs, kind, expert, rows, column, width, dtype):
+def tile(weight: Weight, kind, expert, rows, column, width, dtype):
     """The weight's `rows` (a vector of indices) and `width` columns from tile `column` on.
 
     Indices past the end give the last element's neighbours or zero; the caller multiplies them by
     zero or does not store what comes of them.
     """
-    _, height, _ = refs[0].shape
+    values, scales = weight
+    _, height, _ = values.shape
     rows = jnp.minimum(rows, height - 1)
     if kind == "float":
-        return _block(refs[0], expert, rows, column, width).astype(dtype)
+        return _block(values, expert, rows, column, width).astype(dtype)
     if kind == "fp8":
-        values = _block(refs[0], expert, rows, column, width).astype(jnp.float32)
-        scales = plt.load(refs[1].at[expert, rows // FP8, column * width // FP8])
+        values = _block(values, expert, rows, column, width).astype(jnp.float32)
+        scales = plt.load(scales.at[expert, rows // FP8, column * width // FP8])
         return (values * scales[:, None]).astype(dtype)
-    codes = _block(refs[0], expert, rows, column, width // CODES)
-    scales = _block(refs[1], expert, rows, column, width // FP4)
+    codes = _block(values, expert, rows, column, width // CODES)
+    scales = _block(scales, expert, rows, column, width // FP4)
     return _expand_fp4(codes, scales, dtype)
 
 

@@ -9,40 +9,49 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels.grouped_matmul import formats
+from v4jax.kernels.grouped_matmul.operands import Weight
 
 FP8 = 128
 FP4 = 32
 
 
-def arrays_and_specs(weight, transposed: bool, columns: int):
-    """The arrays that hold [E, out, in] and their blocks, for a grid (columns, items)."""
+def arrays(weight) -> Weight:
+    """The arrays that hold [E, out, in]."""
     kind = formats.kind(weight)
     if kind == "float":
-        return [weight], [_spec(weight.shape, transposed, columns)]
+        return Weight(weight)
+    scales = formats.float_scales(weight) if kind == "fp8" else weight.scales
+    return Weight(weight.values, scales)
+
+
+def specs(weight: Weight, kind: str, transposed: bool, columns: int) -> Weight:
+    """Their blocks, for a grid (columns, items) and work items as prefetched scalars."""
+    values, scales = weight
+    if kind == "float":
+        return Weight(_spec(values.shape, transposed, columns))
     if kind == "fp8":
-        scales = formats.float_scales(weight)
         # All scales of an expert, as scalars.
-        block = (1, *scales.shape[1:])
-        spec = pl.BlockSpec(block, lambda j, i, g, *_: (g[i], 0, 0), memory_space=pltpu.SMEM)
-        return [weight.values, scales], [_spec(weight.values.shape, transposed, columns), spec]
-    _, rows, inputs = weight.scales.shape
+        whole = pl.BlockSpec((1, *scales.shape[1:]), _whole_expert, memory_space=pltpu.SMEM)
+        return Weight(_spec(values.shape, transposed, columns), whole)
     if transposed:
-        values = _spec(weight.values.shape, True, columns)
-        scales = pl.BlockSpec((1, columns, inputs), lambda j, i, g, *_: (g[i], j, 0))
-    else:
-        values = _spec(weight.values.shape, False, columns // 2)
-        scales = pl.BlockSpec((1, rows, inputs), lambda j, i, g, *_: (g[i], 0, 0))
-    return [weight.values, weight.scales], [values, scales]
+        return Weight(_spec(values.shape, True, columns), _spec(scales.shape, True, columns))
+    return Weight(
+        values=_spec(values.shape, False, columns // 2),
+        scales=pl.BlockSpec((1, *scales.shape[1:]), _whole_expert),
+    )
 
 
-def add_product(total, x, refs, kind, transposed, chunk, depth, column):
+def _whole_expert(j, i, work):
+    return work.group_I[i], 0, 0
+
+
+def add_product(total, x, weight: Weight, kind, transposed, chunk, depth, column):
     """Adds a chunk of x's contracted columns times the tile's to `total`.
 
     Args:
       total: [parts, rows, columns / parts], float32.
       x: [parts, rows, contracted / parts].
-      refs: of `arrays_and_specs`.
-      kind: the weight's `formats.kind`.
+      weight: references to a tile, as `specs` cuts it; kind: its `formats.kind`.
       chunk, depth: which chunk, of how many contracted columns.
       column: which tile of columns this is.
     """
@@ -50,7 +59,7 @@ def add_product(total, x, refs, kind, transposed, chunk, depth, column):
     parts = x.shape[0] if transposed else total.shape[0]
     width = depth // parts if transposed else depth
     start = chunk * width if isinstance(chunk, int) else pl.multiple_of(chunk * width, width)
-    tiles = _expanded(refs, kind, start, width, column, transposed, dtype)
+    tiles = _expanded(weight, kind, start, width, column, transposed, dtype)
     for part, tile in enumerate(tiles):
         if transposed:
             total[0] += dot(x[part, :, pl.ds(start, width)], tile, (1, 1))
@@ -69,21 +78,21 @@ def dot(x, y, axes):
 
 def _spec(shape, transposed, columns):
     if transposed:
-        return pl.BlockSpec((1, columns, shape[2]), lambda j, i, g, *_: (g[i], j, 0))
-    return pl.BlockSpec((1, shape[1], columns), lambda j, i, g, *_: (g[i], 0, j))
+        return pl.BlockSpec((1, columns, shape[2]), lambda j, i, work: (work.group_I[i], j, 0))
+    return pl.BlockSpec((1, shape[1], columns), lambda j, i, work: (work.group_I[i], 0, j))
 
 
-def _expanded(refs, kind, start, depth, column, transposed, dtype):
+def _expanded(weight, kind, start, depth, column, transposed, dtype):
     """The chunk of the tile as matrices of `dtype`: one, or even and odd columns of FP4."""
-    values = refs[0]
+    values, scales = weight
     chunk = values[0, :, pl.ds(start, depth)] if transposed else values[0, pl.ds(start, depth), :]
     if kind == "float":
         return [chunk.astype(dtype)]
     if kind == "fp8":
         first = column * (values.shape[1 if transposed else 2] // FP8)
         row, col = (first, start // FP8) if transposed else (start // FP8, first)
-        return [_expand_fp8(chunk, refs[1], row, col).astype(dtype)]
-    scales = refs[1][0] if transposed else refs[1][0, pl.ds(start, depth), :]
+        return [_expand_fp8(chunk, scales, row, col).astype(dtype)]
+    scales = scales[0] if transposed else scales[0, pl.ds(start, depth), :]
     first = start if transposed else column * values.shape[2]
     scales = _spread(_twice_scales(scales), first, chunk.shape[1])
     codes = chunk.astype(jnp.int32)

@@ -7,6 +7,7 @@ few tokens at once, of which the blocks on the diagonal count.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,70 +15,62 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from v4jax.kernels.hyper_connections import bind, packing
+from v4jax.kernels.hyper_connections.arguments import Saved, Sublayer, Weights
 from v4jax.kernels.hyper_connections.gpu import tiles
 from v4jax.kernels.hyper_connections.gpu.forward import exact, fn_parts
-from v4jax.kernels.hyper_connections.gpu.mixing import mixing_backward_kernel
+from v4jax.kernels.hyper_connections.gpu.mixing import RowGrads, mixing_backward_kernel
 
 WARP = 32  # tokens: the buffer of Sinkhorn iterates needs a thread to each
 
 
+class Operands(NamedTuple):
+    """What `stream_grads` reads.
+
+    Attributes:
+      h, du: streams and gradients of u.
+      coefficient: rows pre and what the rms factor leaves, [M + 1, N].
+      draw, fn: d(fn @ v) and fn, in parts.
+      grad: added to dh, or None.
+    """
+
+    h: Any
+    du: Any
+    coefficient: Any
+    draw: Any
+    fn: Any
+    grad: Any = None
+
+
 def post_pre_backward(
-    y_BTD,
-    h_BTMD,
-    post_BTM,
-    comb_BTMM,
-    new_BTMD,
-    fn_XV,
-    base_X,
-    scale_3,
-    mixed_XN,
-    norm_N,
-    grads,
-    *,
-    interpret,
-    **options,
+    sublayer: Sublayer, new_BTMD, weights: Weights, saved: Saved, grads, *, interpret, **options
 ):
-    """Gradients of y, h, post, comb, fn, base, scale from those of (h', u, post', comb')."""
+    """Gradients of the sub-layer and the weights from those of (h', u, mixing')."""
     grad_BTMD, *grads = grads
-    arrays = (new_BTMD, fn_XV, base_X, scale_3, mixed_XN, norm_N, tuple(grads))
-    dnew_BTMD, *dweights = pre_backward(*arrays, grad_BTMD, interpret=interpret, **options)
-    arrays = (y_BTD, h_BTMD, post_BTM, comb_BTMM, dnew_BTMD)
-    return *post_backward(*arrays, interpret=interpret), *dweights
+    given = (new_BTMD, weights, saved, tuple(grads))
+    dnew_BTMD, dweights = pre_backward(*given, grad_BTMD, interpret=interpret, **options)
+    return post_backward(sublayer, dnew_BTMD, interpret=interpret), dweights
 
 
 @functools.partial(jax.jit, static_argnames=("options", "plan", "interpret"))
 def _pre_backward(
-    h_BTMD,
-    fn_XV,
-    base_X,
-    scale_3,
-    mixed_XN,
-    norm_N,
-    grads,
-    grad_BTMD=None,
-    *,
-    options,
-    plan,
-    interpret,
+    h_BTMD, weights: Weights, saved: Saved, grads, grad_BTMD=None, *, options, plan, interpret
 ):
-    """Gradients of h, fn, base, scale from those of (u, post, comb); `grad_BTMD` is added to dh."""
+    """Gradients of h and the weights from those of (u, mixing); `grad_BTMD` is added to dh."""
     m, d = h_BTMD.shape[2:]
-    du_BTD, dpost_BTM, dcomb_BTMM = grads
+    x = weights.base.shape[0]
+    du_BTD, dmixing = grads
     h_NMD, du_ND = tiles.streams(h_BTMD, plan), tiles.rows(du_BTD, plan)
-    dsmall_XN = tiles.small(packing.rows_of_tokens(dpost_BTM, dcomb_BTMM), plan)
+    dsmall_XN = tiles.small(packing.rows_of_tokens(dmixing), plan)
     dpre_MN = inner_products(h_NMD, du_ND, plan, interpret)
-    mixed, norm = tiles.small(mixed_XN, plan), tiles.small(norm_N[None], plan)
+    padded = Saved(tiles.small(saved.mixed, plan), tiles.small(saved.norm[None], plan))
     dweights_XN = jnp.concatenate([dpre_MN, dsmall_XN])
-    weights = (base_X, packing.row_scale(scale_3, m))
-    small = (mixed, norm, dweights_XN, *weights)
-    dlogits_XN, coefficient_XN = mix_backward(*small, d, options, plan, interpret)
+    rows = mix_backward(padded, dweights_XN, weights, d, options, plan, interpret)
     grad_NMD = None if grad_BTMD is None else tiles.streams(grad_BTMD, plan)
-    parts = fn_parts(fn_XV, m, plan.d, h_BTMD.dtype)
-    dh_NMD, dfn = stream_grads(h_NMD, du_ND, coefficient_XN, parts, grad_NMD, plan, interpret)
-    x = base_X.shape[0]
+    parts = fn_parts(weights.fn, m, plan.d, h_BTMD.dtype)
+    dh_NMD, dfn = stream_grads(h_NMD, du_ND, rows.coefficient, parts, grad_NMD, plan, interpret)
     dfn_XV = dfn.sum(0)[:x].reshape(x, m, -1)[..., :d].reshape(x, m * d)
-    dbase_X, dscale_3 = packing.logit_grads(dlogits_XN, mixed, m)
-    return tiles.unstreams(dh_NMD, h_BTMD), dfn_XV, dbase_X, dscale_3
+    dlogits = packing.logit_grads(rows.dlogits, padded.mixed, m)
+    return tiles.unstreams(dh_NMD, h_BTMD), Weights(dfn_XV, *dlogits)
 
 
 def inner_products(h_NMD, du_ND, plan, interpret):
@@ -116,33 +109,37 @@ def _inner_kernel(h_ref, du_ref, out_ref, *, channels):
         out_ref[i, :] = jnp.sum(total, axis=1)
 
 
-def mix_backward(mixed, norm, dweights, base_X, scale_X, d, options, plan, interpret):
+def mix_backward(saved: Saved, dweights, weights: Weights, d, options, plan, interpret) -> RowGrads:
     """d(logits) [X, N] and the rows [M + 1 + X, N] that `stream_grads` takes."""
-    x, n = mixed.shape
-    m = next(m for m in range(1, 9) if (2 + m) * m == x)
+    x, n = saved.mixed.shape
+    m = packing.stream_count(x)
     vector = plan.vector(m)
 
     def rows(count):
         return pl.BlockSpec((count, vector), lambda t: (0, t))
 
-    iterates = (options[0], m, m, n)
-    dlogits, coefficient, _ = pl.pallas_call(
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+    iterate = (options[0], m, m)
+    base = tiles.whole(weights.base)
+    [out] = pl.pallas_call(
         functools.partial(mixing_backward_kernel, m=m, d=d, options=options),
         grid=(n // vector,),
-        in_specs=[rows(x), rows(1), rows(x), tiles.whole(base_X), tiles.whole(scale_X)],
+        in_specs=[Saved(rows(x), rows(1)), rows(x), base, base],
         out_specs=(
-            rows(x),
-            rows(m + 1 + x),
-            pl.BlockSpec((*iterates[:3], vector), lambda t: (0, 0, 0, t)),
+            RowGrads(
+                dlogits=rows(x),
+                coefficient=rows(m + 1 + x),
+                iterate=pl.BlockSpec((*iterate, vector), lambda t: (0, 0, 0, t)),
+            ),
         ),
-        out_shape=tuple(
-            jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((x, n), (m + 1 + x, n), iterates)
-        ),
+        out_shape=(RowGrads(shape(x, n), shape(m + 1 + x, n), shape(*iterate, n)),),
         compiler_params=plan.vector_params(m),
         interpret=interpret,
         name="mhc_mix_backward",
-    )(mixed, norm, dweights, base_X, scale_X)
-    return dlogits, coefficient
+    )(saved, dweights, weights.base, packing.row_scale(weights.scale, m))
+    return out
 
 
 def stream_grads(h_NMD, du_ND, coefficient_XN, parts_PXV, grad_NMD, plan, interpret):
@@ -160,21 +157,20 @@ def stream_grads(h_NMD, du_ND, coefficient_XN, parts_PXV, grad_NMD, plan, interp
     rows = per_split * tokens
     draw = _draw_parts(coefficient_XN[m + 1 :], x, h_NMD.dtype)
     streams = pl.BlockSpec((rows, group, channels), lambda c, g, s: (s, g, c))
-    fn_spec = pl.BlockSpec((count, x, group, channels), lambda c, g, s: (0, 0, g, c))
-    operands = [h_NMD, du_ND, coefficient_XN[: m + 1], draw, parts_PXV.reshape(count, x, m, d)]
-    specs = [
-        streams,
-        pl.BlockSpec((rows, channels), lambda c, g, s: (s, c)),
-        pl.BlockSpec((m + 1, rows), lambda c, g, s: (0, s)),
-        pl.BlockSpec((count, rows, x), lambda c, g, s: (0, s, 0)),
-        fn_spec,
-    ]
-    if grad_NMD is not None:
-        operands, specs = [*operands, grad_NMD], [*specs, streams]
+    fn = parts_PXV.reshape(count, x, m, d)
+    operands = Operands(h_NMD, du_ND, coefficient_XN[: m + 1], draw, fn, grad_NMD)
+    specs = Operands(
+        h=streams,
+        du=pl.BlockSpec((rows, channels), lambda c, g, s: (s, c)),
+        coefficient=pl.BlockSpec((m + 1, rows), lambda c, g, s: (0, s)),
+        draw=pl.BlockSpec((count, rows, x), lambda c, g, s: (0, s, 0)),
+        fn=pl.BlockSpec((count, x, group, channels), lambda c, g, s: (0, 0, g, c)),
+        grad=None if grad_NMD is None else streams,
+    )
     dh_NMD, dfn = pl.pallas_call(
         functools.partial(_stream_grads_kernel, steps=per_split, plan=plan),
         grid=(d // channels, m // group, split),
-        in_specs=specs,
+        in_specs=[specs],
         out_specs=(
             streams,
             pl.BlockSpec((None, x, group, channels), lambda c, g, s: (s, 0, g, c)),
@@ -186,7 +182,7 @@ def stream_grads(h_NMD, du_ND, coefficient_XN, parts_PXV, grad_NMD, plan, interp
         compiler_params=plan.params(2),
         interpret=interpret,
         name="mhc_stream_grads",
-    )(*operands)
+    )(operands)
     return dh_NMD, dfn.reshape(split, x, m * d)
 
 
@@ -197,8 +193,8 @@ def _draw_parts(draw_XN, x, dtype):
     return jnp.stack(parts).astype(dtype)
 
 
-def _stream_grads_kernel(h_ref, du_ref, coefficient_ref, draw_ref, fn_ref, *refs, steps, plan):
-    *grad_ref, dh_ref, dfn_ref = refs
+def _stream_grads_kernel(operands, dh_ref, dfn_ref, *, steps, plan):
+    h_ref, du_ref, coefficient_ref, draw_ref, fn_ref, grad_ref = operands
     group, tokens = h_ref.shape[1], plan.tokens
     first = pl.program_id(1) * group
     count, x = fn_ref.shape[:2]
@@ -221,8 +217,8 @@ def _stream_grads_kernel(h_ref, du_ref, coefficient_ref, draw_ref, fn_ref, *refs
             dh = dh - shrink[:, None] * h.astype(jnp.float32)
             for p, q in pairs:
                 dh = dh + plt.dot(draw[p], fn_ref[q, :, i, :], allow_tf32=exact(h))
-            for ref in grad_ref:
-                dh = dh + ref[rows, i, :].astype(jnp.float32)
+            if grad_ref is not None:
+                dh = dh + grad_ref[rows, i, :].astype(jnp.float32)
             dh_ref[rows, i, :] = dh.astype(dh_ref.dtype)
         return tuple(out)
 
@@ -232,48 +228,71 @@ def _stream_grads_kernel(h_ref, du_ref, coefficient_ref, draw_ref, fn_ref, *refs
         dfn_ref[:, i, :] = dfn[i]
 
 
+class Stacked(NamedTuple):
+    """Gradients of the new streams and the streams, a row a stream of a token: [N * M, D]."""
+
+    grad: Any
+    h: Any
+
+
+class PostGrads(NamedTuple):
+    """Gradients of y, h and post; and products of rows, of which d(comb) is a part."""
+
+    dy: Any
+    dh: Any
+    dpost: Any
+    products: Any
+
+
 @functools.partial(jax.jit, static_argnames=("plan", "interpret"))
-def _post_backward(y_BTD, h_BTMD, post_BTM, comb_BTMM, grad_BTMD, *, plan, interpret):
-    batch, length, m, _ = h_BTMD.shape
-    coefficient = tiles.small(packing.rows_of_tokens(post_BTM, comb_BTMM), plan)
-    h_NMD, grad_NMD = tiles.streams(h_BTMD, plan), tiles.streams(grad_BTMD, plan)
-    n, _, d = h_NMD.shape
+def _post_backward(sublayer: Sublayer, grad_BTMD, *, plan, interpret):
+    batch, length, m, _ = sublayer.h.shape
+    packed, grad_NMD = tiles.pack(sublayer, plan), tiles.streams(grad_BTMD, plan)
+    n, _, d = packed.h.shape
     tokens = tiles.FEWEST // m
     channels = min(d & -d, 256)
     streams = pl.BlockSpec((tokens, m, d), lambda t: (t, 0, 0))
     stacked = pl.BlockSpec((tokens * m, d), lambda t: (t, 0))
     vector = pl.BlockSpec((tokens, d), lambda t: (t, 0))
-    small = pl.BlockSpec((m + m * m, tokens), lambda t: (0, t))
-    dy_ND, dh_NMD, dpost_MN, dcomb = pl.pallas_call(
+    [out] = pl.pallas_call(
         functools.partial(_post_kernel, channels=channels),
         grid=(n // tokens,),
-        in_specs=[streams, stacked, stacked, vector, small],
-        out_specs=(
-            vector,
+        in_specs=[
             streams,
-            pl.BlockSpec((m, tokens), lambda t: (0, t)),
-            pl.BlockSpec((tokens * m, tiles.FEWEST), lambda t: (t, 0)),
+            Stacked(stacked, stacked),
+            vector,
+            pl.BlockSpec((m + m * m, tokens), lambda t: (0, t)),
+        ],
+        out_specs=(
+            PostGrads(
+                dy=vector,
+                dh=streams,
+                dpost=pl.BlockSpec((m, tokens), lambda t: (0, t)),
+                products=pl.BlockSpec((tokens * m, tiles.FEWEST), lambda t: (t, 0)),
+            ),
         ),
         out_shape=(
-            jax.ShapeDtypeStruct((n, d), y_BTD.dtype),
-            jax.ShapeDtypeStruct(h_NMD.shape, h_BTMD.dtype),
-            jax.ShapeDtypeStruct((m, n), jnp.float32),
-            jax.ShapeDtypeStruct((n * m, tiles.FEWEST), jnp.float32),
+            PostGrads(
+                dy=jax.ShapeDtypeStruct((n, d), sublayer.y.dtype),
+                dh=jax.ShapeDtypeStruct(packed.h.shape, sublayer.h.dtype),
+                dpost=jax.ShapeDtypeStruct((m, n), jnp.float32),
+                products=jax.ShapeDtypeStruct((n * m, tiles.FEWEST), jnp.float32),
+            ),
         ),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="mhc_post_backward",
     )(
         grad_NMD,
-        grad_NMD.reshape(n * m, d),
-        h_NMD.reshape(n * m, d),
-        tiles.rows(y_BTD, plan),
-        coefficient,
+        Stacked(grad_NMD.reshape(n * m, d), packed.h.reshape(n * m, d)),
+        packed.y,
+        packed.coefficients,
     )
     count = batch * length
-    dpost_BTM = dpost_MN[:, :count].T.reshape(batch, length, m)
-    dcomb_BTMM = _diagonal_blocks(dcomb, m)[:count].reshape(batch, length, m, m)
-    return tiles.unrows(dy_ND, y_BTD), tiles.unstreams(dh_NMD, h_BTMD), dpost_BTM, dcomb_BTMM
+    dpost_BTM = out.dpost[:, :count].T.reshape(batch, length, m)
+    dcomb_BTMM = _diagonal_blocks(out.products, m)[:count].reshape(batch, length, m, m)
+    dy_BTD, dh_BTMD = packing.unrows(out.dy, sublayer.y), tiles.unstreams(out.dh, sublayer.h)
+    return Sublayer(dy_BTD, dh_BTMD, dpost_BTM, dcomb_BTMM)
 
 
 def _diagonal_blocks(products, m):
@@ -284,43 +303,31 @@ def _diagonal_blocks(products, m):
     return jnp.stack([blocks[:, t, :, t] for t in range(tokens)], axis=1).reshape(-1, m, m)
 
 
-def _post_kernel(
-    grad_ref,
-    grad_rows_ref,
-    h_rows_ref,
-    y_ref,
-    coefficient_ref,
-    dy_ref,
-    dh_ref,
-    dpost_ref,
-    dcomb_ref,
-    *,
-    channels,
-):
+def _post_kernel(grad_ref, rows: Stacked, y_ref, coefficient_ref, out: PostGrads, *, channels):
     tokens, m, d = grad_ref.shape
 
     def step(k, carry):
         products, along = carry
         cols = pl.ds(k * channels, channels)
-        h = h_rows_ref[:, cols]
-        g = grad_rows_ref[:, cols]
+        h = rows.h[:, cols]
+        g = rows.grad[:, cols]
         if h.dtype != g.dtype:
             h, g = h.astype(jnp.float32), g.astype(jnp.float32)
         products = products + plt.dot(h, g, trans_b=True, allow_tf32=exact(h))
         y = y_ref[:, cols].astype(jnp.float32)
         g = [grad_ref[:, j, cols].astype(jnp.float32) for j in range(m)]
-        dy_ref[:, cols] = _weighted(coefficient_ref, range(m), g).astype(dy_ref.dtype)
+        out.dy[:, cols] = _weighted(coefficient_ref, range(m), g).astype(out.dy.dtype)
         for i in range(m):
-            rows = range(m + i * m, m + (i + 1) * m)
-            dh_ref[:, i, cols] = _weighted(coefficient_ref, rows, g).astype(dh_ref.dtype)
+            comb = range(m + i * m, m + (i + 1) * m)
+            out.dh[:, i, cols] = _weighted(coefficient_ref, comb, g).astype(out.dh.dtype)
         return products, tuple(a + x * y for a, x in zip(along, g, strict=True))
 
     zeros = (jnp.zeros((tokens, channels), jnp.float32),) * m
     products = jnp.zeros((tiles.FEWEST, tiles.FEWEST), jnp.float32)
     products, along = jax.lax.fori_loop(0, d // channels, step, (products, zeros))
-    dcomb_ref[...] = products
+    out.products[...] = products
     for j in range(m):
-        dpost_ref[j, :] = jnp.sum(along[j], axis=1)
+        out.dpost[j, :] = jnp.sum(along[j], axis=1)
 
 
 def _weighted(coefficient_ref, rows, g):
@@ -329,7 +336,5 @@ def _weighted(coefficient_ref, rows, g):
 
 
 # Gradients of the arguments of api's functions from those of their results.
-pre_backward = bind.backward(_pre_backward, 0, lambda h_BTMD, dtype: tiles.plan(h_BTMD, WARP))
-post_backward = bind.backward(
-    _post_backward, 1, lambda h_BTMD, dtype: tiles.plan(h_BTMD), numbers=()
-)
+pre_backward = bind.backward(_pre_backward, lambda h_BTMD, dtype: tiles.plan(h_BTMD, WARP))
+post_backward = bind.backward(_post_backward, lambda h_BTMD, dtype: tiles.plan(h_BTMD), numbers=())

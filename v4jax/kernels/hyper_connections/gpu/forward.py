@@ -15,58 +15,47 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from v4jax.kernels.hyper_connections import bind, packing
+from v4jax.kernels.hyper_connections.arguments import Mixed, Packed, Saved, Sublayer, Weights
 from v4jax.kernels.hyper_connections.gpu import tiles
-from v4jax.kernels.hyper_connections.gpu.mixing import mixing_kernel
+from v4jax.kernels.hyper_connections.gpu.mixing import Partial, mixing_kernel
 
-MOST_FUSED = 4  # streams whose tiles a program can hold beside a tile of the product
+MOST_FUSED = 4  # streams whose tiles a program can hold together with a tile of the product
 STATIC = ("options", "dtype", "plan", "interpret")
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
-def _pre(h_BTMD, fn_XV, base_X, scale_3, *, options, dtype, plan, interpret):
+def _pre(h_BTMD, weights: Weights, *, options, dtype, plan, interpret):
     h_NMD = tiles.streams(h_BTMD, plan)
-    parts = fn_parts(fn_XV, h_BTMD.shape[2], plan.d, h_BTMD.dtype)
+    parts = fn_parts(weights.fn, h_BTMD.shape[2], plan.d, h_BTMD.dtype)
     partial = project(h_NMD, parts, plan, interpret)
-    return finish(h_NMD, h_BTMD.shape, partial, base_X, scale_3, options, dtype, plan, interpret)
+    return finish(h_NMD, h_BTMD.shape, partial, weights, options, dtype, plan, interpret)
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
-def _post_pre(
-    y_BTD,
-    h_BTMD,
-    post_BTM,
-    comb_BTMM,
-    fn_XV,
-    base_X,
-    scale_3,
-    *,
-    options,
-    dtype,
-    plan,
-    interpret,
-):
-    coefficients = tiles.small(packing.rows_of_tokens(post_BTM, comb_BTMM), plan)
-    arrays = tiles.rows(y_BTD, plan), tiles.streams(h_BTMD, plan), coefficients
-    m = h_BTMD.shape[2]
-    parts = fn_parts(fn_XV, m, plan.d, dtype)
+def _post_pre(sublayer: Sublayer, weights: Weights, *, options, dtype, plan, interpret):
+    packed = tiles.pack(sublayer, plan)
+    m = sublayer.h.shape[2]
+    parts = fn_parts(weights.fn, m, plan.d, dtype)
     if m <= MOST_FUSED:
-        new_NMD, *partial = recombine_project(*arrays, parts, dtype, plan, interpret)
+        new_NMD, partial = recombine_project(packed, parts, dtype, plan, interpret)
     else:
-        new_NMD = recombine(*arrays, dtype, plan, interpret)
+        new_NMD = recombine(packed, dtype, plan, interpret)
         partial = project(new_NMD, parts, plan, interpret)
-    rest = finish(new_NMD, h_BTMD.shape, partial, base_X, scale_3, options, dtype, plan, interpret)
-    return tiles.unstreams(new_NMD, h_BTMD), *rest
+    new_BTMD = tiles.unstreams(new_NMD, sublayer.h)
+    shape = sublayer.h.shape
+    rest, saved = finish(new_NMD, shape, partial, weights, options, dtype, plan, interpret)
+    return (new_BTMD, *rest), saved
 
 
-def finish(h_NMD, shape, partial, base_X, scale_3, options, dtype, plan, interpret):
-    """u, post, comb, the logits and the rms factors from the partial sums of the logits."""
+def finish(h_NMD, shape, partial: Partial, weights, options, dtype, plan, interpret):
+    """(u, `Mixing`) and `Saved` from the partial sums of the logits."""
     batch, length, m, d = shape
-    mixed_XN, norm_1N, weights_XN = mix(partial, base_X, scale_3, d, options, plan, interpret)
-    u_ND = collapse(h_NMD, weights_XN, dtype, plan, interpret)
+    mixed = mix(partial, weights, d, options, plan, interpret)
+    u_ND = collapse(h_NMD, mixed.weights, dtype, plan, interpret)
     count = batch * length
     u_BTD = u_ND[:count, :d].reshape(batch, length, d)
-    small = packing.tokens_of_rows(weights_XN[m:, :count], (batch, length, m))
-    return u_BTD, *small, mixed_XN[:, :count], norm_1N[0, :count]
+    mixing = packing.tokens_of_rows(mixed.weights[m:, :count], (batch, length, m))
+    return (u_BTD, mixing), Saved(mixed.mixed[:, :count], mixed.norm[0, :count])
 
 
 def fn_parts(fn_XV, m, padded, dtype):
@@ -88,35 +77,36 @@ def _rows(x):
 
 
 def project(h_NMD, parts_PXV, plan, interpret):
-    """Partial sums over channels: fn @ v [S, X', N] and v @ v [S, N]."""
+    """`Partial` sums over channels: fn @ v [S, X', N] and v @ v [S, N]."""
     n, m, d = h_NMD.shape
     count, x, v = parts_PXV.shape
     split = tiles.splits(n // plan.tokens, v // plan.channels)
-    return pl.pallas_call(
+    [out] = pl.pallas_call(
         functools.partial(_project_kernel, steps=v // plan.channels // split, plan=plan),
         grid=(n // plan.tokens, split),
         in_specs=[pl.BlockSpec((plan.tokens, v), lambda t, s: (t, 0)), tiles.whole(parts_PXV)],
-        out_specs=_partial_specs(x, plan),
-        out_shape=_partial_shapes(split, x, n),
+        out_specs=(_partial_specs(x, plan),),
+        out_shape=(_partial_shapes(split, x, n),),
         compiler_params=plan.params(),
         interpret=interpret,
         name="mhc_project",
     )(h_NMD.reshape(n, v), parts_PXV)
+    return out
 
 
 def _partial_specs(x, plan):
-    return (
-        pl.BlockSpec((None, x, plan.tokens), lambda t, s: (s, 0, t)),
-        pl.BlockSpec((None, plan.tokens), lambda t, s: (s, t)),
+    return Partial(
+        raw=pl.BlockSpec((None, x, plan.tokens), lambda t, s: (s, 0, t)),
+        square=pl.BlockSpec((None, plan.tokens), lambda t, s: (s, t)),
     )
 
 
 def _partial_shapes(split, x, n):
     shapes = (split, x, n), (split, n)
-    return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    return Partial(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
 
 
-def _project_kernel(h_ref, fn_ref, raw_ref, square_ref, *, steps, plan):
+def _project_kernel(h_ref, fn_ref, out: Partial, *, steps, plan):
     first = pl.program_id(1) * steps
     channels = plan.channels
 
@@ -127,8 +117,8 @@ def _project_kernel(h_ref, fn_ref, raw_ref, square_ref, *, steps, plan):
         )
 
     raw, square = jax.lax.fori_loop(0, steps, step, accumulators(plan, fn_ref.shape[1]))
-    raw_ref[...] = raw.T
-    square_ref[...] = jnp.sum(square, axis=1)
+    out.raw[...] = raw.T
+    out.square[...] = jnp.sum(square, axis=1)
 
 
 def accumulators(plan, x):
@@ -152,52 +142,49 @@ def exact(x):
     return False if x.dtype == jnp.float32 else None
 
 
-def recombine_project(y_ND, h_NMD, coefficients, parts_PXV, dtype, plan, interpret):
+def recombine_project(packed: Packed, parts_PXV, dtype, plan, interpret):
     """The streams after `post`, and the partial sums of `project` for them."""
-    n, m, d = h_NMD.shape
+    n, m, d = packed.h.shape
     plan = dataclasses.replace(plan, channels=min(plan.channels, max(128 // m, tiles.FEWEST)))
     count, x, _ = parts_PXV.shape
     split = tiles.splits(n // plan.tokens, d // plan.channels)
     steps = d // plan.channels // split
     parts = parts_PXV.reshape(count, x, m, d)
     streams = pl.BlockSpec((plan.tokens, m, d), lambda t, s: (t, 0, 0))
-    small = pl.BlockSpec((coefficients.shape[0], plan.tokens), lambda t, s: (0, t))
+    small = pl.BlockSpec((packed.coefficients.shape[0], plan.tokens), lambda t, s: (0, t))
+    vector = pl.BlockSpec((plan.tokens, d), lambda t, s: (t, 0))
     return pl.pallas_call(
         functools.partial(_recombine_project_kernel, steps=steps, plan=plan),
         grid=(n // plan.tokens, split),
-        in_specs=[
-            pl.BlockSpec((plan.tokens, d), lambda t, s: (t, 0)),
-            streams,
-            small,
-            tiles.whole(parts),
-        ],
-        out_specs=(streams, *_partial_specs(x, plan)),
-        out_shape=(jax.ShapeDtypeStruct(h_NMD.shape, dtype), *_partial_shapes(split, x, n)),
+        in_specs=[Packed(vector, streams, small), tiles.whole(parts)],
+        out_specs=(streams, _partial_specs(x, plan)),
+        out_shape=(
+            jax.ShapeDtypeStruct(packed.h.shape, dtype),
+            _partial_shapes(split, x, n),
+        ),
         compiler_params=plan.params(2),
         interpret=interpret,
         name="mhc_post_project",
-    )(y_ND, h_NMD, coefficients, parts)
+    )(packed, parts)
 
 
-def _recombine_project_kernel(
-    y_ref, h_ref, coefficient_ref, fn_ref, new_ref, raw_ref, square_ref, *, steps, plan
-):
-    m, channels = h_ref.shape[1], plan.channels
+def _recombine_project_kernel(packed, fn_ref, new_ref, out: Partial, *, steps, plan):
+    m, channels = packed.h.shape[1], plan.channels
     first = pl.program_id(1) * steps
 
     def step(k, carry):
         cols = pl.ds((first + k) * channels, channels)
-        y = y_ref[:, cols].astype(jnp.float32)
-        h = [h_ref[:, i, cols].astype(jnp.float32) for i in range(m)]
+        y = packed.y[:, cols].astype(jnp.float32)
+        h = [packed.h[:, i, cols].astype(jnp.float32) for i in range(m)]
         for j in range(m):
-            new = recombined(coefficient_ref, y, h, j).astype(new_ref.dtype)
+            new = recombined(packed.coefficients, y, h, j).astype(new_ref.dtype)
             new_ref[:, j, cols] = new
             carry = accumulate(carry, new, [fn_ref[p, :, j, cols] for p in range(fn_ref.shape[0])])
         return carry
 
     raw, square = jax.lax.fori_loop(0, steps, step, accumulators(plan, fn_ref.shape[1]))
-    raw_ref[...] = raw.T
-    square_ref[...] = jnp.sum(square, axis=1)
+    out.raw[...] = raw.T
+    out.square[...] = jnp.sum(square, axis=1)
 
 
 def recombined(coefficient_ref, y_TC, h, j):
@@ -209,33 +196,31 @@ def recombined(coefficient_ref, y_TC, h, j):
     return new
 
 
-def mix(partial, base_X, scale_3, d, options, plan, interpret):
+def mix(partial: Partial, weights: Weights, d, options, plan, interpret) -> Mixed:
     """The logits [X, N], the rms factors [1, N] and the weights [X, N] of the partial sums."""
-    raw, square = partial
-    x, m = base_X.shape[0], _streams(base_X.shape[0])
+    x = weights.base.shape[0]
+    m = packing.stream_count(x)
     vector = plan.vector(m)
-    small = pl.BlockSpec((x, vector), lambda t: (0, t))
-    shape = jax.ShapeDtypeStruct((x, plan.n), jnp.float32)
-    one = jax.ShapeDtypeStruct((1, plan.n), jnp.float32)
-    return pl.pallas_call(
+
+    def rows(count):
+        return pl.BlockSpec((count, vector), lambda t: (0, t))
+
+    def shape(count):
+        return jax.ShapeDtypeStruct((count, plan.n), jnp.float32)
+
+    raw = pl.BlockSpec((*partial.raw.shape[:2], vector), lambda t: (0, 0, t))
+    base = tiles.whole(weights.base)
+    [mixed] = pl.pallas_call(
         functools.partial(mixing_kernel, m=m, d=d, options=options),
         grid=(plan.n // vector,),
-        in_specs=[
-            pl.BlockSpec((*raw.shape[:2], vector), lambda t: (0, 0, t)),
-            pl.BlockSpec((square.shape[0], vector), lambda t: (0, t)),
-            tiles.whole(base_X),
-            tiles.whole(base_X),
-        ],
-        out_specs=(small, pl.BlockSpec((1, vector), lambda t: (0, t)), small),
-        out_shape=(shape, one, shape),
+        in_specs=[Partial(raw, rows(partial.square.shape[0])), base, base],
+        out_specs=(Mixed(rows(x), rows(1), rows(x)),),
+        out_shape=(Mixed(shape(x), shape(1), shape(x)),),
         compiler_params=plan.vector_params(m),
         interpret=interpret,
         name="mhc_mix",
-    )(raw, square, base_X, packing.row_scale(scale_3, m))
-
-
-def _streams(x):
-    return next(m for m in range(1, 9) if (2 + m) * m == x)
+    )(partial, weights.base, packing.row_scale(weights.scale, m))
+    return mixed
 
 
 def collapse(h_NMD, weights_XN, dtype, plan, interpret):
@@ -265,47 +250,49 @@ def _collapse_kernel(h_ref, weight_ref, u_ref):
 
 
 @functools.partial(jax.jit, static_argnames=STATIC[1:])
-def _post(y_BTD, h_BTMD, post_BTM, comb_BTMM, *, dtype, plan, interpret):
-    coefficients = tiles.small(packing.rows_of_tokens(post_BTM, comb_BTMM), plan)
-    y_ND, h_NMD = tiles.rows(y_BTD, plan), tiles.streams(h_BTMD, plan)
-    return tiles.unstreams(recombine(y_ND, h_NMD, coefficients, dtype, plan, interpret), h_BTMD)
+def _post(sublayer: Sublayer, *, dtype, plan, interpret):
+    new_NMD = recombine(tiles.pack(sublayer, plan), dtype, plan, interpret)
+    return tiles.unstreams(new_NMD, sublayer.h)
 
 
-def recombine(y_ND, h_NMD, coefficients, dtype, plan, interpret):
+def recombine(packed: Packed, dtype, plan, interpret):
     """The streams after `post`."""
-    n, m, d = h_NMD.shape
+    n, m, d = packed.h.shape
     tokens, channels = plan.elementwise(2048 if m <= 4 else 1024)
     streams = pl.BlockSpec((tokens, m, channels), lambda t, c: (t, 0, c))
     return pl.pallas_call(
         _post_kernel,
         grid=(n // tokens, d // channels),
         in_specs=[
-            pl.BlockSpec((tokens, channels), lambda t, c: (t, c)),
-            streams,
-            pl.BlockSpec((coefficients.shape[0], tokens), lambda t, c: (0, t)),
+            Packed(
+                y=pl.BlockSpec((tokens, channels), lambda t, c: (t, c)),
+                h=streams,
+                coefficients=pl.BlockSpec(
+                    (packed.coefficients.shape[0], tokens), lambda t, c: (0, t)
+                ),
+            )
         ],
         out_specs=streams,
-        out_shape=jax.ShapeDtypeStruct(h_NMD.shape, dtype),
+        out_shape=jax.ShapeDtypeStruct(packed.h.shape, dtype),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="mhc_post",
-    )(y_ND, h_NMD, coefficients)
+    )(packed)
 
 
-def _post_kernel(y_ref, h_ref, coefficient_ref, out_ref):
-    m = h_ref.shape[1]
-    y = y_ref[...].astype(jnp.float32)
-    h = [h_ref[:, i, :].astype(jnp.float32) for i in range(m)]
+def _post_kernel(packed, out_ref):
+    m = packed.h.shape[1]
+    y = packed.y[...].astype(jnp.float32)
+    h = [packed.h[:, i, :].astype(jnp.float32) for i in range(m)]
     for j in range(m):
-        out_ref[:, j, :] = recombined(coefficient_ref, y, h, j).astype(out_ref.dtype)
+        out_ref[:, j, :] = recombined(packed.coefficients, y, h, j).astype(out_ref.dtype)
 
 
 def _plan(h_BTMD, dtype):
     return tiles.plan(h_BTMD)
 
 
-# See api's functions of these names. Beside their results `pre` and `post_pre` give the logits
-# [X, N] and the rms factors [N] that the gradients take.
-pre = bind.forward(_pre, 0, _plan)
-post = bind.forward(_post, 1, _plan, ())
-post_pre = bind.forward(_post_pre, 1, _plan)
+# See api's functions of these names. `pre` and `post_pre` also give what the gradients keep.
+pre = bind.forward(_pre, _plan)
+post = bind.forward(_post, _plan, ())
+post_pre = bind.forward(_post_pre, _plan)

@@ -7,11 +7,13 @@ token, far less than its streams).
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from v4jax.kernels.hyper_connections import sinkhorn
+from v4jax.kernels.hyper_connections.arguments import Mixed
 
 
 def _parts(m, tokens):
@@ -24,68 +26,71 @@ def _parts(m, tokens):
     return (row, token), (m + row, token), ((2 + i) * m + j, matrix_token)
 
 
-def mixing_kernel(
-    raw_ref, square_ref, base_ref, scale_ref, mixed_ref, norm_ref, weights_ref, *, m, d, options
-):
+class Partial(NamedTuple):
+    """Sums over some of the channels, for v a token's streams: fn @ v and v @ v."""
+
+    raw: Any
+    square: Any
+
+
+class RowGrads(NamedTuple):
+    """What `mixing_backward_kernel` gives.
+
+    Attributes:
+      dlogits: [X, N].
+      coefficient: [M + 1 + X, N], by row: pre, what the rms factor leaves, draw = d(fn @ v).
+      iterate: [iterations, M, M, N], the Sinkhorn iterates: a buffer.
+    """
+
+    dlogits: Any
+    coefficient: Any
+    iterate: Any
+
+
+def mixing_kernel(partial, base_ref, scale_ref, out: Mixed, *, m, d, options):
     """Logits, rms factors and weights from the partial sums over channels."""
     iterations, eps, rms_eps = options
-    split, tokens = square_ref.shape
-    square = functools.reduce(jnp.add, [square_ref[s, :] for s in range(split)])
+    split, tokens = partial.square.shape
+    square = functools.reduce(jnp.add, [partial.square[s, :] for s in range(split)])
     norm = jax.lax.rsqrt(square / (m * d) + rms_eps)
-    norm_ref[0, :] = norm
+    out.norm[0, :] = norm
 
     def logits(rows, token):
-        raw = functools.reduce(jnp.add, [raw_ref[s, rows, token] for s in range(split)])
+        raw = functools.reduce(jnp.add, [partial.raw[s, rows, token] for s in range(split)])
         mixed = raw * norm.reshape((1,) * (rows.ndim - 1) + (tokens,))
-        mixed_ref[rows, token] = mixed
+        out.mixed[rows, token] = mixed
         return mixed * scale_ref[rows] + base_ref[rows]
 
     pre, post, matrix = _parts(m, tokens)
-    weights_ref[pre] = jax.nn.sigmoid(logits(*pre)) + eps
-    weights_ref[post] = 2.0 * jax.nn.sigmoid(logits(*post))
-    weights_ref[matrix] = sinkhorn.forward(logits(*matrix), iterations, eps)
+    out.weights[pre] = jax.nn.sigmoid(logits(*pre)) + eps
+    out.weights[post] = 2.0 * jax.nn.sigmoid(logits(*post))
+    out.weights[matrix] = sinkhorn.forward(logits(*matrix), iterations, eps)
 
 
 def mixing_backward_kernel(
-    mixed_ref,
-    norm_ref,
-    dweights_ref,
-    base_ref,
-    scale_ref,
-    dlogits_ref,
-    coefficient_ref,
-    iterate_ref,
-    *,
-    m,
-    d,
-    options,
+    saved, dweights_ref, base_ref, scale_ref, out: RowGrads, *, m, d, options
 ):
-    """Gradients of the logits, and by row: pre, what the rms factor leaves, draw = d(fn @ v).
-
-    Args:
-      dweights_ref: [X, T], gradients of the weights.
-      dlogits_ref: [X, T]. coefficient_ref: [M + 1 + X, T]. iterate_ref: [iterations, M, M, T].
-    """
+    """From the gradients of the weights [X, T] to those of the logits, and what `dh` takes."""
     iterations, eps = options
-    tokens = norm_ref.shape[1]
-    norm = norm_ref[0, :]
+    tokens = saved.norm.shape[1]
+    norm = saved.norm[0, :]
     along = jnp.zeros((tokens,), jnp.float32)
     for part, (rows, token) in enumerate(_parts(m, tokens)):
-        mixed, scale = mixed_ref[rows, token], scale_ref[rows]
+        mixed, scale = saved.mixed[rows, token], scale_ref[rows]
         logits, dweights = mixed * scale + base_ref[rows], dweights_ref[rows, token]
         if part == 2:
-            dlogits = sinkhorn.backward(logits, dweights, iterate_ref, iterations, eps)
+            dlogits = sinkhorn.backward(logits, dweights, out.iterate, iterations, eps)
         else:
             gate = jax.nn.sigmoid(logits)
             dlogits = (1.0 + part) * dweights * gate * (1.0 - gate)
         if part == 0:
-            coefficient_ref[rows, token] = gate + eps
-        dlogits_ref[rows, token] = dlogits
+            out.coefficient[rows, token] = gate + eps
+        out.dlogits[rows, token] = dlogits
         dmixed = dlogits * scale
         spread = norm.reshape((1,) * (rows.ndim - 1) + (tokens,))
-        coefficient_ref[m + 1 + rows, token] = dmixed * spread
+        out.coefficient[m + 1 + rows, token] = dmixed * spread
         product = dmixed * mixed
         for _ in range(rows.ndim - 1):
             product = jnp.sum(product, axis=0)
         along = along + product
-    coefficient_ref[m, :] = norm * norm * along / (m * d)
+    out.coefficient[m, :] = norm * norm * along / (m * d)

@@ -11,6 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from v4jax.kernels import blocks
+from v4jax.kernels.hyper_connections import packing
+from v4jax.kernels.hyper_connections.arguments import Packed, Sublayer
 
 FEWEST = 16  # rows of the smallest matrix product
 PROGRAMS = 264  # two for each multiprocessor of an H100
@@ -85,6 +87,12 @@ def splits(tiles: int, steps: int) -> int:
     return count
 
 
+def pack(sublayer: Sublayer, plan: Plan) -> Packed:
+    """y [N, D], the streams [N, M, D] and the coefficients [M + M*M, N]."""
+    coefficients = small(packing.rows_of_tokens(sublayer), plan)
+    return Packed(rows(sublayer.y, plan), streams(sublayer.h, plan), coefficients)
+
+
 def streams(h_BTMD, plan: Plan):
     """[N, M, D], padded."""
     m, d = h_BTMD.shape[-2:]
@@ -102,12 +110,6 @@ def unstreams(h_NMD, like):
 def rows(y_BTD, plan: Plan):
     """[N, D], padded."""
     return streams(y_BTD[:, :, None], plan)[:, 0]
-
-
-def unrows(y_ND, like):
-    """The inverse of `rows`."""
-    batch, length, d = like.shape
-    return y_ND[: batch * length, :d].reshape(like.shape)
 
 
 def small(x_XN, plan: Plan):

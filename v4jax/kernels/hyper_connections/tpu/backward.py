@@ -4,6 +4,7 @@ The grid is (cores, tiles of a core): d(fn) adds up in VMEM over the tiles of a 
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels.hyper_connections import bind, packing
+from v4jax.kernels.hyper_connections.arguments import Mixing, Packed, Saved, Sublayer, Weights
 from v4jax.kernels.hyper_connections.tpu import tiles
-from v4jax.kernels.hyper_connections.tpu.forward import (
-    Specs,
-    by_stream,
-    pack_coefficients,
-    plan_for,
-)
+from v4jax.kernels.hyper_connections.tpu.forward import Specs, by_stream, plan_for
 from v4jax.kernels.hyper_connections.tpu.mixing import write_dlogits
 from v4jax.kernels.hyper_connections.tpu.streams import (
     FLOAT32,
@@ -49,146 +46,123 @@ def post_pre_footprint(h, dtype) -> tiles.Footprint:
     return tiles.footprint(h, (2 * m + 2) * size + (m + 1) * out, m * out, backward=True)
 
 
+class Small(NamedTuple):
+    """A token's numbers, a row a number: logits, rms factor, gradients of post above comb."""
+
+    mixed: Any
+    norm: Any
+    dmixing: Any
+
+
+class LogitGrads(NamedTuple):
+    """d(fn), summed over the tiles of a core, and the gradients of the logits."""
+
+    dfn: Any
+    dlogits: Any
+
+
+class Scratch(NamedTuple):
+    """Buffers.
+
+    Attributes:
+      tall: numbers of a token as columns [T, 128].
+      dweights: gradients of all weights [X, T]. wide: rows to be transposed into tall.
+      matrix, iterate: of the Sinkhorn rounds, [M, M, T] and [iterations, M, M, T].
+    """
+
+    tall: Any
+    dweights: Any
+    wide: Any
+    matrix: Any
+    iterate: Any
+
+
 @functools.partial(jax.jit, static_argnames=("options", "plan", "interpret"))
-def _pre_backward(
-    h_BTMD, fn_XV, base_X, scale_3, mixed_XN, norm_N, grads, *, options, plan, interpret
-):
+def _pre_backward(h_BTMD, weights: Weights, saved: Saved, grads, *, options, plan, interpret):
     m, d = h_BTMD.shape[-2:]
-    du_BTD, dpost_BTM, dcomb_BTMM = grads
+    du_BTD, dmixing = grads
     h_MND = tiles.stream_major(h_BTMD, plan.tokens)
     cores, specs = core_grid(h_MND, plan)
-    mixing = mixing_operands(mixed_XN, norm_N, dpost_BTM, dcomb_BTMM, plan.tokens)
-    weights = weight_operands(fn_XV, base_X, scale_3, m, h_MND.shape[-1], h_BTMD.dtype)
-    dh_MND, dfn, dlogits = pl.pallas_call(
+    small = small_operands(saved, dmixing, plan.tokens)
+    operands = weight_operands(weights, m, h_MND.shape[-1], h_BTMD.dtype)
+    dh_MND, logit_grads = pl.pallas_call(
         functools.partial(_pre_kernel, d=d, options=options, channels=plan.channels),
         grid=(cores, specs.tiles // cores),
         in_specs=[
             specs.streams,
             specs.vector,
-            *(specs.small(x.shape[1]) for x in mixing),
-            *map(specs.whole, weights),
+            small_specs(specs, small),
+            jax.tree.map(specs.whole, operands),
         ],
-        out_specs=(specs.streams, dfn_spec(specs), specs.small(specs.x)),
+        out_specs=(specs.streams, logit_grad_specs(specs)),
         out_shape=(
             jax.ShapeDtypeStruct(h_MND.shape, h_BTMD.dtype),
-            dfn_shape(specs, cores),
-            specs.small_shape(specs.x),
+            logit_grad_shapes(specs, cores),
         ),
-        scratch_shapes=pre_scratch(specs, options),
+        scratch_shapes=[pre_scratch(specs, options)],
         compiler_params=plan.params("parallel", "arbitrary"),
         interpret=interpret,
         name="mhc_pre_backward",
-    )(h_MND, tiles.rows_of(du_BTD, plan.tokens), *mixing, *weights)
-    dh_BTMD = tiles.token_major(dh_MND, h_BTMD)
-    return dh_BTMD, *weight_grads(dfn, dlogits, mixed_XN, d)
+    )(h_MND, tiles.rows_of(du_BTD, plan.tokens), small, operands)
+    return tiles.token_major(dh_MND, h_BTMD), weight_grads(logit_grads, saved.mixed, d)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "interpret"))
-def _post_backward(y_BTD, h_BTMD, post_BTM, comb_BTMM, grad_BTMD, *, plan, interpret):
-    batch, length, m, _ = h_BTMD.shape
-    h_MND = tiles.stream_major(h_BTMD, plan.tokens)
-    grad_MND = tiles.stream_major(grad_BTMD, plan.tokens)
-    y_ND = tiles.rows_of(y_BTD, plan.tokens)
-    specs = Specs(h_MND, plan)
-    coefficients = pack_coefficients(post_BTM, comb_BTMM, plan.tokens)
-    count = coefficients.shape[1]
-    dy_ND, dh_MND, dsmall = pl.pallas_call(
+def _post_backward(sublayer: Sublayer, grad_BTMD, *, plan, interpret):
+    packed = tiles.pack(sublayer, plan.tokens)
+    specs = Specs(packed.h, plan)
+    [dpacked] = pl.pallas_call(
         functools.partial(_post_kernel, channels=plan.channels),
         grid=(specs.tiles,),
-        in_specs=[specs.streams, specs.vector, specs.streams, specs.small(count)],
-        out_specs=(specs.vector, specs.streams, specs.small(count)),
-        out_shape=(
-            specs.vector_shape(y_BTD.dtype),
-            jax.ShapeDtypeStruct(h_MND.shape, h_BTMD.dtype),
-            specs.small_shape(count),
-        ),
+        in_specs=[specs.streams, specs.packed()],
+        out_specs=(specs.packed(),),
+        out_shape=(packed_shapes(specs, packed, sublayer),),
         scratch_shapes=[specs.tall()],
         compiler_params=plan.params("parallel"),
         interpret=interpret,
         name="mhc_post_backward",
-    )(grad_MND, y_ND, h_MND, coefficients)
-    dsmall_XN = tiles.from_lanes(dsmall, batch * length)
-    small = packing.tokens_of_rows(dsmall_XN, (batch, length, m))
-    return tiles.unrows(dy_ND, y_BTD), tiles.token_major(dh_MND, h_BTMD), *small
+    )(tiles.stream_major(grad_BTMD, plan.tokens), packed)
+    return unpacked(dpacked, sublayer)
 
 
 @functools.partial(jax.jit, static_argnames=("options", "plan", "interpret"))
 def _post_pre_backward(
-    y_BTD,
-    h_BTMD,
-    post_BTM,
-    comb_BTMM,
-    new_BTMD,
-    fn_XV,
-    base_X,
-    scale_3,
-    mixed_XN,
-    norm_N,
-    grads,
-    *,
-    options,
-    plan,
-    interpret,
+    sublayer: Sublayer, new_BTMD, weights: Weights, saved: Saved, grads, *, options, plan, interpret
 ):
     del new_BTMD  # Cheaper to compute again than to read: y and h are read in any case.
-    batch, length, m, d = h_BTMD.shape
-    grad_BTMD, du_BTD, dpost_BTM, dcomb_BTMM = grads
-    h_MND = tiles.stream_major(h_BTMD, plan.tokens)
-    cores, specs = core_grid(h_MND, plan)
-    coefficients = pack_coefficients(post_BTM, comb_BTMM, plan.tokens)
-    count = coefficients.shape[1]
-    mixing = mixing_operands(mixed_XN, norm_N, dpost_BTM, dcomb_BTMM, plan.tokens)
-    weights = weight_operands(fn_XV, base_X, scale_3, m, h_MND.shape[-1], grad_BTMD.dtype)
-    dy_ND, dh_MND, dsmall, dfn, dlogits = pl.pallas_call(
+    m, d = sublayer.h.shape[-2:]
+    grad_BTMD, du_BTD, dmixing = grads
+    packed = tiles.pack(sublayer, plan.tokens)
+    cores, specs = core_grid(packed.h, plan)
+    small = small_operands(saved, dmixing, plan.tokens)
+    operands = weight_operands(weights, m, packed.h.shape[-1], grad_BTMD.dtype)
+    dpacked, logit_grads = pl.pallas_call(
         functools.partial(_post_pre_kernel, d=d, options=options, channels=plan.channels),
         grid=(cores, specs.tiles // cores),
         in_specs=[
-            specs.vector,
-            specs.streams,
-            specs.small(count),
+            specs.packed(),
             specs.streams,
             specs.vector,
-            *(specs.small(x.shape[1]) for x in mixing),
-            *map(specs.whole, weights),
+            small_specs(specs, small),
+            jax.tree.map(specs.whole, operands),
         ],
-        out_specs=(
-            specs.vector,
-            specs.streams,
-            specs.small(count),
-            dfn_spec(specs),
-            specs.small(specs.x),
-        ),
-        out_shape=(
-            specs.vector_shape(y_BTD.dtype),
-            jax.ShapeDtypeStruct(h_MND.shape, h_BTMD.dtype),
-            specs.small_shape(count),
-            dfn_shape(specs, cores),
-            specs.small_shape(specs.x),
-        ),
+        out_specs=(specs.packed(), logit_grad_specs(specs)),
+        out_shape=(packed_shapes(specs, packed, sublayer), logit_grad_shapes(specs, cores)),
         scratch_shapes=[
             pltpu.VMEM((m, plan.tokens, specs.d), grad_BTMD.dtype),
-            *pre_scratch(specs, options),
+            pre_scratch(specs, options),
         ],
         compiler_params=plan.params("parallel", "arbitrary"),
         interpret=interpret,
         name="mhc_post_pre_backward",
     )(
-        tiles.rows_of(y_BTD, plan.tokens),
-        h_MND,
-        coefficients,
+        packed,
         tiles.stream_major(grad_BTMD, plan.tokens),
         tiles.rows_of(du_BTD, plan.tokens),
-        *mixing,
-        *weights,
+        small,
+        operands,
     )
-    dsmall_XN = tiles.from_lanes(dsmall, batch * length)
-    small = packing.tokens_of_rows(dsmall_XN, (batch, length, m))
-    return (
-        tiles.unrows(dy_ND, y_BTD),
-        tiles.token_major(dh_MND, h_BTMD),
-        *small,
-        *weight_grads(dfn, dlogits, mixed_XN, d),
-    )
+    return unpacked(dpacked, sublayer), weight_grads(logit_grads, saved.mixed, d)
 
 
 def core_grid(h_MND, plan):
@@ -198,107 +172,94 @@ def core_grid(h_MND, plan):
     return cores, Specs(h_MND, plan, lambda core, g: core * (count // cores) + g)
 
 
-def dfn_spec(specs):
-    return pl.BlockSpec((None, specs.m, specs.x, specs.d), lambda core, g: (core, 0, 0, 0))
+def packed_shapes(specs, packed: Packed, sublayer: Sublayer) -> Packed:
+    """Of the gradients of a packed sub-layer."""
+    return Packed(
+        specs.vector_shape(sublayer.y.dtype),
+        jax.ShapeDtypeStruct(packed.h.shape, sublayer.h.dtype),
+        specs.small_shape(packed.coefficients.shape[1]),
+    )
 
 
-def dfn_shape(specs, cores):
-    return jax.ShapeDtypeStruct((cores, specs.m, specs.x, specs.d), jnp.float32)
+def unpacked(dpacked: Packed, like: Sublayer) -> Sublayer:
+    """The gradients of y, the streams, post and comb."""
+    batch, length, m, _ = like.h.shape
+    rows = tiles.from_lanes(dpacked.coefficients, batch * length)
+    return Sublayer(
+        packing.unrows(dpacked.y, like.y),
+        tiles.token_major(dpacked.h, like.h),
+        *packing.tokens_of_rows(rows, (batch, length, m)),
+    )
+
+
+def logit_grad_specs(specs):
+    dfn = pl.BlockSpec((None, specs.m, specs.x, specs.d), lambda core, g: (core, 0, 0, 0))
+    return LogitGrads(dfn, specs.small(specs.x))
+
+
+def logit_grad_shapes(specs, cores):
+    dfn = jax.ShapeDtypeStruct((cores, specs.m, specs.x, specs.d), jnp.float32)
+    return LogitGrads(dfn, specs.small_shape(specs.x))
 
 
 def pre_scratch(specs, options):
-    return [
-        specs.tall(),
-        pltpu.VMEM((specs.x, specs.tokens), jnp.float32),
-        pltpu.VMEM((round_up(specs.m + 1, 8), specs.tokens), jnp.float32),
-        specs.matrix(),
-        specs.matrix(options[0]),
-    ]
+    return Scratch(
+        tall=specs.tall(),
+        dweights=pltpu.VMEM((specs.x, specs.tokens), jnp.float32),
+        wide=pltpu.VMEM((round_up(specs.m + 1, 8), specs.tokens), jnp.float32),
+        matrix=specs.matrix(),
+        iterate=specs.matrix(options[0]),
+    )
 
 
-def mixing_operands(mixed_XN, norm_N, dpost_BTM, dcomb_BTMM, tokens):
+def small_operands(saved: Saved, dmixing: Mixing, tokens) -> Small:
     """The logits, rms factors and the weights' gradients of each tile."""
-    grads = pack_coefficients(dpost_BTM, dcomb_BTMM, tokens)
-    return tiles.to_lanes(mixed_XN, tokens), tiles.to_lanes(norm_N[None], tokens), grads
+    grads = tiles.pack_mixing(dmixing, tokens)
+    mixed, norm = tiles.to_lanes(saved.mixed, tokens), tiles.to_lanes(saved.norm[None], tokens)
+    return Small(mixed, norm, grads)
 
 
-def weight_operands(fn_XV, base_X, scale_3, m, padded, dtype):
-    """fn by stream for `_dv_operand`'s left side; base and scale as [X, 1]."""
-    fn_MXD = by_stream(fn_XV, m, padded)
+def small_specs(specs, small: Small) -> Small:
+    return jax.tree.map(lambda x: specs.small(x.shape[1]), small)
+
+
+def weight_operands(weights: Weights, m, padded, dtype) -> Weights:
+    """fn by stream for `_draw_operands`' left side; base and scale as [X, 1]."""
+    fn_MXD = by_stream(weights.fn, m, padded)
     if dtype == jnp.bfloat16:
         high, low = packing.float_parts(fn_MXD, 2)
         fn_MXD = jnp.concatenate([high, low, high], axis=1).astype(dtype)
-    return fn_MXD, base_X[:, None], packing.row_scale(scale_3, m)[:, None]
+    return Weights(fn_MXD, *packing.rows_as_columns(weights, m))
 
 
-def weight_grads(dfn, dlogits, mixed_XN, d):
+def weight_grads(grads: LogitGrads, mixed_XN, d) -> Weights:
     """d(fn), d(base), d(scale) from the cores' sums and the gradients of the logits."""
-    m, x = dfn.shape[1:3]
-    dfn_XV = dfn.sum(0)[..., :d].transpose(1, 0, 2).reshape(x, m * d)
-    dlogits_XN = tiles.from_lanes(dlogits, mixed_XN.shape[1])
-    return dfn_XV, *packing.logit_grads(dlogits_XN, mixed_XN, m)
+    m, x = grads.dfn.shape[1:3]
+    dfn_XV = grads.dfn.sum(0)[..., :d].transpose(1, 0, 2).reshape(x, m * d)
+    dlogits_XN = tiles.from_lanes(grads.dlogits, mixed_XN.shape[1])
+    return Weights(dfn_XV, *packing.logit_grads(dlogits_XN, mixed_XN, m))
 
 
 def _post_pre_kernel(
-    y_ref,
-    h_ref,
-    coefficient_ref,
-    grad_ref,
-    du_ref,
-    mixed_ref,
-    norm_ref,
-    dsmall_ref,
-    fn_ref,
-    base_ref,
-    scale_ref,
-    dy_ref,
-    dh_ref,
-    dcoefficient_ref,
-    dfn_ref,
-    dlogits_ref,
-    new_ref,
-    *scratch,
-    d,
-    options,
-    channels,
+    packed, grad_ref, du_ref, small, weights, dpacked, dlogits, new_ref, scratch, **options
 ):
-    tall_ref = scratch[0]
-    to_tall(coefficient_ref[...], tall_ref)
-    recombine(y_ref, h_ref, tall_ref, new_ref, channels)
-    _pre_kernel(
-        new_ref,
-        du_ref,
-        mixed_ref,
-        norm_ref,
-        dsmall_ref,
-        fn_ref,
-        base_ref,
-        scale_ref,
-        new_ref,
-        dfn_ref,
-        dlogits_ref,
-        *scratch,
-        d=d,
-        options=options,
-        channels=channels,
-        grad_ref=grad_ref,
-    )
-    to_tall(coefficient_ref[...], tall_ref)
-    recombine_backward(new_ref, y_ref, h_ref, tall_ref, dy_ref, dh_ref, channels)
-    coefficient_grads(new_ref, y_ref, h_ref, tall_ref, channels)
-    dcoefficient_ref[...] = from_tall(tall_ref, dcoefficient_ref.shape[0])
+    """The streams between the two halves, then their gradient, stand in new_ref."""
+    channels = options["channels"]
+    to_tall(packed.coefficients[...], scratch.tall)
+    recombine(packed.y, packed.h, scratch.tall, new_ref, channels)
+    halves = (small, weights, new_ref, dlogits, scratch)
+    _pre_kernel(new_ref, du_ref, *halves, **options, grad_ref=grad_ref)
+    _post_kernel(new_ref, packed, dpacked, scratch.tall, channels=channels)
 
 
-def _post_kernel(
-    grad_ref, y_ref, h_ref, coefficient_ref, dy_ref, dh_ref, dsmall_ref, tall_ref, *, channels
-):
-    to_tall(coefficient_ref[...], tall_ref)
-    recombine_backward(grad_ref, y_ref, h_ref, tall_ref, dy_ref, dh_ref, channels)
-    coefficient_grads(grad_ref, y_ref, h_ref, tall_ref, channels)
-    dsmall_ref[...] = from_tall(tall_ref, dsmall_ref.shape[0])
+def _post_kernel(grad_ref, packed, dpacked, tall_ref, *, channels):
+    to_tall(packed.coefficients[...], tall_ref)
+    recombine_backward(grad_ref, packed.h, tall_ref, dpacked, channels)
+    coefficient_grads(grad_ref, packed, tall_ref, channels)
+    dpacked.coefficients[...] = from_tall(tall_ref, dpacked.coefficients.shape[0])
 
 
-def recombine_backward(grad_ref, y_ref, h_ref, tall_ref, dy_ref, dh_ref, channels):
+def recombine_backward(grad_ref, h_ref, tall_ref, dpacked, channels):
     """dy = sum_j post[j] * g[j] and dh[i] = sum_j comb[i, j] * g[j]."""
     m, tokens, d = h_ref.shape
 
@@ -308,18 +269,19 @@ def recombine_backward(grad_ref, y_ref, h_ref, tall_ref, dy_ref, dh_ref, channel
         def tile(cols, _):
             g = [load(grad_ref, j, rows, cols) for j in range(m)]
             dy = sum(coefficient[j] * g[j] for j in range(m))
-            dy_ref[rows, cols] = dy.astype(dy_ref.dtype)
+            dpacked.y[rows, cols] = dy.astype(dpacked.y.dtype)
             for i in range(m):
                 dh = sum(coefficient[m + i * m + j] * g[j] for j in range(m))
-                dh_ref[i, rows, cols] = dh.astype(dh_ref.dtype)
+                dpacked.h[i, rows, cols] = dh.astype(dpacked.h.dtype)
 
         for_channels(d, channels, tile)
 
     for_rows(tokens, group)
 
 
-def coefficient_grads(grad_ref, y_ref, h_ref, tall_ref, channels):
+def coefficient_grads(grad_ref, packed, tall_ref, channels):
     """Columns of tall: d(post)[j] = <g[j], y>, then d(comb)[i, j] = <g[j], h[i]>, row major."""
+    y_ref, h_ref = packed.y, packed.h
     m, tokens, d = h_ref.shape
     together = 4 if m <= 4 else 2  # sums of so many g[j] at once, so that they stay in registers
 
@@ -349,20 +311,11 @@ def coefficient_grads(grad_ref, y_ref, h_ref, tall_ref, channels):
 def _pre_kernel(
     h_ref,
     du_ref,
-    mixed_ref,
-    norm_ref,
-    dsmall_ref,
-    fn_ref,
-    base_ref,
-    scale_ref,
+    small,
+    weights,
     dh_ref,
-    dfn_ref,
-    dlogits_ref,
-    tall_ref,
-    dweights_ref,
-    wide_ref,
-    matrix_ref,
-    iterate_ref,
+    out: LogitGrads,
+    scratch,
     *,
     d,
     options,
@@ -371,23 +324,24 @@ def _pre_kernel(
 ):
     """dh, d(logits) and this tile's d(fn); `grad_ref` is added to dh, which may be h's own ref."""
     m = h_ref.shape[0]
-    inner_products(h_ref, du_ref, tall_ref, channels)
-    dweights_ref[:m] = from_tall(tall_ref, m)
-    dweights_ref[m:] = dsmall_ref[...]
-    logits = mixed_ref[...] * scale_ref[...] + base_ref[...]
-    scratch = (matrix_ref, iterate_ref)
-    write_dlogits(logits, dweights_ref, dlogits_ref, wide_ref, scratch, *options)
-    dmixed = dlogits_ref[...] * scale_ref[...]
-    along = jnp.sum(dmixed * mixed_ref[...], axis=0, keepdims=True)
-    wide_ref[m : m + 1] = norm_ref[...] * norm_ref[...] * along / (m * d)
-    to_tall(wide_ref[...], tall_ref)
-    draw_XT = dmixed * norm_ref[...]
+    inner_products(h_ref, du_ref, scratch.tall, channels)
+    scratch.dweights[:m] = from_tall(scratch.tall, m)
+    scratch.dweights[m:] = small.dmixing[...]
+    logits = small.mixed[...] * weights.scale[...] + weights.base[...]
+    rounds = (scratch.matrix, scratch.iterate)
+    write_dlogits(logits, scratch.dweights, out.dlogits, scratch.wide, rounds, *options)
+    dmixed = out.dlogits[...] * weights.scale[...]
+    along = jnp.sum(dmixed * small.mixed[...], axis=0, keepdims=True)
+    scratch.wide[m : m + 1] = small.norm[...] * small.norm[...] * along / (m * d)
+    to_tall(scratch.wide[...], scratch.tall)
+    draw_XT = dmixed * small.norm[...]
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        dfn_ref[...] = jnp.zeros_like(dfn_ref)
+        out.dfn[...] = jnp.zeros_like(out.dfn)
 
-    stream_grads(h_ref, du_ref, draw_XT, fn_ref, tall_ref, dh_ref, dfn_ref, channels, grad_ref)
+    arrays = (draw_XT, weights.fn, scratch.tall, dh_ref, out.dfn)
+    stream_grads(h_ref, du_ref, *arrays, channels, grad_ref)
 
 
 def inner_products(h_ref, du_ref, tall_ref, channels):
@@ -469,6 +423,6 @@ def _dfn(right, h, x, exact):
 
 
 # Gradients of the arguments of api's functions from those of their results.
-pre_backward = bind.backward(_pre_backward, 0, plan_for(pre_footprint))
-post_backward = bind.backward(_post_backward, 1, plan_for(post_footprint), ())
-post_pre_backward = bind.backward(_post_pre_backward, 1, plan_for(post_pre_footprint))
+pre_backward = bind.backward(_pre_backward, plan_for(pre_footprint))
+post_backward = bind.backward(_post_backward, plan_for(post_footprint), ())
+post_pre_backward = bind.backward(_post_pre_backward, plan_for(post_pre_footprint))

@@ -1,6 +1,7 @@
 """mHC on a TPU, forward: a tile of tokens reads its streams once and keeps them in VMEM."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels.hyper_connections import bind, packing
+from v4jax.kernels.hyper_connections.arguments import (
+    Mixed,
+    Mixing,
+    Packed,
+    Saved,
+    Sublayer,
+    Weights,
+)
 from v4jax.kernels.hyper_connections.tpu import tiles
 from v4jax.kernels.hyper_connections.tpu.mixing import write_weights
 from v4jax.kernels.hyper_connections.tpu.streams import (
@@ -36,90 +45,77 @@ def post_pre_footprint(h, dtype) -> tiles.Footprint:
     return tiles.footprint(h, (m + 1) * (size + jnp.dtype(dtype).itemsize))
 
 
+class Scratch(NamedTuple):
+    """Buffers: numbers of a token as columns [T, 128], and a matrix a token [M, M, T]."""
+
+    tall: Any
+    matrix: Any
+
+
 @functools.partial(jax.jit, static_argnames=("options", "dtype", "plan", "interpret"))
-def _pre(h_BTMD, fn_XV, base_X, scale_3, *, options, dtype, plan, interpret):
+def _pre(h_BTMD, weights: Weights, *, options, dtype, plan, interpret):
     batch, length, m, d = h_BTMD.shape
     h_MND = tiles.stream_major(h_BTMD, plan.tokens)
-    weights = weight_operands(fn_XV, base_X, scale_3, m, h_MND.shape[-1], h_BTMD.dtype)
+    operands = weight_operands(weights, m, h_MND.shape[-1], h_BTMD.dtype)
     specs = Specs(h_MND, plan)
-    out = pl.pallas_call(
+    u_ND, mixed = pl.pallas_call(
         functools.partial(_pre_kernel, d=d, options=options, channels=plan.channels),
         grid=(specs.tiles,),
-        in_specs=[specs.streams, *map(specs.whole, weights)],
-        out_specs=(specs.vector, *specs.mixing_specs()),
-        out_shape=(specs.vector_shape(dtype), *specs.mixing_shapes()),
-        scratch_shapes=specs.mixing_scratch(),
+        in_specs=[specs.streams, jax.tree.map(specs.whole, operands)],
+        out_specs=(specs.vector, specs.mixed_specs()),
+        out_shape=(specs.vector_shape(dtype), specs.mixed_shapes()),
+        scratch_shapes=[specs.scratch()],
         compiler_params=plan.params("parallel"),
         interpret=interpret,
         name="mhc_pre",
-    )(h_MND, *weights)
-    u_ND, *mixing = out
+    )(h_MND, operands)
     u_BTD = u_ND[: batch * length, :d].reshape(batch, length, d)
-    return u_BTD, *unpack_mixing(mixing, batch, length, m)
+    mixing, saved = unpack_mixed(mixed, (batch, length, m))
+    return (u_BTD, mixing), saved
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "plan", "interpret"))
-def _post(y_BTD, h_BTMD, post_BTM, comb_BTMM, *, dtype, plan, interpret):
-    h_MND = tiles.stream_major(h_BTMD, plan.tokens)
-    specs = Specs(h_MND, plan)
-    coefficients = pack_coefficients(post_BTM, comb_BTMM, plan.tokens)
+def _post(sublayer: Sublayer, *, dtype, plan, interpret):
+    packed = tiles.pack(sublayer, plan.tokens)
+    specs = Specs(packed.h, plan)
     out_MND = pl.pallas_call(
         functools.partial(_post_kernel, channels=plan.channels),
         grid=(specs.tiles,),
-        in_specs=[specs.vector, specs.streams, specs.small(coefficients.shape[1])],
+        in_specs=[specs.packed()],
         out_specs=specs.streams,
-        out_shape=jax.ShapeDtypeStruct(h_MND.shape, dtype),
+        out_shape=jax.ShapeDtypeStruct(packed.h.shape, dtype),
         scratch_shapes=[specs.tall()],
         compiler_params=plan.params("parallel"),
         interpret=interpret,
         name="mhc_post",
-    )(tiles.rows_of(y_BTD, plan.tokens), h_MND, coefficients)
-    return tiles.token_major(out_MND, h_BTMD)
+    )(packed)
+    return tiles.token_major(out_MND, sublayer.h)
 
 
 @functools.partial(jax.jit, static_argnames=("options", "dtype", "plan", "interpret"))
-def _post_pre(
-    y_BTD,
-    h_BTMD,
-    post_BTM,
-    comb_BTMM,
-    fn_XV,
-    base_X,
-    scale_3,
-    *,
-    options,
-    dtype,
-    plan,
-    interpret,
-):
-    batch, length, m, d = h_BTMD.shape
-    h_MND = tiles.stream_major(h_BTMD, plan.tokens)
-    weights = weight_operands(fn_XV, base_X, scale_3, m, h_MND.shape[-1], dtype)
-    specs = Specs(h_MND, plan)
-    coefficients = pack_coefficients(post_BTM, comb_BTMM, plan.tokens)
-    out = pl.pallas_call(
+def _post_pre(sublayer: Sublayer, weights: Weights, *, options, dtype, plan, interpret):
+    batch, length, m, d = sublayer.h.shape
+    packed = tiles.pack(sublayer, plan.tokens)
+    operands = weight_operands(weights, m, packed.h.shape[-1], dtype)
+    specs = Specs(packed.h, plan)
+    new_MND, u_ND, mixed = pl.pallas_call(
         functools.partial(_post_pre_kernel, d=d, options=options, channels=plan.channels),
         grid=(specs.tiles,),
-        in_specs=[
-            specs.vector,
-            specs.streams,
-            specs.small(coefficients.shape[1]),
-            *map(specs.whole, weights),
-        ],
-        out_specs=(specs.streams, specs.vector, *specs.mixing_specs()),
+        in_specs=[specs.packed(), jax.tree.map(specs.whole, operands)],
+        out_specs=(specs.streams, specs.vector, specs.mixed_specs()),
         out_shape=(
-            jax.ShapeDtypeStruct(h_MND.shape, dtype),
+            jax.ShapeDtypeStruct(packed.h.shape, dtype),
             specs.vector_shape(dtype),
-            *specs.mixing_shapes(),
+            specs.mixed_shapes(),
         ),
-        scratch_shapes=specs.mixing_scratch(),
+        scratch_shapes=[specs.scratch()],
         compiler_params=plan.params("parallel"),
         interpret=interpret,
         name="mhc_post_pre",
-    )(tiles.rows_of(y_BTD, plan.tokens), h_MND, coefficients, *weights)
-    new_MND, u_ND, *mixing = out
-    u_BTD = tiles.unrows(u_ND, y_BTD)
-    return tiles.token_major(new_MND, h_BTMD), u_BTD, *unpack_mixing(mixing, batch, length, m)
+    )(packed, operands)
+    new_BTMD, u_BTD = tiles.token_major(new_MND, sublayer.h), packing.unrows(u_ND, sublayer.y)
+    mixing, saved = unpack_mixed(mixed, (batch, length, m))
+    return (new_BTMD, u_BTD, mixing), saved
 
 
 class Specs:
@@ -148,12 +144,16 @@ class Specs:
     def vector_shape(self, dtype):
         return jax.ShapeDtypeStruct((self.n, self.d), dtype)
 
-    def mixing_specs(self):
-        """Blocks of the logits before scale and base, the rms factors and the weights."""
-        return self.small(self.x), self.small(1), self.small(self.x)
+    def packed(self):
+        """Blocks of a packed sub-layer."""
+        return Packed(self.vector, self.streams, self.small(self.m + self.m * self.m))
 
-    def mixing_shapes(self):
-        return self.small_shape(self.x), self.small_shape(1), self.small_shape(self.x)
+    def mixed_specs(self):
+        """Blocks of what is decided for each token."""
+        return Mixed(self.small(self.x), self.small(1), self.small(self.x))
+
+    def mixed_shapes(self):
+        return Mixed(self.small_shape(self.x), self.small_shape(1), self.small_shape(self.x))
 
     def tall(self):
         return pltpu.VMEM((self.tokens, LANES), jnp.float32)
@@ -161,18 +161,18 @@ class Specs:
     def matrix(self, *count):
         return pltpu.VMEM((*count, self.m, self.m, self.tokens), jnp.float32)
 
-    def mixing_scratch(self):
-        return [self.tall(), self.matrix()]
+    def scratch(self):
+        return Scratch(self.tall(), self.matrix())
 
 
-def weight_operands(fn_XV, base_X, scale_3, m, padded, dtype):
+def weight_operands(weights: Weights, m, padded, dtype) -> Weights:
     """fn by stream [M, .., D] as `project` takes it, base and the scale of each row as [X, 1]."""
-    fn_MXD = by_stream(fn_XV, m, padded)
+    fn_MXD = by_stream(weights.fn, m, padded)
     if dtype == jnp.bfloat16:
         rows = ((0, 0), (0, -fn_MXD.shape[1] % 8), (0, 0))
         parts = [jnp.pad(part, rows) for part in packing.float_parts(fn_MXD, 3)]
         fn_MXD = jnp.concatenate(parts, axis=1).astype(dtype)
-    return fn_MXD, base_X[:, None], packing.row_scale(scale_3, m)[:, None]
+    return Weights(fn_MXD, *packing.rows_as_columns(weights, m))
 
 
 def by_stream(fn_XV, m, padded):
@@ -181,56 +181,33 @@ def by_stream(fn_XV, m, padded):
     return jnp.pad(fn_MXD, ((0, 0), (0, 0), (0, padded - fn_MXD.shape[-1])))
 
 
-def pack_coefficients(post_BTM, comb_BTMM, tokens):
-    """post above comb, row major: [tiles, M + M*M, tokens]."""
-    return tiles.to_lanes(packing.rows_of_tokens(post_BTM, comb_BTMM), tokens)
+def unpack_mixed(mixed: Mixed, like_BTM) -> tuple[Mixing, Saved]:
+    """post and comb; the logits [X, N] and the rms factors [N]."""
+    batch, length, m = like_BTM
+    mixed_XN, norm_1N, weights_XN = (tiles.from_lanes(x, batch * length) for x in mixed)
+    return packing.tokens_of_rows(weights_XN[m:], like_BTM), Saved(mixed_XN, norm_1N[0])
 
 
-def unpack_mixing(mixing, batch, length, m):
-    """post, comb, the logits [X, N] and the rms factors [N]."""
-    mixed_XN, norm_1N, weights_XN = (tiles.from_lanes(x, batch * length) for x in mixing)
-    post_BTM, comb_BTMM = packing.tokens_of_rows(weights_XN[m:], (batch, length, m))
-    return post_BTM, comb_BTMM, mixed_XN, norm_1N[0]
-
-
-def _pre_kernel(
-    h_ref,
-    fn_ref,
-    base_ref,
-    scale_ref,
-    u_ref,
-    mixed_ref,
-    norm_ref,
-    weights_ref,
-    tall_ref,
-    matrix_ref,
-    *,
-    d,
-    options,
-    channels,
-):
+def _pre_kernel(h_ref, weights, u_ref, out: Mixed, scratch, *, d, options, channels):
     iterations, eps, rms_eps = options
-    m, x = h_ref.shape[0], base_ref.shape[0]
-    squares(h_ref, tall_ref, channels)
-    norm_ref[...] = jax.lax.rsqrt(from_tall(tall_ref, 1) / (m * d) + rms_eps)
-    mixed_ref[...] = project(h_ref, fn_ref, x) * norm_ref[...]
-    logits = mixed_ref[...] * scale_ref[...] + base_ref[...]
-    write_weights(logits, weights_ref, matrix_ref, iterations, eps)
-    to_tall(weights_ref[...], tall_ref)
-    collapse(h_ref, tall_ref, u_ref, channels)
+    m, x = h_ref.shape[0], weights.base.shape[0]
+    squares(h_ref, scratch.tall, channels)
+    out.norm[...] = jax.lax.rsqrt(from_tall(scratch.tall, 1) / (m * d) + rms_eps)
+    out.mixed[...] = project(h_ref, weights.fn, x) * out.norm[...]
+    logits = out.mixed[...] * weights.scale[...] + weights.base[...]
+    write_weights(logits, out.weights, scratch.matrix, iterations, eps)
+    to_tall(out.weights[...], scratch.tall)
+    collapse(h_ref, scratch.tall, u_ref, channels)
 
 
-def _post_kernel(y_ref, h_ref, coefficient_ref, out_ref, tall_ref, *, channels):
-    to_tall(coefficient_ref[...], tall_ref)
-    recombine(y_ref, h_ref, tall_ref, out_ref, channels)
+def _post_kernel(packed, out_ref, tall_ref, *, channels):
+    to_tall(packed.coefficients[...], tall_ref)
+    recombine(packed.y, packed.h, tall_ref, out_ref, channels)
 
 
-def _post_pre_kernel(y_ref, h_ref, coefficient_ref, fn_ref, base_ref, scale_ref, *refs, **options):
-    out_ref, *rest = refs
-    tall_ref = rest[-2]
-    to_tall(coefficient_ref[...], tall_ref)
-    recombine(y_ref, h_ref, tall_ref, out_ref, options["channels"])
-    _pre_kernel(out_ref, fn_ref, base_ref, scale_ref, *rest, **options)
+def _post_pre_kernel(packed, weights, new_ref, u_ref, out: Mixed, scratch, **options):
+    _post_kernel(packed, new_ref, scratch.tall, channels=options["channels"])
+    _pre_kernel(new_ref, weights, u_ref, out, scratch, **options)
 
 
 def plan_for(need):
@@ -238,8 +215,7 @@ def plan_for(need):
     return lambda h_BTMD, dtype: tiles.plan(h_BTMD, need(h_BTMD, dtype))
 
 
-# See api's functions of these names. Beside their results `pre` and `post_pre` give the logits
-# [X, N] and the rms factors [N] that the gradients take.
-pre = bind.forward(_pre, 0, plan_for(pre_footprint))
-post = bind.forward(_post, 1, plan_for(post_footprint), ())
-post_pre = bind.forward(_post_pre, 1, plan_for(post_pre_footprint))
+# See api's functions of these names. `pre` and `post_pre` also give what the gradients keep.
+pre = bind.forward(_pre, plan_for(pre_footprint))
+post = bind.forward(_post, plan_for(post_footprint), ())
+post_pre = bind.forward(_post_pre, plan_for(post_pre_footprint))

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels import blocks
+from v4jax.kernels.hyper_connections import packing
+from v4jax.kernels.hyper_connections.arguments import Mixing, Packed, Sublayer
 
 LANES = 128
 ROWS = 16  # tokens a loop over a tile takes at once: one packed bfloat16 register of each stream
@@ -100,6 +102,17 @@ def too_large(streams, need: Footprint) -> str | None:
     )
 
 
+def pack(sublayer: Sublayer, tokens: int) -> Packed:
+    """y [N, D], the streams [M, N, D] and the coefficients [tiles, M + M*M, tokens]."""
+    y_ND, h_MND = rows_of(sublayer.y, tokens), stream_major(sublayer.h, tokens)
+    return Packed(y_ND, h_MND, pack_mixing(sublayer, tokens))
+
+
+def pack_mixing(mixing: Sublayer | Mixing, tokens: int):
+    """post above comb, row major: [tiles, M + M*M, tokens]."""
+    return to_lanes(packing.rows_of_tokens(mixing), tokens)
+
+
 def stream_major(h_BTMD, tokens: int):
     """[M, N, D], N padded to whole tiles and D to whole lanes."""
     m, d = h_BTMD.shape[-2:]
@@ -121,12 +134,6 @@ def rows_of(y_BTD, tokens: int):
     y_ND = y_BTD.reshape(-1, y_BTD.shape[-1])
     padding = ((0, -y_ND.shape[0] % tokens), (0, -y_ND.shape[1] % LANES))
     return jnp.pad(y_ND, padding) if any(map(any, padding)) else y_ND
-
-
-def unrows(y_ND, like):
-    """The inverse of `rows_of`."""
-    batch, length, d = like.shape
-    return y_ND[: batch * length, :d].reshape(like.shape)
 
 
 def to_lanes(small_XN, tokens: int):

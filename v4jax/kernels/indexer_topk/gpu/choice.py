@@ -8,6 +8,7 @@ threshold among the candidates and writes the packed mask.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.experimental.pallas import triton as plt
 
 from v4jax.kernels import blocks, membership
 from v4jax.kernels.indexer_topk.gpu import tiles as gpu_tiles
+from v4jax.kernels.indexer_topk.stored_keys import StoredKeys
 
 INVISIBLE = -(2**31)
 GROUP = membership.GROUP
@@ -27,6 +29,40 @@ CANDIDATES = 8192
 # Past the candidates, where masked-off elements of a scatter point.
 SPARE = 128
 _ABOVE_ALL = 0x7F800001
+
+
+# What the kernels read and write, by name: arrays outside, their blocks, or references.
+
+
+class Queries(NamedTuple):
+    """A chunk of queries, and the entries [low, high) that each has to score."""
+
+    q: Any
+    weight: Any
+    low: Any
+    high: Any
+
+
+class Range(NamedTuple):
+    """The entries [low, high) that each query sees."""
+
+    low: Any
+    high: Any
+
+
+class Candidates(NamedTuple):
+    """The few entries of a query among which its threshold lies.
+
+    Attributes:
+      order: their scores as integers, the first `found` of the row.
+      found: how many reach `below`; more than fit are not all in the row.
+      below, above: bounds of the threshold.
+    """
+
+    order: Any
+    found: Any
+    below: Any
+    above: Any
 
 
 def indexer_member(
@@ -96,10 +132,10 @@ def _choose(q, weight, low, high, keys, group, heads, topk, native, sizes, inter
     entries = keys.shape[1]
     width = _width(entries)
     tile = sizes.keys if q.dtype == jnp.bfloat16 else min(sizes.keys, gpu_tiles.FLOAT32_KEYS)
-    key_arrays = jax.tree.leaves(keys)
     # A query which sees at most topk entries takes them without scoring.
     choosing = high - low > topk
-    scored = jnp.where(choosing, low, entries), jnp.where(choosing, high, 0)
+    seen = Range(low, high)
+    scored = Queries(q, weight, jnp.where(choosing, low, entries), jnp.where(choosing, high, 0))
 
     def call(kernel, grid, specs, outs, out_specs, name, warps):
         return pl.pallas_call(
@@ -129,74 +165,58 @@ def _choose(q, weight, low, high, keys, group, heads, topk, native, sizes, inter
         ),
         (chunk // group, -(-entries // tile), batch),
         [
-            whole(chunk, padded_heads, channels),
-            whole(chunk, padded_heads),
-            row,
-            row,
-            *(whole(*x.shape[1:]) for x in key_arrays),
+            Queries(whole(chunk, padded_heads, channels), whole(chunk, padded_heads), row, row),
+            jax.tree.map(lambda x: whole(*x.shape[1:]), keys),
         ],
         jax.ShapeDtypeStruct((batch, chunk, width), jnp.int32),
         whole(chunk, width),
         "indexer_order",
         sizes.warps,
-    )(q, weight, *scored, *key_arrays)
+    )(scored, keys)
     count = _candidates(width)
-    candidates, found, below, above = call(
+    held = Candidates(whole(chunk, count + SPARE), row, row, row)
+    [candidates] = call(
         functools.partial(_gather_kernel, topk=topk, count=count),
         (chunk, batch),
-        [whole(chunk, width), row, row],
+        [whole(chunk, width), Range(row, row)],
         (
-            jax.ShapeDtypeStruct((batch, chunk, count + SPARE), jnp.int32),
-            jax.ShapeDtypeStruct((batch, chunk), jnp.int32),
-            jax.ShapeDtypeStruct((batch, chunk), jnp.int32),
-            jax.ShapeDtypeStruct((batch, chunk), jnp.int32),
+            Candidates(
+                jax.ShapeDtypeStruct((batch, chunk, count + SPARE), jnp.int32),
+                *[jax.ShapeDtypeStruct((batch, chunk), jnp.int32)] * 3,
+            ),
         ),
-        (whole(chunk, count + SPARE), row, row, row),
+        (held,),
         "indexer_gather",
         8,
-    )(order, low, high)
+    )(order, seen)
     return call(
         functools.partial(_select_kernel, topk=topk, count=count),
         (chunk, batch),
-        [whole(chunk, width), whole(chunk, count + SPARE), row, row, row, row, row],
+        [whole(chunk, width), held, Range(row, row)],
         jax.ShapeDtypeStruct((batch, chunk, width // membership.BITS), jnp.int32),
         whole(chunk, width // membership.BITS),
         "indexer_select",
         8,
-    )(order, candidates, found, below, above, low, high)
+    )(order, candidates, seen)
 
 
-def _order_kernel(
-    q_ref,
-    weight_ref,
-    low_ref,
-    high_ref,
-    *refs,
-    group,
-    tile,
-    rows,
-    heads,
-    native,
-    interpret,
-):
-    """Scores of a key tile and a group of queries as integers of the same order.
-
-    refs: of rows of keys, or of stored keys' codes and scales; then of the result.
-    """
-    *keys_refs, order_ref = refs
+def _order_kernel(queries, keys_ref, order_ref, *, group, tile, rows, heads, native, interpret):
+    """Scores of a key tile and a group of queries as integers of the same order."""
     first, start = pl.program_id(0) * group, pl.program_id(1) * tile
-    low, high = jnp.min(low_ref[pl.ds(first, group)]), jnp.max(high_ref[pl.ds(first, group)])
+    own = pl.ds(first, group)
+    low, high = jnp.min(queries.low[own]), jnp.max(queries.high[own])
 
     @pl.when((start < high) & (start + tile > low))
     def _():
-        if len(keys_refs) == 1:
-            keys = gpu_tiles.load_rows(*keys_refs, start, tile, rows)
+        if isinstance(keys_ref, StoredKeys):
+            keys = gpu_tiles.load_stored(keys_ref, start, tile, rows, queries.q.dtype)
         else:
-            keys = gpu_tiles.load_stored(*keys_refs, start, tile, rows, q_ref.dtype)
+            keys = gpu_tiles.load_rows(keys_ref, start, tile, rows)
 
         def body(index, carry):
             t = first + index
-            scores = gpu_tiles.scores(keys, q_ref[t], weight_ref[t], heads, native, interpret)
+            q, weight = queries.q[t], queries.weight[t]
+            scores = gpu_tiles.scores(keys, q, weight, heads, native, interpret)
             order_ref[t, pl.ds(start, tile)] = _order_preserving(scores)
             return carry
 
@@ -257,16 +277,14 @@ def _total(mask):
     return jnp.sum(mask.astype(jnp.int32))
 
 
-def _gather_kernel(
-    order_ref, low_ref, high_ref, candidates_ref, found_ref, below_ref, above_ref, *, topk, count
-):
+def _gather_kernel(order_ref, seen, candidates, *, topk, count):
     """A row's entries that reach a lower bound of its threshold, in the order of the entries.
 
     The topk-th largest of the maxima of GROUP interleaved groups of entries is such a bound: topk
     groups reach it, so topk entries do. Of scores in random order little more than topk reach it.
     """
     t = pl.program_id(0)
-    low, high = low_ref[t], high_ref[t]
+    low, high = seen.low[t], seen.high[t]
     bounded = (high - low > count) & (topk <= GROUP)
     first = low // GROUP
     last = jnp.where(high - low > topk, (high + GROUP - 1) // GROUP, first)
@@ -292,34 +310,22 @@ def _gather_kernel(
         rank = jnp.cumsum(mask.astype(jnp.int32))
         slot = found + rank - 1
         kept = mask & (slot < count)
-        plt.store(candidates_ref.at[t, jnp.where(kept, slot, count)], order, mask=kept)
+        plt.store(candidates.order.at[t, jnp.where(kept, slot, count)], order, mask=kept)
         return found + _total(mask)
 
-    found_ref[t] = lax.fori_loop(first, last, body, jnp.int32(0))
-    below_ref[t], above_ref[t] = below, above
+    candidates.found[t] = lax.fori_loop(first, last, body, jnp.int32(0))
+    candidates.below[t], candidates.above[t] = below, above
 
 
-def _select_kernel(
-    order_ref,
-    candidates_ref,
-    found_ref,
-    below_ref,
-    above_ref,
-    low_ref,
-    high_ref,
-    word_ref,
-    *,
-    topk,
-    count,
-):
+def _select_kernel(order_ref, candidates, seen, word_ref, *, topk, count):
     """A row's threshold among its candidates, and its packed mask."""
     t = pl.program_id(0)
-    low, high, found = low_ref[t], high_ref[t], found_ref[t]
+    low, high, found = seen.low[t], seen.high[t], candidates.found[t]
     choosing = high - low > topk
     groups = word_ref.shape[1] // membership.LANES
     first, last = low // GROUP, (high + GROUP - 1) // GROUP
     slot = lax.broadcasted_iota(jnp.int32, (count,), 0)
-    held = jnp.where(slot < found, candidates_ref[t, pl.ds(0, count)], INVISIBLE)
+    held = jnp.where(slot < found, candidates.order[t, pl.ds(0, count)], INVISIBLE)
 
     def in_row(value):
         def body(group, total):
@@ -334,8 +340,8 @@ def _select_kernel(
     lowest = jnp.int32(INVISIBLE)
     threshold, reached = _bisect(
         at_least,
-        jnp.where(choosing, below_ref[t], lowest),
-        jnp.where(choosing, above_ref[t], lowest + 1),
+        jnp.where(choosing, candidates.below[t], lowest),
+        jnp.where(choosing, candidates.above[t], lowest + 1),
         jnp.where(choosing, found, topk),
         topk,
     )

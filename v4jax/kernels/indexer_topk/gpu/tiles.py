@@ -71,7 +71,7 @@ def matmul(a, b, **transposed):
 
 
 def rounded(x, native, interpret):
-    """A step of the chain of bf16 tensors."""
+    """A step of native numerics: a bf16 tensor after each."""
     if not native:
         return x
     if interpret:  # compiled by XLA, which may drop a pair of casts
@@ -85,14 +85,14 @@ def load_rows(ref, start, count, rows):
     return plt.load(ref.at[pl.ds(start, count), :], mask=row < rows, other=0.0)
 
 
-def load_stored(codes_ref, scales_ref, start, count, keys, dtype):
-    """`count` stored keys from `start` on as rows, zeros past the last of `keys`."""
+def load_stored(stored: StoredKeys, start, count, keys, dtype):
+    """`count` stored keys (references) from `start` on as rows, zeros past the last of `keys`."""
     key = start + lax.broadcasted_iota(jnp.int32, (count, WIDTH), 0)
     channel = lax.broadcasted_iota(jnp.int32, (count, WIDTH), 1)
     inside = key < keys
-    word = plt.load(codes_ref.at[channel & (WORDS - 1), key], mask=inside, other=0)
+    word = plt.load(stored.codes.at[channel & (WORDS - 1), key], mask=inside, other=0)
     own = start + jnp.arange(count)
-    scales = plt.load(scales_ref.at[0, own], mask=own < keys, other=0)
+    scales = plt.load(stored.scales.at[0, own], mask=own < keys, other=0)
     which = channel >> 4  # nibble i of word j is channel 16 i + j
     value = e2m1(nibble(word, which)) * exp2(scale_of(scales[:, None], which))
     return jnp.where(inside, value, 0.0).astype(dtype)

@@ -6,6 +6,7 @@ registers. With one or two queries (decode) the entries are folded over the subl
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,33 @@ FOLDED_QUERIES = 2
 SCALARS = 4
 SMEM_TILES = 32768
 _COARSE_STEPS = 14
+
+
+class Queries(NamedTuple):
+    """A tile of queries; outside the kernel all of them, or their blocks.
+
+    Attributes:
+      q: rows head by head, [I * tile, Z]. weight: their heads' weights.
+      bounds: [tile, 2], each query sees entries [x0, x1).
+    """
+
+    q: Any
+    weight: Any
+    bounds: Any
+
+
+class Scratch(NamedTuple):
+    """What a tile of queries keeps in VMEM.
+
+    Attributes:
+      order: every entry's score as an integer of the same order, a unit after the other.
+      coarse: maxima of interleaved groups of units.
+      spread: the weights across lanes, [I * tile, LANES].
+    """
+
+    order: Any
+    coarse: Any
+    spread: Any
 
 
 def indexer_member(
@@ -117,8 +145,7 @@ def _member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk, native, size
         first, last = scalars[at] // per, jnp.maximum(scalars[at + 1] - 1, 0) // per
         return jnp.clip(c, jnp.minimum(first, last), last)
 
-    key_arrays, key_specs = _streamed(keys_BCZ, plan.stream, block)
-
+    queries = Queries(rows, weight, bounds)
     coarse = plan.coarse(topk)
     unit_shape = (plan.rows, plan.lanes)
     word = pl.pallas_call(
@@ -128,16 +155,16 @@ def _member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk, native, size
             num_scalar_prefetch=1,
             grid=(batch, tiles, steps),
             in_specs=[
-                pl.BlockSpec((None, None, *rows.shape[2:]), of_tile),
-                pl.BlockSpec((None, None, *weight.shape[2:]), of_tile),
-                pl.BlockSpec((None, None, tile, 2), of_tile),
-                *key_specs,
+                jax.tree.map(lambda x: pl.BlockSpec((None, None, *x.shape[2:]), of_tile), queries),
+                _streamed(keys_BCZ, plan.stream, block),
             ],
             out_specs=pl.BlockSpec((None, None, tile, plan.groups * LANES), of_tile),
             scratch_shapes=[
-                pltpu.VMEM((plan.units, *unit_shape), jnp.int32),
-                pltpu.VMEM((max(coarse, 1), *unit_shape), jnp.int32),
-                pltpu.VMEM((heads * tile, LANES), jnp.float32),
+                Scratch(
+                    order=pltpu.VMEM((plan.units, *unit_shape), jnp.int32),
+                    coarse=pltpu.VMEM((max(coarse, 1), *unit_shape), jnp.int32),
+                    spread=pltpu.VMEM((heads * tile, LANES), jnp.float32),
+                )
             ],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -146,25 +173,26 @@ def _member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk, native, size
         ),
         name="indexer_member",
         interpret=interpret,
-    )(_scalars(low, high, plan, topk), rows, weight, bounds, *key_arrays)
+    )(_scalars(low, high, plan, topk), queries, keys_BCZ)
     word = word.reshape(batch, tiles * tile, -1)[:, :length]
     return lax.bitcast_convert_type(word, jnp.uint32)
 
 
 def _streamed(keys_BCZ, stream, block):
-    """The arrays that hold the keys and how `stream` of them come, `block(*ids)` being which."""
+    """How `stream` keys come, `block(*ids)` being which."""
+
+    def words(x):
+        shape = (None, x.shape[1], stream)
+        return pl.BlockSpec(shape, lambda b, *ids: (b, 0, block(b, *ids)))
+
     if isinstance(keys_BCZ, StoredKeys):
-        arrays = keys_BCZ.codes, keys_BCZ.scales
-        return arrays, [
-            pl.BlockSpec((None, x.shape[1], stream), lambda b, *ids: (b, 0, block(b, *ids)))
-            for x in arrays
-        ]
+        return jax.tree.map(words, keys_BCZ)
     shape = (None, stream, keys_BCZ.shape[2])
-    return (keys_BCZ,), [pl.BlockSpec(shape, lambda b, *ids: (b, block(b, *ids), 0))]
+    return pl.BlockSpec(shape, lambda b, *ids: (b, block(b, *ids), 0))
 
 
 def _scalars(low, high, plan, topk):
-    """What each tile of queries has to score and to write, flat."""
+    """What each tile of queries has to score and to write, SCALARS numbers a tile."""
     # libtpu 0.0.42 dies while it fuses these reductions with what made the bounds.
     low, high = lax.optimization_barrier((low, high))
     some = high > low
@@ -182,27 +210,17 @@ def _scalars(low, high, plan, topk):
     return jnp.stack(parts, axis=-1).astype(jnp.int32).reshape(-1)
 
 
-def _kernel(
-    scalars,
-    q_ref,
-    weight_ref,
-    bounds_ref,
-    *refs,
-    plan,
-    topk,
-    native,
-    interpret,
-):
-    *keys_refs, word_ref, order, coarse, spread = refs
+def _kernel(scalars, queries, keys_ref, word_ref, scratch, *, plan, topk, native, interpret):
+    order, coarse, spread = scratch
     step, steps = pl.program_id(2), pl.num_programs(2)
     at = SCALARS * (pl.program_id(0) * pl.num_programs(1) + pl.program_id(1))
     first, last = scalars[at], scalars[at + 1]
-    low, high = bounds_ref[:, 0:1], bounds_ref[:, 1:2]
+    low, high = queries.bounds[:, 0:1], queries.bounds[:, 1:2]
     use_coarse = plan.coarse(topk) > 0
 
     @pl.when((step == 0) & (last > first))
     def _():
-        tpu_tiles.spread_weights(weight_ref, spread)
+        tpu_tiles.spread_weights(queries.weight, spread)
         if use_coarse:
             coarse[...] = jnp.full(coarse.shape, INVISIBLE, jnp.int32)
 
@@ -211,7 +229,7 @@ def _kernel(
         entry = unit * plan.unit + row * plan.lanes
         start = pl.multiple_of(entry - step * plan.stream, plan.lanes)
         for offset, scores in tpu_tiles.scores(
-            q_ref, keys_refs, spread, start, plan.lanes, plan.tile, native, interpret
+            queries.q, keys_ref, spread, start, plan.lanes, plan.tile, native, interpret
         ):
             position = entry + offset + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
             visible = (position >= low) & (position < high)
@@ -259,7 +277,7 @@ def _order_preserving(scores, native):
     scores = jnp.where(scores != scores, -jnp.inf, scores)
     bits = lax.bitcast_convert_type(scores, jnp.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    # Scores of the chain are bf16: half the bits, half the steps of the bisection.
+    # Native scores are bf16: half the bits, half the steps of the bisection.
     return bits >> 16 if native else bits
 
 

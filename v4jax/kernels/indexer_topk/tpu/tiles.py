@@ -89,7 +89,7 @@ def matmul(a, b, dims=((1,), (1,))):
 
 
 def rounded(x, native, interpret):
-    """A step of the chain of bf16 tensors."""
+    """A step of native numerics: a bf16 tensor after each."""
     if not native:
         return x
     if interpret:  # compiled by XLA, which may drop a pair of casts
@@ -97,20 +97,20 @@ def rounded(x, native, interpret):
     return x.astype(jnp.bfloat16).astype(jnp.float32)
 
 
-def scores(q_ref, keys_refs, spread_ref, start, count, tile, native, interpret):
+def scores(q_ref, keys_ref, spread_ref, start, count, tile, native, interpret):
     """Scores of `count` keys from `start` on, as pairs of offset and [tile, LANES].
 
-    keys_refs: that of rows of keys, or those of stored keys' codes and scales.
+    keys_ref: of rows of keys, or `StoredKeys` of references.
     """
     wide = min(WIDE, count)
     for offset in range(0, count, wide):
         own = pl.ds(start + offset, wide)
-        if len(keys_refs) == 1:
-            dots = matmul(q_ref[...], keys_refs[0][own, :])
-        else:
+        if isinstance(keys_ref, StoredKeys):
             own = pl.ds(pl.multiple_of(start + offset, wide), wide)
-            keys = expand(*(ref[:, own] for ref in keys_refs), q_ref.dtype)
+            keys = expand(keys_ref.codes[:, own], keys_ref.scales[:, own], q_ref.dtype)
             dots = matmul(q_ref[...], keys, ((1,), (0,)))
+        else:
+            dots = matmul(q_ref[...], keys_ref[own, :])
         for lane in range(0, wide, LANES):
             part = rounded(dots[:, lane : lane + LANES], native, interpret)
             terms = rounded(jax.nn.relu(part) * spread_ref[...], native, interpret)

@@ -12,6 +12,7 @@ from v4jax.kernels.sparse_attention.stored import (
     PLANES,
     SCALES,
     TAIL,
+    StoredRows,
     bf16_of,
     byte,
     e4m3,
@@ -21,8 +22,9 @@ from v4jax.kernels.sparse_attention.stored import (
 )
 
 
-def load(words, tails, index_K, seen_K, dtype):
-    """The entries' rows as PLANES blocks [K,128], zero where not seen."""
+def load(entries: StoredRows, index_K, seen_K, dtype):
+    """The rows of entries (references) as PLANES blocks [K,128], zero where not seen."""
+    words, tails = entries.words, entries.tails
     index = jnp.where(seen_K, index_K, 0)
     row, first = tail_row(index), TAIL * quarter(index)
     lane = jnp.broadcast_to(jnp.arange(LANES)[None], (index.shape[0], LANES))
@@ -31,7 +33,7 @@ def load(words, tails, index_K, seen_K, dtype):
     scales = [
         plt.load(tails.at[row, first + SCALES + i], mask=seen_K, other=0)[:, None] for i in range(2)
     ]
-    # The rope channels' low bytes stand beside the high ones, in the upper half of the lanes.
+    # The rope channels' low bytes go where the high ones are, to the upper half of the lanes.
     low = tails.at[row[:, None], first[:, None] + (lane & (SCALES - 1))]
     low = plt.load(low, mask=seen & (lane >= GROUP), other=0)
     low = (low >> ((lane - GROUP) >> 4 << 3)) & 255

@@ -10,7 +10,7 @@ adds the parts of an entry in a fixed order.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from v4jax.kernels import blocks, membership
+from v4jax.kernels.sparse_attention import query_blocks
 from v4jax.kernels.sparse_attention.entries import as_rows
 from v4jax.kernels.sparse_attention.gpu import stored as gpu_stored
 from v4jax.kernels.sparse_attention.stored import PLANES, StoredRows
@@ -56,6 +57,28 @@ def _shared_bytes(q_BTNH):
     return rows * width * item
 
 
+# What a kernel reads, by name. The same tuple holds the arrays outside, their blocks, and inside a
+# kernel the references.
+
+
+class Keys(NamedTuple):
+    """What a query walks over: its bounds, its choice, all keys; entries may be `StoredRows`."""
+
+    bounds: Any
+    chosen: Any
+    window: Any
+    entries: Any
+
+
+class Row(NamedTuple):
+    """A query and what its gradient takes: log-sum-exp, and delta = do.o."""
+
+    q: Any
+    do: Any
+    lse: Any
+    delta: Any
+
+
 class _Tile(NamedTuple):
     """Heads of one query against keys, the warps that share them, and stages of loads."""
 
@@ -86,8 +109,8 @@ def _parameters(tile):
     return plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
 
 
-def _prepare(plan, tile, q_BTNH, window_BSH, entries_BCH, places):
-    """Arrays of power-of-two widths and whole head blocks, bounds [B,T,4], chosen [B,T,K]."""
+def _prepare(plan, tile, q_BTNH, window_BSH, entries_BCH, visible):
+    """q and keys of power-of-two widths and whole head blocks, bounds [B,T,4], chosen [B,T,K]."""
     batch, length, heads, width = q_BTNH.shape
     pad_h = pl.next_power_of_2(max(width, 16)) - width
     pad_n = -heads % tile.heads
@@ -100,50 +123,43 @@ def _prepare(plan, tile, q_BTNH, window_BSH, entries_BCH, places):
             return x
         return jnp.pad(x.astype(q.dtype), ((0, 0), (0, 0), (0, pad_h)))
 
-    bounds = query_bounds(plan, window_BSH, batch, length, places)
+    bounds = query_bounds(plan, window_BSH, batch, length, visible)
     chosen = jnp.full((batch, length, tile.keys), -1, jnp.int32)
     if plan.topk:
-        chosen = places.chosen
+        chosen = visible.chosen
         if chosen is None:
-            chosen = membership.to_indices(places.member, plan.topk, entries_BCH.shape[1])
+            chosen = membership.to_indices(visible.member, plan.topk, entries_BCH.shape[1])
         missing = -chosen.shape[2] % tile.keys
         chosen = jnp.pad(chosen, ((0, 0), (0, 0), (0, missing)), constant_values=-1)
-    return q, keys(window_BSH), keys(entries_BCH), bounds, chosen
+    return q, Keys(bounds, chosen, keys(window_BSH), keys(entries_BCH))
 
 
-def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places, *, interpret):
+def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, visible, *, interpret):
     """See api.sparse_attention: out [B,T,N,H] of q's dtype and log-sum-exp [B,T,N]."""
-    arrays = (q_BTNH, sink_N, window_BSH, as_rows(entries_BCH), places)
+    arrays = (q_BTNH, sink_N, window_BSH, as_rows(entries_BCH), visible)
     tile = _tile(q_BTNH, is_stored=isinstance(entries_BCH, StoredRows))
     return _forward(plan, tile, interpret, *arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _forward(plan, tile, interpret, q_BTNH, sink_N, window_BSH, entries_BCH, places):
-    arrays = _prepare(plan, tile, q_BTNH, window_BSH, entries_BCH, places)
-    q, window, entries, bounds, chosen = arrays
+def _forward(plan, tile, interpret, q_BTNH, sink_N, window_BSH, entries_BCH, visible):
+    q, keys = _prepare(plan, tile, q_BTNH, window_BSH, entries_BCH, visible)
     batch, length, heads, width = q.shape
     sink = jnp.pad(sink_N, (0, heads - sink_N.shape[0]))
     rows, column = _query_specs(tile.heads, width)
-    is_stored = isinstance(entries, StoredRows)
-    sources = jax.tree.leaves(entries)
     out, lse = pl.pallas_call(
-        functools.partial(_forward_kernel, plan, tile.keys, PLANES if is_stored else 1),
+        functools.partial(_forward_kernel, plan, tile.keys),
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
         ),
         grid=(batch, length, heads // tile.heads),
-        in_specs=[
-            *_key_specs(bounds, chosen, window, *sources),
-            rows,
-            pl.BlockSpec((tile.heads,), lambda b, t, n: (n,)),
-        ],
+        in_specs=[_key_specs(keys), rows, pl.BlockSpec((tile.heads,), lambda b, t, n: (n,))],
         out_specs=(rows, column),
         compiler_params=_parameters(tile),
         name="sparse_attention_forward",
         interpret=interpret,
-    )(bounds, chosen, window, *sources, q, sink)
+    )(keys, q, sink)
     _, _, n, h = q_BTNH.shape
     return out[:, :, :n, :h], lse[:, :, :n]
 
@@ -154,7 +170,7 @@ def _query_specs(block, width):
     return rows, pl.BlockSpec((None, None, block), lambda b, t, n: (b, t, n))
 
 
-def _key_specs(bounds, chosen, *keys):
+def _key_specs(keys):
     """One query's bounds and choice, and all of its row's keys."""
 
     def own(x):
@@ -163,7 +179,12 @@ def _key_specs(bounds, chosen, *keys):
     def whole(x):
         return pl.BlockSpec((None, *x.shape[1:]), lambda b, t, n: (b, 0, 0))
 
-    return [own(bounds), own(chosen), *map(whole, keys)]
+    return Keys(
+        bounds=own(keys.bounds),
+        chosen=own(keys.chosen),
+        window=whole(keys.window),
+        entries=jax.tree.map(whole, keys.entries),
+    )
 
 
 def _load_rows(ref, index_K, seen_K, parts=1):
@@ -185,22 +206,25 @@ def _dot(a, b, trans_a=False, trans_b=False):
     return plt.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=precision)
 
 
-def _walk_keys(plan, size, bounds, chosen, window, entries, attend_tile, carry):
+def _channel_blocks(keys):
+    """In how many blocks of channels a tile of keys comes: stored rows expand to planes."""
+    return PLANES if isinstance(keys.entries, StoredRows) else 1
+
+
+def _walk_keys(plan, size, keys, attend_tile, carry):
     """`attend_tile(parts, seen, carry)` for every tile of one query's keys.
 
     parts: the tile as blocks of channels.
-
-    entries: one array, whose rows stay whole, or words and tails.
     """
-    parts = PLANES if len(entries) == 2 else 1
+    bounds, chosen, window, entries = keys
 
     def load_window(index, seen):
-        return _load_rows(window, index, seen, parts)
+        return _load_rows(window, index, seen, _channel_blocks(keys))
 
     def load_entries(index, seen):
-        if len(entries) == 2:
-            return gpu_stored.load(*entries, index, seen, window.dtype)
-        return _load_rows(*entries, index, seen)
+        if isinstance(entries, StoredRows):
+            return gpu_stored.load(entries, index, seen, window.dtype)
+        return _load_rows(entries, index, seen)
 
     def in_range(load, low, high, carry):
         def body(j, carry):
@@ -222,10 +246,9 @@ def _walk_keys(plan, size, bounds, chosen, window, entries, attend_tile, carry):
     return jax.lax.fori_loop(0, chosen.shape[0] // size, body, carry)
 
 
-def _forward_kernel(plan, size, parts, bounds, chosen, window, *refs):
-    """refs: the sources of entries, q, sink, out and log-sum-exp. parts: blocks of channels."""
-    *entries, q_ref, sink_ref, o_ref, lse_ref = refs
+def _forward_kernel(plan, size, keys, q_ref, sink_ref, o_ref, lse_ref):
     heads, width = q_ref.shape
+    parts = _channel_blocks(keys)
     columns = [pl.ds(i * (width // parts), width // parts) for i in range(parts)]
     q = [q_ref[:, own] for own in columns]
 
@@ -242,37 +265,36 @@ def _forward_kernel(plan, size, parts, bounds, chosen, window, *refs):
 
     acc = [jnp.zeros((heads, width // parts), jnp.float32)] * parts
     start = (sink_ref[...], jnp.ones((heads,), jnp.float32), acc)
-    top, total, acc = _walk_keys(plan, size, bounds, chosen, window, entries, attend_tile, start)
+    top, total, acc = _walk_keys(plan, size, keys, attend_tile, start)
     for own, part in zip(columns, acc, strict=True):
         o_ref[:, own] = (part / total[:, None]).astype(o_ref.dtype)
     lse_ref[...] = top + jnp.log(total)
 
 
-def backward(plan, q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout, *, interpret):
+def backward(plan, q_BTNH, window_BSH, entries_BCH, visible, lse, delta, dout, *, interpret):
     """dq, d(window rows) and d(entries), each of its array's dtype (None for an absent one)."""
-    arrays = (q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout)
+    arrays = (q_BTNH, window_BSH, entries_BCH, visible, lse, delta, dout)
     return _backward(plan, _tile(q_BTNH, backward=True), interpret, *arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _backward(plan, tile, interpret, q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout):
-    arrays = _prepare(plan, tile, q_BTNH, window_BSH, entries_BCH, places)
-    q, window, entries, bounds, chosen = arrays
+def _backward(plan, tile, interpret, q_BTNH, window_BSH, entries_BCH, visible, lse, delta, dout):
+    q, keys = _prepare(plan, tile, q_BTNH, window_BSH, entries_BCH, visible)
     after = [(0, large - small) for large, small in zip(q.shape, dout.shape, strict=True)]
     do = jnp.pad(dout.astype(q.dtype), after)
-    row = (q, do, jnp.pad(lse, after[:3]), jnp.pad(delta, after[:3]))
-    dq = _dq(plan, tile, interpret, row, bounds, chosen, window, entries)
+    row = Row(q, do, jnp.pad(lse, after[:3]), jnp.pad(delta, after[:3]))
+    dq = _dq(plan, tile, interpret, row, keys)
     dwindow = dentries = None
     if window_BSH is not None:
-        own = (bounds[..., 0], bounds[..., 1])
-        dwindow = _range_gradient(plan, tile, interpret, row, *own, window)
+        own = (keys.bounds[..., 0], keys.bounds[..., 1])
+        dwindow = _range_gradient(plan, tile, interpret, row, *own, keys.window)
         dwindow = _unpad_keys(dwindow, window_BSH)
     if entries_BCH is not None:
         if plan.topk:
-            dentries = _chosen_gradient(plan, tile, interpret, row, chosen, entries)
+            dentries = _chosen_gradient(plan, tile, interpret, row, keys.chosen, keys.entries)
         else:
-            own = (bounds[..., 2], bounds[..., 3])
-            dentries = _range_gradient(plan, tile, interpret, row, *own, entries)
+            own = (keys.bounds[..., 2], keys.bounds[..., 3])
+            dentries = _range_gradient(plan, tile, interpret, row, *own, keys.entries)
         dentries = _unpad_keys(dentries, entries_BCH)
     _, _, n, h = q_BTNH.shape
     return dq[:, :, :n, :h], dwindow, dentries
@@ -282,47 +304,42 @@ def _unpad_keys(dkeys, like):
     return dkeys[:, : like.shape[1], : like.shape[2]].astype(like.dtype)
 
 
-def _dq(plan, tile, interpret, row, bounds, chosen, window, entries):
-    q = row[0]
-    batch, length, heads, width = q.shape
+def _dq(plan, tile, interpret, row, keys):
+    batch, length, heads, width = row.q.shape
     rows, column = _query_specs(tile.heads, width)
     return pl.pallas_call(
         functools.partial(_dq_kernel, plan, tile.keys),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=jax.ShapeDtypeStruct(row.q.shape, row.q.dtype),
         grid=(batch, length, heads // tile.heads),
-        in_specs=[
-            *_key_specs(bounds, chosen, window, entries),
-            rows,
-            rows,
-            column,
-            column,
-        ],
+        in_specs=[_key_specs(keys), Row(q=rows, do=rows, lse=column, delta=column)],
         out_specs=rows,
         compiler_params=_parameters(tile),
         name="sparse_attention_dq",
         interpret=interpret,
-    )(bounds, chosen, window, entries, *row)
+    )(keys, row)
 
 
-def _score_gradient(plan, q, do, lse, delta, kv, seen):
+def _load_row(ref: Row, at):
+    """Some heads of a query."""
+    return Row(*(x[at] for x in ref))
+
+
+def _score_gradient(plan, row: Row, kv, seen):
     """Probabilities and ds = p (do.v - delta) * scale, [heads, keys]."""
-    scores = _dot(q, kv, trans_b=True) * plan.scale
-    p = jnp.where(seen, jnp.exp(scores - lse[:, None]), 0.0)
-    return p, p * (_dot(do, kv, trans_b=True) - delta[:, None]) * plan.scale
+    scores = _dot(row.q, kv, trans_b=True) * plan.scale
+    p = jnp.where(seen, jnp.exp(scores - row.lse[:, None]), 0.0)
+    return p, p * (_dot(row.do, kv, trans_b=True) - row.delta[:, None]) * plan.scale
 
 
-def _dq_kernel(
-    plan, size, bounds, chosen, window, entries, q_ref, do_ref, lse_ref, delta_ref, dq_ref
-):
-    q, do, lse, delta = (ref[...] for ref in (q_ref, do_ref, lse_ref, delta_ref))
+def _dq_kernel(plan, size, keys, row_ref, dq_ref):
+    row = _load_row(row_ref, ...)
 
     def attend_tile(parts, seen, dq):
         (kv,) = parts
-        _, ds = _score_gradient(plan, q, do, lse, delta, kv, seen[None, :])
+        _, ds = _score_gradient(plan, row, kv, seen[None, :])
         return dq + _dot(ds.astype(kv.dtype), kv)
 
-    start = jnp.zeros(q.shape, jnp.float32)
-    dq = _walk_keys(plan, size, bounds, chosen, window, [entries], attend_tile, start)
+    dq = _walk_keys(plan, size, keys, attend_tile, jnp.zeros(row.q.shape, jnp.float32))
     dq_ref[...] = dq.astype(dq_ref.dtype)
 
 
@@ -332,8 +349,7 @@ def _range_gradient(plan, tile, interpret, row, low_BT, high_BT, keys):
     A program walks from the first query that sees anything of its key tile to the last (`_spans`).
     Where there are few key tiles the walk is cut into equal parts, and the parts' sums added.
     """
-    q = row[0]
-    batch, length, heads, width = q.shape
+    batch, length, _, width = row.q.shape
     count = keys.shape[1]
     size, tiles = tile.keys, pl.cdiv(count, tile.keys)
     keys = jnp.pad(keys, ((0, 0), (0, tiles * size - count), (0, 0)))
@@ -354,13 +370,13 @@ def _range_gradient(plan, tile, interpret, row, low_BT, high_BT, keys):
             own,
             whole(low_BT),
             whole(high_BT),
-            *[whole(x) for x in row],
+            jax.tree.map(whole, row),
         ],
         out_specs=pl.BlockSpec((None, None, size, width), lambda b, j, part: (part, b, j, 0)),
         compiler_params=_parameters(tile),
         name="sparse_attention_range_gradient",
         interpret=interpret,
-    )(span, keys, low_BT, high_BT, *row)
+    )(span, keys, low_BT, high_BT, row)
     return dkeys.sum(0)[:, :count]
 
 
@@ -381,9 +397,7 @@ def _spans(low_BT, high_BT, begin_J, size):
     return jnp.stack([first, jnp.maximum(first, end)], axis=-1).astype(jnp.int32)
 
 
-def _range_kernel(
-    plan, block, parts, span, kv_ref, low, high, q_ref, do_ref, lse_ref, delta_ref, out
-):
+def _range_kernel(plan, block, parts, span, kv_ref, low, high, row_ref, out):
     size, _ = kv_ref.shape
     kv = kv_ref[...]
     index = pl.program_id(1) * size + jnp.arange(size)
@@ -395,21 +409,20 @@ def _range_kernel(
         seen = ((index >= low[t]) & (index < high[t]))[None, :]
 
         def heads(n, acc):
-            own = (t, pl.ds(n * block, block))
-            q, do, lse, delta = (ref[own] for ref in (q_ref, do_ref, lse_ref, delta_ref))
-            p, ds = _score_gradient(plan, q, do, lse, delta, kv, seen)
-            return acc + _key_gradient(p, ds, q, do)
+            row = _load_row(row_ref, (t, pl.ds(n * block, block)))
+            p, ds = _score_gradient(plan, row, kv, seen)
+            return acc + _key_gradient(p, ds, row)
 
-        return jax.lax.fori_loop(0, q_ref.shape[1] // block, heads, acc)
+        return jax.lax.fori_loop(0, row_ref.q.shape[1] // block, heads, acc)
 
     start = jnp.zeros(kv.shape, jnp.float32)
     out[...] = jax.lax.fori_loop(begin, jnp.minimum(begin + each, end), query, start)
 
 
-def _key_gradient(p, ds, q, do):
+def _key_gradient(p, ds, row):
     """A tile's gradient as key and as value, [keys, width]."""
-    as_key = _dot(ds.astype(q.dtype), q, trans_a=True)
-    return as_key + _dot(p.astype(q.dtype), do, trans_a=True)
+    as_key = _dot(ds.astype(row.q.dtype), row.q, trans_a=True)
+    return as_key + _dot(p.astype(row.q.dtype), row.do, trans_a=True)
 
 
 def _chosen_gradient(plan, tile, interpret, row, chosen_BTK, entries):
@@ -420,14 +433,14 @@ def _chosen_gradient(plan, tile, interpret, row, chosen_BTK, entries):
     chunk = max(1, min(length, PARTS_BYTES // bytes_each))
     padding = -length % chunk
     chosen = jnp.pad(chosen_BTK, ((0, 0), (0, padding), (0, 0)), constant_values=-1)
-    row = [jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) for x in row]
+    row = jax.tree.map(functools.partial(query_blocks.pad, after=padding), row)
 
     def body(total, index):
         def take(x):
             return jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis=1)
 
         own = take(chosen)
-        parts = _chosen_parts(plan, tile, interpret, [take(x) for x in row], own, entries)
+        parts = _chosen_parts(plan, tile, interpret, jax.tree.map(take, row), own, entries)
         return total + _add_parts(own, parts, entries.shape[1], interpret), None
 
     total = jnp.zeros(entries.shape, jnp.float32)
@@ -436,13 +449,13 @@ def _chosen_gradient(plan, tile, interpret, row, chosen_BTK, entries):
 
 def _chosen_parts(plan, tile, interpret, row, chosen_BTK, entries):
     """What each choice of each query adds to its entry's gradient, [B,T,K,width]."""
-    q = row[0]
-    batch, length, heads, width = q.shape
+    batch, length, _, width = row.q.shape
     choices = chosen_BTK.shape[2]
 
-    def own(*shape):
-        zeros = (0,) * len(shape)
-        return pl.BlockSpec((None, None, *shape), lambda b, t, j: (b, t, *zeros))
+    def own(x):
+        """A query's own."""
+        zeros = (0,) * (x.ndim - 2)
+        return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, t, j: (b, t, *zeros))
 
     return pl.pallas_call(
         functools.partial(_parts_kernel, plan, tile.heads),
@@ -451,31 +464,27 @@ def _chosen_parts(plan, tile, interpret, row, chosen_BTK, entries):
         in_specs=[
             pl.BlockSpec((None, None, tile.keys), lambda b, t, j: (b, t, j)),
             pl.BlockSpec((None, *entries.shape[1:]), lambda b, t, j: (b, 0, 0)),
-            own(heads, width),
-            own(heads, width),
-            own(heads),
-            own(heads),
+            jax.tree.map(own, row),
         ],
         out_specs=pl.BlockSpec((None, None, tile.keys, width), lambda b, t, j: (b, t, j, 0)),
         compiler_params=_parameters(tile),
         name="sparse_attention_choice_gradient",
         interpret=interpret,
-    )(chosen_BTK, entries, *row)
+    )(chosen_BTK, entries, row)
 
 
-def _parts_kernel(plan, block, chosen, entries, q_ref, do_ref, lse_ref, delta_ref, out):
+def _parts_kernel(plan, block, chosen, entries, row_ref, out):
     index = chosen[...]
     seen = index >= 0
     (kv,) = _load_rows(entries, index, seen)
 
     def heads(n, acc):
-        own = pl.ds(n * block, block)
-        q, do, lse, delta = (ref[own] for ref in (q_ref, do_ref, lse_ref, delta_ref))
-        p, ds = _score_gradient(plan, q, do, lse, delta, kv, seen[None, :])
-        return acc + _key_gradient(p, ds, q, do)
+        row = _load_row(row_ref, pl.ds(n * block, block))
+        p, ds = _score_gradient(plan, row, kv, seen[None, :])
+        return acc + _key_gradient(p, ds, row)
 
     acc = jnp.zeros(kv.shape, jnp.float32)
-    out[...] = jax.lax.fori_loop(0, q_ref.shape[0] // block, heads, acc).astype(out.dtype)
+    out[...] = jax.lax.fori_loop(0, row_ref.q.shape[0] // block, heads, acc).astype(out.dtype)
 
 
 def _add_parts(chosen_BTK, parts_BTKH, entries, interpret):

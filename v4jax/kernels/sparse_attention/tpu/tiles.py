@@ -4,12 +4,12 @@ A tile of queries walks over the key tiles that it needs, window first, then ent
 softmax that begins with the sink. Key tiles come from HBM by double-buffered DMA; those that hold
 no visible or no chosen entry are not in the walk. The choice is a packed mask
 (`kernels.membership`), unpacked 128 entries at a shift. Stored rows (`stored`) come as they are and
-are expanded on arrival. The backward pass walks the same tiles
-for dq, and for every key tile the tiles of queries that meet it for its gradient: no atomics, the
-same bits every time.
+are expanded on arrival. The backward pass walks the same tiles for dq, and for the gradient of a
+key tile the tiles of queries that see any of it: no atomics, the same bits every time.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,54 @@ from v4jax.kernels.sparse_attention.tpu.product import dot
 from v4jax.kernels.sparse_attention.walk import Tiles, prepare, unprepare
 
 VMEM_LIMIT = 60 << 20
+IN_HBM = pl.BlockSpec(memory_space=pl.ANY)
+
+
+# What a kernel reads and writes, by name. The same tuple holds the arrays outside, their blocks,
+# and inside a kernel the references.
+
+
+class Seen(NamedTuple):
+    """What a tile of queries sees: its walk over key tiles, each query's bounds, its choice."""
+
+    walk: Any
+    bounds: Any
+    member: Any
+
+
+class Keys(NamedTuple):
+    """All keys, in HBM: window rows, and entries as rows or `StoredRows`."""
+
+    window: Any
+    entries: Any
+
+
+class Arrivals(NamedTuple):
+    """Double buffers where key tiles arrive, as rows or (None: never) as stored words."""
+
+    rows: Any
+    sem: Any
+    stored: StoredRows | None
+
+
+class Row(NamedTuple):
+    """A query and what its gradient takes: log-sum-exp, and delta = do.o."""
+
+    q: Any
+    do: Any
+    lse: Any
+    delta: Any
+
+
+class SeenRow(NamedTuple):
+    """A query as a tile of keys takes it: `Row`, and what the query sees."""
+
+    q: Any
+    do: Any
+    lse: Any
+    delta: Any
+    bounds: Any
+    member: Any
 
 
 def refuse(plan, q_BTNH, window_BSH, entries_BCH):
@@ -49,7 +97,7 @@ def refuse(plan, q_BTNH, window_BSH, entries_BCH):
 def _vmem_bytes(sizes, q_BTNH, entries_BCH):
     """The backward pass's buffers: q and do twice, key tiles, four score tiles, accumulators.
 
-    Stored rows have words and tails arrive beside the key tiles.
+    With stored rows, words and tails arrive as well as key tiles.
     """
     _, _, heads, width = q_BTNH.shape
     rows = sizes.queries * -(-heads // 16) * 16
@@ -61,57 +109,56 @@ def _vmem_bytes(sizes, q_BTNH, entries_BCH):
     return tiles + 4 * rows * sizes.keys * 4 + rows * width * 4
 
 
-def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, places, *, interpret):
+def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, visible, *, interpret):
     """See api.sparse_attention: out [B,T,N,H] of q's dtype and log-sum-exp [B,T,N]."""
     sizes = blocks.blocks("tpu").sparse_attention
-    arrays = (q_BTNH, sink_N, window_BSH, entries_BCH, places)
+    arrays = (q_BTNH, sink_N, window_BSH, entries_BCH, visible)
     if pallas_tpu_gather.serves(plan, sizes, q_BTNH, entries_BCH):
         return pallas_tpu_gather.forward(plan, sizes, interpret, *arrays)
-    arrays = (q_BTNH, sink_N, window_BSH, as_rows(entries_BCH), places)
+    arrays = (q_BTNH, sink_N, window_BSH, as_rows(entries_BCH), visible)
     return _forward(plan, sizes, interpret, *arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _forward(plan, sizes, interpret, q_BTNH, sink_N, window_BSH, entries_BCH, places):
-    tiles, arrays = prepare(plan, sizes, q_BTNH, window_BSH, entries_BCH, places)
-    q, window, entries, bounds, member, walk, _ = arrays
+def _forward(plan, sizes, interpret, q_BTNH, sink_N, window_BSH, entries_BCH, visible):
+    tiles, given = prepare(plan, sizes, q_BTNH, window_BSH, entries_BCH, visible)
+    seen = Seen(given.walk, given.bounds, given.member)
+    keys = Keys(given.window, given.entries)
     sink = jnp.pad(sink_N, (0, tiles.heads - sink_N.shape[0]))
     sink = jnp.broadcast_to(sink[:, None], (tiles.heads, 128))
-    batch, length, heads, width = q.shape
-    sources, buffers = _entry_sources(tiles, entries)
+    batch, length, heads, width = given.q.shape
     out, lse = pl.pallas_call(
         functools.partial(_forward_kernel, plan, tiles),
         out_shape=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(given.q.shape, given.q.dtype),
             jax.ShapeDtypeStruct((batch, tiles.count, tiles.lanes, 128), jnp.float32),
         ),
         grid=(batch, tiles.count),
         in_specs=[
-            *_query_specs(tiles, walk, bounds, member),
+            _seen_spec(tiles, seen),
             _rows_spec(tiles),
             pl.BlockSpec((heads, 128), lambda b, i: (0, 0)),
-            *[pl.BlockSpec(memory_space=pl.ANY)] * (1 + len(sources)),
+            jax.tree.map(lambda _: IN_HBM, keys),
         ],
         out_specs=(_rows_spec(tiles), _lanes_spec(tiles)),
-        scratch_shapes=[
-            pltpu.VMEM((tiles.rows, width), jnp.float32),
-            pltpu.VMEM((2, tiles.keys, width), window.dtype),
-            pltpu.SemaphoreType.DMA((2,)),
-            *buffers,
-        ],
+        scratch_shapes=[pltpu.VMEM((tiles.rows, width), jnp.float32), _arrivals(tiles, keys)],
         compiler_params=_parameters(),
         name="sparse_attention_forward",
         interpret=interpret,
-    )(walk, bounds, member, q, sink, window, *sources)
+    )(seen, given.q, sink, keys)
     return unprepare(tiles, q_BTNH, out), tiles.from_lanes(lse, q_BTNH)
 
 
-def _entry_sources(tiles, entries):
-    """The arrays that hold the entries, and where stored ones arrive."""
-    if not isinstance(entries, StoredRows):
-        return (entries,), ()
-    shapes = ((2, tiles.keys, LANES), (2, tiles.keys // PLANES, LANES))
-    return (entries.words, entries.tails), [pltpu.VMEM(shape, jnp.int32) for shape in shapes]
+def _arrivals(tiles, keys):
+    """The buffers and semaphores of `_walk_keys`."""
+    stored = None
+    if isinstance(keys.entries, StoredRows):
+        stored = StoredRows(
+            words=pltpu.VMEM((2, tiles.keys, LANES), jnp.int32),
+            tails=pltpu.VMEM((2, tiles.keys // PLANES, LANES), jnp.int32),
+        )
+    rows = pltpu.VMEM((2, tiles.keys, tiles.width), keys.window.dtype)
+    return Arrivals(rows, pltpu.SemaphoreType.DMA((2,)), stored)
 
 
 def _parameters():
@@ -120,13 +167,14 @@ def _parameters():
     )
 
 
-def _query_specs(tiles, walk, bounds, member):
-    """The walk, the bounds and the mask of one tile of queries."""
-    return [
-        pl.BlockSpec((1, 1, 1, walk.shape[-1]), lambda b, i: (b, i, 0, 0), memory_space=pltpu.SMEM),
-        pl.BlockSpec((1, tiles.queries, bounds.shape[-1]), lambda b, i: (b, i, 0)),
-        pl.BlockSpec((1, tiles.queries, member.shape[-1]), lambda b, i: (b, i, 0)),
-    ]
+def _seen_spec(tiles, seen):
+    """One tile of queries' own."""
+    steps, bounds, words = (x.shape[-1] for x in seen)
+    return Seen(
+        walk=pl.BlockSpec((1, 1, 1, steps), lambda b, i: (b, i, 0, 0), memory_space=pltpu.SMEM),
+        bounds=pl.BlockSpec((1, tiles.queries, bounds), lambda b, i: (b, i, 0)),
+        member=pl.BlockSpec((1, tiles.queries, words), lambda b, i: (b, i, 0)),
+    )
 
 
 def _rows_spec(tiles):
@@ -138,11 +186,7 @@ def _lanes_spec(tiles):
     return pl.BlockSpec((1, 1, tiles.lanes, 128), lambda b, i: (b, i, 0, 0))
 
 
-def _forward_kernel(plan, tiles, walk, bounds, member, q_ref, sink, window, *refs):
-    """refs: the sources of entries, out, log-sum-exp, sums, and what `_walk_keys` needs."""
-    count = 2 if len(refs) > 6 else 1
-    entries, (o_ref, lse_ref, acc) = refs[:count], refs[count : count + 3]
-    scratch = refs[count + 3 :]
+def _forward_kernel(plan, tiles, seen, q_ref, sink, keys, o_ref, lse_ref, acc, arrivals):
     rows, width = acc.shape
     q = q_ref[0].reshape(rows, width)
     top = jnp.broadcast_to(sink[:, :1][None], (tiles.queries, tiles.heads, 1)).reshape(rows, 1)
@@ -158,23 +202,20 @@ def _forward_kernel(plan, tiles, walk, bounds, member, q_ref, sink, window, *ref
         return new_top, total * shrink + p.sum(-1, keepdims=True)
 
     carry = (top, jnp.ones((rows, 1), jnp.float32))
-    top, total = _walk_keys(
-        plan, tiles, walk, bounds, member, window, entries, scratch, attend_tile, carry
-    )
+    top, total = _walk_keys(plan, tiles, seen, keys, arrivals, attend_tile, carry)
     o_ref[0] = (acc[...] / total).reshape(o_ref.shape[1:]).astype(o_ref.dtype)
     lse_ref[0, 0] = _to_lanes(top + jnp.log(total), tiles.lanes)
 
 
-def _walk_keys(plan, tiles, walk, bounds, member, window, entries, scratch, attend_tile, carry):
+def _walk_keys(plan, tiles, seen, keys, arrivals, attend_tile, carry):
     """`attend_tile(kv, bias, carry)` for every key tile of these queries, DMA one tile ahead.
 
-    walk: [first window tile, their number, first entry tile, number of entry tiles, the next tile
-    of each ...] in SMEM. entries: one array, or words and tails of stored rows. scratch: a double
-    buffer of rows, two semaphores, and buffers for words and tails.
+    seen.walk: [first window tile, their number, first entry tile, number of entry tiles, the next
+    tile of each ...] in SMEM.
     """
     batch = pl.program_id(0)
-    buf, sem, *stored_bufs = scratch
-    arrivals = stored_bufs or [buf]
+    walk, sem = seen.walk, arrivals.sem
+    is_stored = arrivals.stored is not None
     in_window = walk[0, 0, 0, 1]
     total = in_window + walk[0, 0, 0, 3]
 
@@ -188,32 +229,34 @@ def _walk_keys(plan, tiles, walk, bounds, member, window, entries, scratch, atte
 
     def start(step, tile, slot):
         def copy(sources, buffers):
-            for source, buffer in zip(sources, buffers, strict=True):
+            for source, buffer in zip(*map(jax.tree.leaves, (sources, buffers)), strict=True):
                 count = buffer.shape[1]
                 rows = source.at[batch, pl.ds(tile * count, count)]
                 pltpu.make_async_copy(rows, buffer.at[slot], sem.at[slot]).start()
 
-        pl.when(step < in_window)(lambda: copy([window], [buf]))
-        pl.when(step >= in_window)(lambda: copy(entries, arrivals))
+        to = arrivals.stored if is_stored else arrivals.rows
+        pl.when(step < in_window)(lambda: copy(keys.window, arrivals.rows))
+        pl.when(step >= in_window)(lambda: copy(keys.entries, to))
 
     def wait(slot, buffers):
-        for buffer in buffers:
+        for buffer in jax.tree.leaves(buffers):
             pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], sem.at[slot]).wait()
 
     def arrive(step, slot):
-        if not stored_bufs:
+        if not is_stored:
             # Waits for the bytes of one tile, whichever array it came from.
-            return wait(slot, [buf])
+            return wait(slot, arrivals.rows)
 
         @pl.when(step < in_window)
         def _():
-            wait(slot, [buf])
+            wait(slot, arrivals.rows)
 
         @pl.when(step >= in_window)
         def _():
-            wait(slot, stored_bufs)
-            words, tails = (buffer[slot] for buffer in stored_bufs)
-            buf[slot] = tpu_stored.expand(words, tpu_stored.tails_of_tile(tails), buf.dtype)
+            wait(slot, arrivals.stored)
+            words, tails = arrivals.stored.words[slot], arrivals.stored.tails[slot]
+            rows = tpu_stored.expand(words, tpu_stored.tails_of_tile(tails), arrivals.rows.dtype)
+            arrivals.rows[slot] = rows
 
     first = jnp.where(in_window > 0, walk[0, 0, 0, 0], walk[0, 0, 0, 2])
     pl.when(total > 0)(lambda: start(0, first, 0))
@@ -224,8 +267,8 @@ def _walk_keys(plan, tiles, walk, bounds, member, window, entries, scratch, atte
         ahead = following(step + 1, tile)
         pl.when(step + 1 < total)(lambda: start(step + 1, ahead, 1 - slot))
         arrive(step, slot)
-        bias = _bias(plan, tiles, tile, step < in_window, bounds[0], member)
-        return ahead, attend_tile(buf[slot], bias, carry)
+        bias = _bias(plan, tiles, tile, step < in_window, seen.bounds[0], seen.member)
+        return ahead, attend_tile(arrivals.rows[slot], bias, carry)
 
     return jax.lax.fori_loop(0, total, body, (first, carry))[1]
 
@@ -286,171 +329,150 @@ def _to_column(x, rows):
     return column[:rows]
 
 
-def backward(plan, q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout, *, interpret):
+def backward(plan, q_BTNH, window_BSH, entries_BCH, visible, lse, delta, dout, *, interpret):
     """dq, d(window rows) and d(entries), each of its array's dtype (None for an absent one)."""
     sizes = blocks.blocks("tpu").sparse_attention
-    arrays = (q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout)
+    arrays = (q_BTNH, window_BSH, entries_BCH, visible, lse, delta, dout)
     return _backward(plan, sizes, interpret, *arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _backward(plan, sizes, interpret, q_BTNH, window_BSH, entries_BCH, places, lse, delta, dout):
-    tiles, arrays = prepare(plan, sizes, q_BTNH, window_BSH, entries_BCH, places)
-    q, window, entries, bounds, member, walk, meets = arrays
+def _backward(plan, sizes, interpret, q_BTNH, window_BSH, entries_BCH, visible, lse, delta, dout):
+    tiles, given = prepare(plan, sizes, q_BTNH, window_BSH, entries_BCH, visible)
+    q, seen = given.q, Seen(given.walk, given.bounds, given.member)
+    keys = Keys(given.window, given.entries)
     dout = tiles.pad_queries(dout.astype(q.dtype))
-    lse, delta = tiles.to_lanes(lse), tiles.to_lanes(delta)
-    batch, width = q.shape[0], tiles.width
-    row = (q, dout, lse, delta)
+    row = Row(q, dout, tiles.to_lanes(lse), tiles.to_lanes(delta))
+    rows, lanes = _rows_spec(tiles), _lanes_spec(tiles)
     dq = pl.pallas_call(
         functools.partial(_dq_kernel, plan, tiles),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(batch, tiles.count),
+        grid=(q.shape[0], tiles.count),
         in_specs=[
-            *_query_specs(tiles, walk, bounds, member),
-            _rows_spec(tiles),
-            _rows_spec(tiles),
-            _lanes_spec(tiles),
-            _lanes_spec(tiles),
-            pl.BlockSpec(memory_space=pl.ANY),
-            pl.BlockSpec(memory_space=pl.ANY),
+            _seen_spec(tiles, seen),
+            Row(q=rows, do=rows, lse=lanes, delta=lanes),
+            Keys(window=IN_HBM, entries=IN_HBM),
         ],
-        out_specs=_rows_spec(tiles),
+        out_specs=rows,
         scratch_shapes=[
-            pltpu.VMEM((2, tiles.keys, width), window.dtype),
-            pltpu.SemaphoreType.DMA((2,)),
-            pltpu.VMEM((tiles.rows, width), jnp.float32),
+            _arrivals(tiles, keys),
+            pltpu.VMEM((tiles.rows, tiles.width), jnp.float32),
         ],
         compiler_params=_parameters(),
         name="sparse_attention_dq",
         interpret=interpret,
-    )(walk, bounds, member, *row, window, entries)
-
-    def keys_gradient(rows, meets, is_window):
-        call = functools.partial(_dkv, plan, tiles, is_window, interpret)
-        return call(rows, meets, row, bounds, member)
-
+    )(seen, row, keys)
+    seen_row = SeenRow(*row, given.bounds, given.member)
+    gradient = functools.partial(_dkv, plan, tiles, interpret, seen_row)
     dwindow = dentries = None
     if window_BSH is not None:
-        dwindow = tiles.unpad_keys(keys_gradient(window, meets[0], True), window_BSH)
+        dwindow = gradient(given.window, given.window_walk, is_window=True)
+        dwindow = tiles.unpad_keys(dwindow, window_BSH)
     if entries_BCH is not None:
-        dentries = tiles.unpad_keys(keys_gradient(entries, meets[1], False), entries_BCH)
+        dentries = gradient(given.entries, given.entries_walk, is_window=False)
+        dentries = tiles.unpad_keys(dentries, entries_BCH)
     return unprepare(tiles, q_BTNH, dq), dwindow, dentries
 
 
-def _score_gradient(plan, q, do, kv, lse, delta, scores):
+def _score_gradient(plan, row: Row, kv, scores):
     """Probabilities and ds = p (do.v - delta) * scale, [rows, keys]."""
-    p = jnp.exp(scores - lse)
-    dp = dot(do, kv, ((1,), (1,)))
-    return p, p * (dp - delta) * plan.scale
+    p = jnp.exp(scores - row.lse)
+    dp = dot(row.do, kv, ((1,), (1,)))
+    return p, p * (dp - row.delta) * plan.scale
 
 
-def _dq_kernel(
-    plan,
-    tiles,
-    walk,
-    bounds,
-    member,
-    q_ref,
-    do_ref,
-    lse_ref,
-    delta_ref,
-    window,
-    entries,
-    dq_ref,
-    buf,
-    sem,
-    acc,
-):
-    rows, width = acc.shape
-    q, do = (ref[0].reshape(rows, width) for ref in (q_ref, do_ref))
-    lse, delta = (_to_column(ref[0, 0], rows) for ref in (lse_ref, delta_ref))
+def _load_row(tiles, ref: Row | SeenRow, heads_at, lanes_at):
+    """The heads of a tile of queries as matrices [rows, width] and columns [rows, 1]."""
+    q, do = (x[heads_at].reshape(tiles.rows, tiles.width) for x in (ref.q, ref.do))
+    lse, delta = (_to_column(x[lanes_at], tiles.rows) for x in (ref.lse, ref.delta))
+    return Row(q, do, lse, delta)
+
+
+def _dq_kernel(plan, tiles, seen, row_ref, keys, dq_ref, arrivals, acc):
+    row = _load_row(tiles, row_ref, 0, (0, 0))
     acc[...] = jnp.zeros_like(acc)
 
     def attend_tile(kv, bias, carry):
-        scores = _masked_scores(plan, tiles, q, kv, bias)
-        _, ds = _score_gradient(plan, q, do, kv, lse, delta, scores)
+        scores = _masked_scores(plan, tiles, row.q, kv, bias)
+        _, ds = _score_gradient(plan, row, kv, scores)
         acc[...] += dot(ds.astype(kv.dtype), kv, ((1,), (0,)))
         return carry
 
-    _walk_keys(plan, tiles, walk, bounds, member, window, [entries], (buf, sem), attend_tile, 0)
+    _walk_keys(plan, tiles, seen, keys, arrivals, attend_tile, 0)
     dq_ref[0] = acc[...].reshape(dq_ref.shape[1:]).astype(dq_ref.dtype)
 
 
-def _dkv(plan, tiles: Tiles, is_window, interpret, keys, meets, row, bounds, member):
-    """The gradient of one array of keys: every tile of it meets its tiles of queries."""
-    q, _, lse, _ = row
+def _dkv(plan, tiles: Tiles, interpret, row: SeenRow, keys, walk, is_window):
+    """The gradient of one array of keys: for each tile of it a walk over tiles of queries."""
     batch, count, width = keys.shape
     chosen = bool(plan.topk) and not is_window
-    shape = (2, tiles.queries, tiles.heads, width)
-    lanes = (2, tiles.lanes, 128)
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    heads = pltpu.VMEM((2, tiles.queries, tiles.heads, width), row.q.dtype)
+    lanes = pltpu.VMEM((2, tiles.lanes, 128), jnp.float32)
+    bounds = pltpu.VMEM((2, tiles.queries, row.bounds.shape[-1]), jnp.int32)
+    member = pltpu.VMEM((2, tiles.queries, membership.LANES), jnp.int32)
+    steps = (1, 1, 1, walk.shape[-1])
     tile_spec = pl.BlockSpec((1, tiles.keys, width), lambda b, j: (b, j, 0))
     return pl.pallas_call(
         functools.partial(_dkv_kernel, plan, tiles, is_window, chosen),
         out_shape=jax.ShapeDtypeStruct(keys.shape, jnp.float32),
         grid=(batch, count // tiles.keys),
         in_specs=[
-            pl.BlockSpec(
-                (1, 1, 1, meets.shape[-1]), lambda b, j: (b, j, 0, 0), memory_space=pltpu.SMEM
-            ),
+            pl.BlockSpec(steps, lambda b, j: (b, j, 0, 0), memory_space=pltpu.SMEM),
             tile_spec,
-            *[anywhere] * 6,
+            SeenRow(*[IN_HBM] * 6),
         ],
         out_specs=tile_spec,
         scratch_shapes=[
-            pltpu.VMEM(shape, q.dtype),
-            pltpu.VMEM(shape, q.dtype),
-            pltpu.VMEM(lanes, jnp.float32),
-            pltpu.VMEM(lanes, jnp.float32),
-            pltpu.VMEM((2, tiles.queries, bounds.shape[-1]), jnp.int32),
-            pltpu.VMEM((2, tiles.queries, membership.LANES), jnp.int32),
+            SeenRow(heads, heads, lanes, lanes, bounds, member),
             pltpu.SemaphoreType.DMA((2, 6)),
         ],
         compiler_params=_parameters(),
         name="sparse_attention_dkv",
         interpret=interpret,
-    )(meets, keys, *row, bounds, member)
+    )(walk, keys, row)
 
 
-def _dkv_kernel(plan, tiles, is_window, chosen, meets, kv_ref, *refs):
-    """One tile of keys; meets: [first query tile, their number, the next of each ...]."""
-    *sources, out, q_buf, do_buf, lse_buf, delta_buf, bounds_buf, member_buf, sem = refs
+def _dkv_kernel(plan, tiles, is_window, chosen, walk, kv_ref, source, out, buffer, sem):
+    """One tile of keys.
+
+    walk: [first query tile, their number, the next of each ...]. source: all queries. buffer: a
+    double buffer of a tile of them.
+    """
     batch, tile = pl.program_id(0), pl.program_id(1)
-    total = meets[0, 0, 0, 1]
-    buffers = (q_buf, do_buf, lse_buf, delta_buf, bounds_buf, member_buf)
+    total = walk[0, 0, 0, 1]
     group = tile * tiles.keys // membership.GROUP
 
     def copies(i, slot):
         rows = pl.ds(i * tiles.queries, tiles.queries)
         words = pl.ds(pl.multiple_of(group * membership.LANES, membership.LANES), membership.LANES)
-        places = [(rows,), (rows,), (i,), (i,), (rows,), (rows, words)]
-        used = len(places) if chosen else len(places) - 1
-        for k in range(used):
-            source = sources[k].at[(batch, *places[k])]
-            yield pltpu.make_async_copy(source, buffers[k].at[slot], sem.at[slot, k])
+        part = SeenRow((rows,), (rows,), (i,), (i,), (rows,), (rows, words))
+        for k, name in enumerate(SeenRow._fields):
+            if name == "member" and not chosen:
+                continue
+            own = getattr(source, name).at[(batch, *getattr(part, name))]
+            yield pltpu.make_async_copy(own, getattr(buffer, name).at[slot], sem.at[slot, k])
 
     def start(i, slot):
         for copy in copies(i, slot):
             copy.start()
 
-    first = meets[0, 0, 0, 0]
+    first = walk[0, 0, 0, 0]
     pl.when(total > 0)(lambda: start(first, 0))
     kv = kv_ref[0]
     out[...] = jnp.zeros_like(out)
 
     def body(step, i):
         slot = jax.lax.rem(step, 2)
-        ahead = meets[0, 0, 0, 2 + i] if chosen else i + 1
+        ahead = walk[0, 0, 0, 2 + i] if chosen else i + 1
         pl.when(step + 1 < total)(lambda: start(ahead, 1 - slot))
         for copy in copies(i, slot):
             copy.wait()
-        q, do = (ref[slot].reshape(tiles.rows, tiles.width) for ref in (q_buf, do_buf))
-        lse, delta = (_to_column(ref[slot], tiles.rows) for ref in (lse_buf, delta_buf))
-        bias = _tile_bias(tiles, tile, is_window, chosen, bounds_buf[slot], member_buf[slot])
-        scores = _masked_scores(plan, tiles, q, kv, bias)
-        p, ds = _score_gradient(plan, q, do, kv, lse, delta, scores)
-        part = dot(ds.astype(q.dtype), q, ((0,), (0,)))
-        out[0] += part + dot(p.astype(q.dtype), do, ((0,), (0,)))
+        row = _load_row(tiles, buffer, slot, slot)
+        bias = _tile_bias(tiles, tile, is_window, chosen, buffer.bounds[slot], buffer.member[slot])
+        scores = _masked_scores(plan, tiles, row.q, kv, bias)
+        p, ds = _score_gradient(plan, row, kv, scores)
+        part = dot(ds.astype(row.q.dtype), row.q, ((0,), (0,)))
+        out[0] += part + dot(p.astype(row.q.dtype), row.do, ((0,), (0,)))
         return ahead
 
     jax.lax.fori_loop(0, total, body, first)
