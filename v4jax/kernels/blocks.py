@@ -1,4 +1,4 @@
-"""Block sizes of the Pallas kernels: one frozen dataclass an operation, one table a chip.
+"""Block sizes of the Pallas kernels: one frozen dataclass per operation, one table per chip.
 
 `v4jax tune` measures candidates and writes such a table as JSON; the environment variable
 V4JAX_BLOCKS names the file that is in force.

@@ -21,7 +21,7 @@ def run(op: str, implementation: str | None, functions: dict[str, Callable], ref
       implementation: a key of `functions`, or None: the platform's Pallas kernel where there is
         one that can take the arguments, else "xla". The choice is made when the program is lowered,
         so ahead-of-time compilation gets its own platform's kernel.
-      functions: by name. Pallas functions take `interpret=` besides `args`.
+      functions: by name. Pallas functions take `args` and `interpret=`.
       refuse: (name, *args) -> why that Pallas implementation cannot take the arguments, or None.
       args: pytrees of arrays.
 

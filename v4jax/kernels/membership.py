@@ -1,4 +1,4 @@
-"""Which entries a query has chosen, a bit an entry.
+"""Which entries a query has chosen, one bit per entry.
 
 Entry e = 4096 g + 128 b + l is bit b of word 128 g + l, so that a kernel unpacks 128 neighbouring
 entries from one row of 128 words with a shift. Words are uint32; a mask of C entries has

@@ -1,4 +1,4 @@
-"""How an expert's weights are stored, and in which type they meet the activations."""
+"""How an expert's weights are stored, and in which type they are multiplied."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def trained(weights) -> bool:
 
 
 def operand_dtype(weights, rounding) -> str:
-    """The type in which activations and expanded weights meet in the matmul (section 10).
+    """The type in which activations and expanded weights are multiplied (section 10).
 
     `rounding.native` multiplies in float32. Its activations have at most four significant bits, so
     where the weights are exact in bfloat16 so is every product, and bfloat16 serves.
@@ -38,7 +38,7 @@ def gradient_dtype(weights, rounding) -> str:
 
 
 def activations(x, weights, rounding):
-    """x as it meets the weights: fake-quantised if native, in the operand type."""
+    """x as it is multiplied: fake-quantised if native, in the operand type."""
     if rounding.native:
         x = quant.fake_quant_e4m3(x, 128)
     return x.astype(operand_dtype(weights, rounding))

@@ -1,4 +1,4 @@
-"""Work items of a grouped matmul: which rows meet which group.
+"""Work items of a grouped matmul: which rows are multiplied with which group.
 
 Tables of a static length, computed in XLA from the group sizes; items past the last real one repeat
 it (a TPU then fetches nothing) and are not computed.
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 class Items(NamedTuple):
-    """One entry an item, int32.
+    """One entry per item, int32.
 
     Attributes:
       group_I: the group whose weights the item uses.

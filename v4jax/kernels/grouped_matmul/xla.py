@@ -1,4 +1,4 @@
-"""Grouped experts in plain XLA, quick where `jax.lax.ragged_dot` is not (CPU), right everywhere.
+"""Grouped experts in plain XLA, fast where `jax.lax.ragged_dot` is not (CPU), right on any backend.
 
 An expert's rows are cut into pieces: as many of the longest as there are, and one of the smallest
 of a few static sizes that covers what is left, so little is wasted on uneven groups. All last

@@ -148,7 +148,7 @@ def head(
     eps: float,
     rms_eps: float,
 ) -> Float[Array, "b t d"]:
-    """The streams collapsed for the output head, float32; no Sinkhorn. Plain XLA: once per token."""
+    """The streams collapsed for the output head, float32; no Sinkhorn. Plain XLA: it is rare."""
     return xla.head(h_BTMD, fn_MV, base_M, scale_1, eps=eps, rms_eps=rms_eps)
 
 

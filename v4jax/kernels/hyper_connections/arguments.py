@@ -48,7 +48,7 @@ class Packed(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """What kernels decide for each token, a row a number: `Saved`, and all (2+M)M weights."""
+    """What kernels decide for each token, one row per number: `Saved`, and all (2+M)M weights."""
 
     mixed: Any
     norm: Any

@@ -1,4 +1,4 @@
-"""A token's few numbers as kernels take them, a row a number; float32 as bfloat16 parts."""
+"""A token's few numbers as kernels take them, one row per number; float32 as bfloat16 parts."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def unrows(y_ND, like_BTD):
 
 
 def stream_count(rows: int) -> int:
-    """The M whose (2+M)M numbers a token are so many rows."""
+    """The M of so many rows, (2+M)M."""
     return next(m for m in range(1, 9) if (2 + m) * m == rows)
 
 

@@ -14,7 +14,7 @@ def mix(h_BTMD, fn_XV, rms_eps):
 
 
 def sinkhorn(logits_BTMM, iterations, eps):
-    """Rows and columns of exp(logits) normalised in turn, `iterations` times."""
+    """Rows and columns of exp(logits) normalised alternately, `iterations` times."""
     a = jax.nn.softmax(logits_BTMM, axis=-1) + eps
     a = a / (a.sum(-2, keepdims=True) + eps)
 

@@ -21,7 +21,7 @@ MEMBER = {
     "pallas_tpu": pallas_tpu.indexer_member,
     "pallas_gpu": pallas_gpu.indexer_member,
 }
-# A path of their own where that is quicker than going through the packed mask.
+# A path of their own where that is faster than going through the packed mask.
 INDICES = {"xla": xla.indexer_topk, "reference": reference.indexer_topk}
 SCORES = {
     "xla": xla.index_scores,
@@ -50,7 +50,7 @@ def indexer_member(
     native: bool = False,
     implementation: str | None = None,
 ) -> UInt32[Array, "b t w"]:
-    """Which visible entries are the `topk` of highest score of every query, a bit an entry.
+    """Which visible entries are the `topk` of highest score of every query, one bit per entry.
 
     score[t, e] = sum over index heads of weight * relu(q . key)  (architecture section 6). Equal
     scores go to the lower index, -0 equals 0, NaN counts as -inf. Where at most topk entries are
@@ -155,8 +155,8 @@ def index_scores(
 ) -> Float32[Array, "b t c"]:
     """Every entry's score for every query, differentiable in q, weight and keys.
 
-    For losses, a block of queries at a time: the result is [B,T,C], but neither direction stores
-    an array with a head axis beside it.
+    For losses, a block of queries at a time: the result is [B,T,C], and neither direction stores an
+    array that has a head axis as well.
 
     Args:
       q_BTIZ, weight_BTI, keys_BCZ: as of `indexer_member`.

@@ -25,14 +25,14 @@ def _float32(*arrays):
 
 def _weighted_sum(dots, weight, native):
     if not native:
-        # As a matmul the sum over heads is several times quicker on a CPU than as a reduction.
+        # As a matmul the sum over heads is several times faster on a CPU than as a reduction.
         return jnp.einsum("btic,bti->btc", jax.nn.relu(dots), weight)
     terms = _bf16(jax.nn.relu(_bf16(dots)) * weight[..., None])
     return _bf16(terms.sum(2))
 
 
 def _bf16(x):
-    """A step of the chain of bf16 tensors that the released code computes."""
+    """A step of native numerics: the released code computes bf16 tensors, one after the other."""
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 

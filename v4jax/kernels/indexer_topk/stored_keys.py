@@ -1,9 +1,9 @@
-"""Index keys as the official kernels store them: E2M1 codes with an E8M0 scale a 32 channels.
+"""Index keys as the official kernels store them: E2M1 codes with one E8M0 scale per 32 channels.
 
-68 bytes a key (architecture section 11), in 32-bit words and with keys along the last axis: kernels
-then find a register's worth of keys side by side, and no lane is wasted. Counted from the lowest,
-nibble i of word j of `codes` is channel 16 i + j, and byte g of `scales` belongs to channels 32 g
-to 32 g + 31.
+68 bytes per key (architecture section 11), in 32-bit words and with keys along the last axis:
+kernels then find a register's worth of keys side by side, and no lane is wasted. Counted from the
+lowest, nibble i of word j of `codes` is channel 16 i + j, and byte g of `scales` belongs to
+channels 32 g to 32 g + 31.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def pack(keys_BCZ: Inexact[Array, "b c z"]) -> StoredKeys:
 
 
 def of_bytes(q: quant.QTensor) -> StoredKeys:
-    """From 64 bytes of codes, low nibble first, and 4 scale bytes a key: the words hold the same.
+    """From 64 bytes of codes, low nibble first, and 4 scale bytes per key: the words hold the same.
 
     Args:
       q: values uint8 [B, C, 64] and scales uint8 [B, C, 4].

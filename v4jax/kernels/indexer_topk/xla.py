@@ -214,7 +214,7 @@ def _drop_late_ties(order_BQC, threshold, topk):
 
 
 def _running_count(mask_BQC):
-    """Inclusive count along the last axis, as small triangular matmuls: quick on every backend."""
+    """Inclusive count along the last axis, as small triangular matmuls: fast on every backend."""
     batch, queries, count = mask_BQC.shape
     blocks = mask_BQC.reshape(batch, queries, count // COUNT_BLOCK, COUNT_BLOCK)
     triangle = jnp.tril(jnp.ones((COUNT_BLOCK, COUNT_BLOCK), jnp.float32))

@@ -16,7 +16,7 @@ class Case:
     so that every score ties. documents: lengths of the documents packed in each row of the batch,
     in order, the rest of a row one more; `hidden` and `older` do not go with it, and there are as
     many entries as the rows' blocks, at least `entries`. reverse: the ranges of entries stand in
-    the order of the documents turned round, so that they decrease from one document to the next.
+    the order of the documents reversed, so that they decrease from one document to the next.
     """
 
     length: int

@@ -31,7 +31,7 @@ def as_rows(entries):
 
 
 def take(entries, index):
-    """Rows [B, ..., H] of a flat list at index [B, ...]."""
+    """Rows [B, ..., H] of a list of rows at index [B, ...]."""
     if isinstance(entries, StoredRows):
         return stored.take(entries, index)
     batch = jnp.arange(index.shape[0], dtype=jnp.int32).reshape(-1, *(1 for _ in index.shape[1:]))

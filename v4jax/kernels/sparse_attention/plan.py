@@ -1,4 +1,4 @@
-"""What each implementation of sparse attention is given beside the differentiated arrays."""
+"""What each implementation of sparse attention is given next to the differentiated arrays."""
 
 import dataclasses
 from typing import Any, NamedTuple

@@ -3,13 +3,15 @@
 One entry of 512 channels (architecture section 11) in two rows of 32-bit words that a TPU's DMA can
 address and that waste no lane. Bytes count from the lowest.
 
-`words`, 128 an entry: byte i of word j belongs to channel 128 i + j. It is an E4M3 code below
+`words`, 128 per entry: byte i of word j belongs to channel 128 i + j. It is an E4M3 code below
 channel 448, and above the high byte of the bf16.
-`tails`, 32 words an entry: byte i of word j < 16 is the low byte of rope channel 16 i + j; words 16
-and 17 hold the E8M0 scales of the seven groups of 64 channels; the others are zero. Entry
+
+`tails`, 32 words per entry: byte i of word j < 16 is the low byte of rope channel 16 i + j; words
+16 and 17 hold the E8M0 scales of the seven groups of 64 channels; the others are zero. Entry
 128 s + 32 k + r has words 32 k to 32 k + 31 of row 32 s + r, so that a tile of entries finds its
 tails by whole rows and whole quarters of rows.
-That is 640 bytes an entry beside 1,024 in bf16; 56 of them are those zeros.
+
+That is 640 bytes per entry versus 1,024 in bf16; 56 of them are those zeros.
 """
 
 import dataclasses

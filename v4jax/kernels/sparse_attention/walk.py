@@ -30,7 +30,7 @@ class Tiles:
 
     @property
     def lanes(self):
-        """Rows of 128 that hold one number a row."""
+        """Rows of 128 that hold one number per row."""
         return -(-self.rows // 128)
 
     def pad_queries(self, x_BTNH):

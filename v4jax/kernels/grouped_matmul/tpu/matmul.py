@@ -3,8 +3,8 @@
 A tile of an expert's weights holds the whole contracted axis, so it stays in VMEM while the items
 of its group pass by: every weight of a busy expert is read from HBM exactly once, an idle expert's
 never. Rows are read once for each tile of columns. A tile of rows that several groups share is
-visited by each in turn, and each stores its own rows; the visits follow one another, so the tile
-leaves VMEM once.
+visited by one after the other, and each stores its own rows; the visits follow one another, so the
+tile leaves VMEM once.
 
 Stored weights are expanded in VMEM, a chunk of the contracted axis at a time. FP4 packs even and
 odd columns in one byte; instead of interleaving lanes, the other operand or the result is split
@@ -187,7 +187,7 @@ def _result_and_contracted(weight, transposed):
 
 
 def _kernel(work, operands, outs, sums, *, store, kinds, transposed, rows, depth, contracted):
-    """One tile of rows times one tile of each weight, a sum a weight."""
+    """One tile of rows times one tile of each weight, one sum per weight."""
     lhs, weights, extras = operands
     column, item = pl.program_id(0), pl.program_id(1)
 

@@ -137,7 +137,7 @@ def _spread(scales, first, width):
     """Each scale [rows, n] at its 16 packed columns of [rows, width], the first being `first`.
 
     By a matrix of zeros and ones: it repeats lanes on the MXU, which has time to spare while the
-    codes are decoded, and picks the tile's own scales without a slice. Exact: one term a sum.
+    codes are decoded, and picks the tile's own scales without a slice. Exact: one term per sum.
     """
     shape = (scales.shape[1], width)
     source = jax.lax.broadcasted_iota(jnp.int32, shape, 0)

@@ -1,7 +1,9 @@
 """mHC on a GPU, backward, in Pallas Triton.
 
-`pre`: inner products <du, h[i]> (a pass over the streams), the small numbers (a token a thread),
-then dh and d(fn) in one pass: a program keeps its channels of fn and d(fn) and walks over tokens.
+`pre`: inner products <du, h[i]> (a pass over the streams), the small numbers (one token per
+thread), then dh and d(fn) in one pass: a program keeps its channels of fn and d(fn) and walks over
+tokens.
+
 `post`: one pass; d(comb), M x M products of rows of a token, as 16 x 16 products of the rows of a
 few tokens at once, of which the blocks on the diagonal count.
 """
@@ -146,7 +148,7 @@ def stream_grads(h_NMD, du_ND, coefficient_XN, parts_PXV, grad_NMD, plan, interp
     """dh and, for each split of the tokens, d(fn) [S, X', M*D]."""
     n, m, d = h_NMD.shape
     count, x, _ = parts_PXV.shape
-    # As many streams a program as d(fn)'s rows leave registers for: du is then read once.
+    # As many streams per program as d(fn)'s rows leave registers for: du is then read once.
     group = m if x * m <= 128 else 1
     tokens, channels = plan.tokens, plan.channels
     tiles_of_channels = d // channels * (m // group)

@@ -2,8 +2,8 @@
 
 The logits need all channels of a token before the first channel of u can be written, and a tile of
 tokens wide enough to pay for reading fn does not fit a multiprocessor. So `pre` is three kernels:
-partial logits (tensor cores), the small numbers (a token a thread), and the collapse, which walks
-the tokens backwards, so that the streams read last are still in the L2 cache.
+partial logits (tensor cores), the small numbers (one token per thread), and the collapse, which
+walks the tokens backwards, so that the streams read last are still in the L2 cache.
 """
 
 import dataclasses

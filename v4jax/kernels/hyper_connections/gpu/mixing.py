@@ -1,9 +1,9 @@
 """The few numbers of a token inside a GPU kernel: (2+M)M logits to weights, and back.
 
-Refs are [X, T]: one row a number, tokens last, about a token a thread. Rows 0..M are pre, M..2M
-post, the rest the matrix, row major, taken as [M, M, T]. The backward pass keeps the Sinkhorn
-iterates of its own recomputation in a buffer that the same threads write and read (80 M*M bytes a
-token, far less than its streams).
+References are [X, T]: one row per number, tokens last, about one token per thread. Rows 0..M are
+pre, M..2M post, the rest the matrix, row major, taken as [M, M, T]. The backward pass keeps the
+Sinkhorn iterates of its own recomputation in a buffer that the same threads write and read (80 M*M
+bytes per token, far less than its streams).
 """
 
 import functools

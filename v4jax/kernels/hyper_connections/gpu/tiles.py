@@ -49,7 +49,7 @@ class Plan:
         return plt.CompilerParams(num_warps=times * self.warps, num_stages=self.stages)
 
     def vector_params(self, m: int):
-        """For those kernels: 16 numbers a thread."""
+        """For those kernels: 16 numbers per thread."""
         warps = max(self.vector(m) * m * m // 512, 1)
         return plt.CompilerParams(num_warps=warps, num_stages=1)
 

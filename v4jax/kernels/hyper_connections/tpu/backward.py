@@ -47,7 +47,7 @@ def post_pre_footprint(h, dtype) -> tiles.Footprint:
 
 
 class Small(NamedTuple):
-    """A token's numbers, a row a number: logits, rms factor, gradients of post above comb."""
+    """A token's numbers, one row per number: logits, rms factor, gradients of post above comb."""
 
     mixed: Any
     norm: Any

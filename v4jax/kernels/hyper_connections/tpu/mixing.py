@@ -1,7 +1,8 @@
 """The few numbers of a token inside a TPU kernel: (2+M)M logits to weights, and back.
 
-Refs are [X, T]: one row a number, tokens on lanes. Rows 0..M are pre, M..2M are post, the rest the
-matrix, row major; a matrix is [M, M, T], so that a Sinkhorn step is a few vector operations.
+References are [X, T]: one row per number, tokens on lanes. Rows 0..M are pre, M..2M are post, the
+rest the matrix, row major; a matrix is [M, M, T], so that a Sinkhorn step is a few vector
+operations.
 """
 
 import jax

@@ -37,7 +37,7 @@ class Footprint:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How many tokens a tile holds, channels a loop step takes, and the VMEM asked for."""
+    """How many tokens a tile holds, channels per loop step, and the VMEM asked for."""
 
     tokens: int
     channels: int

@@ -21,9 +21,9 @@ from v4jax.kernels.indexer_topk.tpu.tiles import LANES, SUBLANES
 
 INVISIBLE = -(2**31)
 GROUP = membership.GROUP
-# Up to so many queries a sequence, a tile of queries would be mostly padding.
+# Up to so many queries per sequence, a tile of queries would be mostly padding.
 FOLDED_QUERIES = 2
-# Scalars a tile: first and past-the-last unit to score, first and past-the-last group to write.
+# Scalars per tile: first and past-the-last unit to score, first and past-the-last group to write.
 SCALARS = 4
 SMEM_TILES = 32768
 _COARSE_STEPS = 14
@@ -72,7 +72,7 @@ def refuse(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT) -> str | None:
     plan = _Plan(q_BTIZ, keys_BCZ, sizes)
     tiles = batch * -(-length // plan.tile)
     if tiles > SMEM_TILES:
-        return f"B x T is {batch} x {length}; at most {SMEM_TILES * plan.tile} queries a call"
+        return f"B x T is {batch} x {length}; at most {SMEM_TILES * plan.tile} queries per call"
     needed, there = plan.bytes(), blocks.MEMORY[blocks.chip("tpu")]
     if needed > there:
         return (
@@ -86,7 +86,7 @@ class _Plan:
     """How one call is cut.
 
     A unit is as many entries as are scored at a time: `lanes` of them side by side and, folded,
-    eight such rows. `stream` entries a step come from HBM.
+    eight such rows. `stream` entries per step come from HBM.
     """
 
     def __init__(self, q_BTIZ, keys_BCZ, sizes):
@@ -192,7 +192,7 @@ def _streamed(keys_BCZ, stream, block):
 
 
 def _scalars(low, high, plan, topk):
-    """What each tile of queries has to score and to write, SCALARS numbers a tile."""
+    """What each tile of queries has to score and to write, SCALARS numbers per tile."""
     # libtpu 0.0.42 dies while it fuses these reductions with what made the bounds.
     low, high = lax.optimization_barrier((low, high))
     some = high > low

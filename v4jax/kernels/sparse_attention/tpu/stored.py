@@ -19,7 +19,7 @@ from v4jax.kernels.sparse_attention.stored import (
 
 
 def tails_of_tile(tails):
-    """The rows of `tails` of a tile of entries, [K/4,128], as one row an entry, its own first."""
+    """The rows of `tails` of a tile of entries, [K/4,128], as one row per entry, its own first."""
     parts = [
         pltpu.roll(tails[start : start + TAIL], -TAIL * k % LANES, 1)
         for start in range(0, tails.shape[0], TAIL)
