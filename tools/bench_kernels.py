@@ -4,7 +4,7 @@
 
 Needs JAX alone; PyTorch is timed too where it is installed. First each kernel is compared with its
 float32 reference at small shapes, and a wrong one is not timed. Then everything is timed at the
-sizes of v4jax/kernels/bench/jobs.py. `fraction` is of the floor: the work's bytes over the measured
+sizes of v4jax/kernels/bench/measurements.py. `fraction` is of the floor: the work's bytes over the measured
 copy bandwidth or its operations over the measured matmul rate, whichever is longer. Prints JSON
 lines; with --out adds them to history.jsonl there and draws kernels.png.
 """
@@ -40,7 +40,7 @@ import bench_history
 import jax
 import jax.numpy as jnp
 
-from v4jax.kernels.bench import jobs, timing
+from v4jax.kernels.bench import measurements, timing
 from v4jax.kernels.sparse_attention import cases as attention_cases
 
 KERNELS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu", "cpu": "xla"}
@@ -58,7 +58,7 @@ def main():
     floor = _floors(options.tiny)
     print(json.dumps(floor), flush=True)
     rows = []
-    for job in jobs.jobs(options.tiny):
+    for job in measurements.jobs(options.tiny):
         if options.only in job.name:
             rows.append(_measure(job, floor, options))
             print(json.dumps(rows[-1]), flush=True)
@@ -112,7 +112,7 @@ def _measure(job, floor, options):
 
 def _error(job, kernel):
     """The largest difference from the float32 reference over its largest value, tiny sizes."""
-    small = next(tiny for tiny in jobs.jobs(tiny=True) if tiny.name == job.name)
+    small = next(tiny for tiny in measurements.jobs(tiny=True) if tiny.name == job.name)
     arguments = small.arguments()
     got = jax.jit(small.run(kernel))(*arguments)
     exact = jax.tree.map(_as_float32, arguments)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from v4jax.kernels import blocks
-from v4jax.kernels.bench import jobs, timing
+from v4jax.kernels.bench import measurements, timing
 
 KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 
@@ -106,7 +106,7 @@ def _with(table, op, sizes):
 def _try(platform, op, sizes, tiny):
     seconds = {}
     try:
-        for job in jobs.jobs(tiny):
+        for job in measurements.jobs(tiny):
             if job.op == op:
                 run = job.run(KERNELS[platform])
                 seconds[job.name] = timing.seconds(run, *job.arguments(), repeats=3, least=0.02)
