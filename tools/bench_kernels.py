@@ -2,39 +2,20 @@
 
     python tools/bench_kernels.py [--out experiments/002_kernel_speed] [--tiny] [--only sparse]
 
-Needs JAX alone; PyTorch is timed too where it is installed. First each kernel is compared with its
-float32 reference at small shapes, and a wrong one is not timed. Then everything is timed at the
-sizes of v4jax/kernels/bench/measurements.py. `fraction` is of the floor: the work's bytes over the measured
-copy bandwidth or its operations over the measured matmul rate, whichever is longer. Prints JSON
-lines; with --out adds them to history.jsonl there and draws kernels.png.
+First each kernel is compared with its float32 reference at small shapes, and a wrong one is not
+timed. Then everything is timed at the sizes of v4jax/kernels/bench/measurements.py, PyTorch too
+where it is installed. `fraction` is of the floor: the work's bytes over the measured copy bandwidth
+or its operations over the measured matmul rate, whichever is longer. Prints JSON lines; with --out
+adds them to history.jsonl there and draws kernels.png.
 """
 
 import argparse
 import json
 import sys
 import time
-import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-
-def _without_jaxtyping():
-    """Lets the kernels be imported where jaxtyping is not: they use it for annotations only."""
-
-    class Shape:
-        def __class_getitem__(cls, _):
-            return cls
-
-    module = types.ModuleType("jaxtyping")
-    module.__getattr__ = lambda name: Shape
-    sys.modules["jaxtyping"] = module
-
-
-try:
-    import jaxtyping  # noqa: F401
-except ImportError:
-    _without_jaxtyping()
 
 import bench_history
 import jax
@@ -58,9 +39,9 @@ def main():
     floor = _floors(options.tiny)
     print(json.dumps(floor), flush=True)
     rows = []
-    for job in measurements.jobs(options.tiny):
-        if options.only in job.name:
-            rows.append(_measure(job, floor, options))
+    for work in measurements.measurements(options.tiny):
+        if options.only in work.name:
+            rows.append(_measure(work, floor, options))
             print(json.dumps(rows[-1]), flush=True)
     if not rows:
         sys.exit(f"--only is {options.only!r}; expected part of one of the measurements' names")
@@ -83,41 +64,43 @@ def _floors(tiny):
     }
 
 
-def _measure(job, floor, options):
+def _measure(work, floor, options):
     kernel = KERNELS[jax.devices()[0].platform]
-    error = _error(job, kernel)
-    shortest = max(job.bytes / floor["copy_gb_s"] / 1e9, job.flops / floor["matmul_tflop_s"] / 1e12)
+    error = _error(work, kernel)
+    shortest = max(
+        work.bytes / floor["copy_gb_s"] / 1e9, work.flops / floor["matmul_tflop_s"] / 1e12
+    )
     row = {
-        "name": job.name,
+        "name": work.name,
         "implementation": kernel,
         "error": error,
         "right": error <= TOLERANCE,
         "floor_ms": 1e3 * shortest,
-        "target": job.target,
+        "target": work.target,
         "rivals_ms": {},
     }
     if not row["right"]:
         return row
-    arguments = job.arguments()
-    spent = timing.seconds(job.run(kernel), *arguments, repeats=options.repeats)
+    arguments = work.arguments()
+    spent = timing.seconds(work.run(kernel), *arguments, repeats=options.repeats)
     row |= {
         "ms": 1e3 * spent,
-        "tflop_s": job.flops / spent / 1e12,
-        "gb_s": job.bytes / spent / 1e9,
+        "tflop_s": work.flops / spent / 1e12,
+        "gb_s": work.bytes / spent / 1e9,
         "fraction": shortest / spent,
-        "rivals_ms": _rivals(job, arguments, kernel, options),
+        "rivals_ms": _rivals(work, arguments, kernel, options),
     }
     return row
 
 
-def _error(job, kernel):
+def _error(work, kernel):
     """The largest difference from the float32 reference over its largest value, tiny sizes."""
-    small = next(tiny for tiny in measurements.jobs(tiny=True) if tiny.name == job.name)
+    small = next(x for x in measurements.measurements(tiny=True) if x.name == work.name)
     arguments = small.arguments()
     got = jax.jit(small.run(kernel))(*arguments)
     exact = jax.tree.map(_as_float32, arguments)
     wanted = jax.jit(small.run("reference"))(*exact)
-    if job.op == "indexer_topk":  # a choice: whole numbers, equal or not
+    if work.op == "indexer_topk":  # a choice: whole numbers, equal or not
         return float(jnp.mean((got != wanted).astype(jnp.float32)))
     differences = jax.tree.map(_difference, got, wanted)
     return max(jax.tree.leaves(differences))
@@ -132,17 +115,17 @@ def _difference(got, wanted):
     return float(jnp.abs(got - wanted).max() / jnp.maximum(jnp.abs(wanted).max(), 1e-6))
 
 
-def _rivals(job, arguments, kernel, options):
+def _rivals(work, arguments, kernel, options):
     """Milliseconds of the others at the same work; a rival that cannot run says why."""
-    named = {} if kernel == "xla" else {"xla": (job.run("xla"), arguments)}
-    if job.name == "experts prefill, bf16":
+    named = {} if kernel == "xla" else {"xla": (work.run("xla"), arguments)}
+    if work.name == "experts prefill, bf16":
         named["jax.lax.ragged_dot"] = (_ragged_dot, arguments)
-    if job.op == "sparse_attention" and "backward" not in job.name and not options.tiny:
-        named["jax.nn.dot_product_attention, as many keys"] = _dense(job)
+    if work.op == "sparse_attention" and "backward" not in work.name and not options.tiny:
+        named["jax.nn.dot_product_attention, as many keys"] = _dense(work)
     found = {}
     for name, (function, own) in named.items():
         found[name] = _try(lambda f=function, a=own: timing.seconds(f, *a, repeats=3))
-    return found | _torch_rivals(job, options)
+    return found | _torch_rivals(work, options)
 
 
 def _try(measure):
@@ -160,9 +143,9 @@ def _ragged_dot(x, gate, groups, weights):
     return jax.lax.ragged_dot(z, w2, groups)
 
 
-def _dense(job):
+def _dense(work):
     """Dense attention of as many queries and keys a query, no choice, window or sink."""
-    decode = "decode" in job.name
+    decode = "decode" in work.name
     name = "flash_csa_decode_1m" if decode else "flash_csa_prefill_4k_of_64k"
     case = attention_cases.REAL[name]
     batch = 64 if decode else case.length // 64
@@ -173,9 +156,9 @@ def _dense(job):
     return jax.nn.dot_product_attention, (q, kv, kv)
 
 
-def _torch_rivals(job, options):
+def _torch_rivals(work, options):
     """PyTorch's attention and grouped product on the same device, where it is installed."""
-    if options.tiny or job.name not in ("sparse prefill forward", "experts prefill, bf16"):
+    if options.tiny or work.name not in ("sparse prefill forward", "experts prefill, bf16"):
         return {}
     try:
         import torch
@@ -199,7 +182,7 @@ def _torch_rivals(job, options):
     def tensor(*shape):
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
-    if job.op == "sparse_attention":
+    if work.op == "sparse_attention":
         q, kv = tensor(64, 64, 64, 512), tensor(64, 1, 640, 512)
         attend = torch.nn.functional.scaled_dot_product_attention
         kv = kv.expand(-1, 64, -1, -1)

@@ -1,6 +1,6 @@
-"""The kernels at the sizes that matter, with the work that each cannot do without.
+"""Benchmarks of the kernels: real shapes, with the FLOPs and bytes that each needs at least.
 
-`tools/bench_kernels.py` times them beside their rivals, `v4jax tune` under candidate block sizes.
+`tools/bench_kernels.py` times them next to their rivals, `v4jax tune` under candidate block sizes.
 """
 
 import dataclasses
@@ -28,11 +28,14 @@ ENTRY_BYTES, KEY_BYTES = 584, 68
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """One measurement.
+class Measurement:
+    """One operation at one shape.
 
-    op: the kernel's folder. run: (implementation) -> a function of `arguments()`. flops, bytes:
-    what the operation needs at least. target: the wanted fraction of the larger floor.
+    Attributes:
+      op: the kernel's folder.
+      run: (implementation) -> a function of `arguments()`.
+      flops, bytes: what the operation needs at least.
+      target: the wanted fraction of the floor, which is the longer of the bytes' and the FLOPs'.
     """
 
     name: str
@@ -44,7 +47,7 @@ class Job:
     target: float
 
 
-def jobs(tiny: bool = False) -> list[Job]:
+def measurements(tiny: bool = False) -> list[Measurement]:
     """All measurements; `tiny` shrinks them to what a CPU does in seconds."""
     return [*_attention(tiny), *_experts(tiny), *_indexer(tiny), *_mixing(tiny)]
 
@@ -86,7 +89,7 @@ def _attention(tiny):
     decode_flops, decode_bytes = work[decode]
     saved = decode.batch * decode.choices * (decode.width * BF16 - ENTRY_BYTES)
     return [
-        Job(
+        Measurement(
             "sparse prefill forward",
             "sparse_attention",
             forward(prefill),
@@ -95,7 +98,7 @@ def _attention(tiny):
             prefill_bytes,
             0.45,
         ),
-        Job(
+        Measurement(
             "sparse prefill forward + backward",
             "sparse_attention",
             backward,
@@ -104,7 +107,7 @@ def _attention(tiny):
             3 * prefill_bytes,
             1 / (1 / 3.5 / 0.45 + 2.5 / 3.5 / 0.30),
         ),
-        Job(
+        Measurement(
             "sparse decode, batch 64, 1M",
             "sparse_attention",
             forward(decode),
@@ -113,7 +116,7 @@ def _attention(tiny):
             decode_bytes,
             0.60,
         ),
-        Job(
+        Measurement(
             "sparse decode, batch 64, 1M, stored rows",
             "sparse_attention",
             forward(decode),
@@ -164,7 +167,7 @@ def _experts(tiny):
 
     weights = 3 * prefill.d * prefill.f
     return [
-        Job(
+        Measurement(
             "experts prefill, bf16",
             "grouped_matmul",
             run,
@@ -173,7 +176,7 @@ def _experts(tiny):
             prefill.experts * weights * BF16,
             0.60,
         ),
-        Job(
+        Measurement(
             "experts decode, FP4",
             "grouped_matmul",
             run,
@@ -219,19 +222,19 @@ def _indexer(tiny):
 
         return by_name
 
-    def job(name, case, form=None):
+    def measurement(name, case, form=None):
         queries = case.batch * case.length * case.heads
         key_bytes = KEY_BYTES if form else case.width * BF16
         read = case.batch * case.entries * key_bytes + queries * case.width * BF16
         arguments = jax.jit(functools.partial(_indexer_arguments, case, form))
         flops = 2 * queries * case.width * case.entries
-        return Job(name, "indexer_topk", run(case), arguments, flops, read, 0.50)
+        return Measurement(name, "indexer_topk", run(case), arguments, flops, read, 0.50)
 
     decoding = "indexer decode, batch 64, 1M"
     return [
-        job("indexer prefill 4K of 1M", prefill),
-        job(decoding, decode),
-        job(f"{decoding}, stored keys", decode, stored_keys.pack),
+        measurement("indexer prefill 4K of 1M", prefill),
+        measurement(decoding, decode),
+        measurement(f"{decoding}, stored keys", decode, stored_keys.pack),
     ]
 
 
@@ -275,4 +278,8 @@ def _mixing(tiny):
     # pre reads the streams and writes u; post reads the streams and y and writes the streams.
     moved = tokens * d * (m + 1 + m + 1 + m) * BF16
     flops = 2 * tokens * case.rows * m * d
-    return [Job("mHC pre + post", "hyper_connections", run, jax.jit(arguments), flops, moved, 0.70)]
+    return [
+        Measurement(
+            "mHC pre + post", "hyper_connections", run, jax.jit(arguments), flops, moved, 0.70
+        )
+    ]

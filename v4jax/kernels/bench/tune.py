@@ -1,4 +1,4 @@
-"""Measures block sizes on this device and keeps the quickest of each operation."""
+"""Measures block sizes on this device and keeps the fastest of each operation."""
 
 import dataclasses
 import itertools
@@ -44,7 +44,7 @@ CANDIDATES: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One candidate: its sizes, and the seconds of the operation's jobs or why it failed."""
+    """One candidate: its sizes, and the seconds of the measurements or why it failed."""
 
     op: str
     sizes: dict[str, int]
@@ -53,7 +53,7 @@ class Trial:
 
     @property
     def score(self) -> float:
-        """Geometric mean of the jobs' times: no job outweighs another by being longer."""
+        """Geometric mean of the times: no measurement outweighs another by being longer."""
         if self.seconds is None:
             return math.inf
         return math.prod(self.seconds.values()) ** (1 / len(self.seconds))
@@ -74,7 +74,7 @@ def tune(
     tiny: bool = False,
     most: int | None = None,
 ) -> blocks.Blocks:
-    """The table in force with the quickest sizes of `ops`.
+    """The table in force with the fastest sizes of `ops`.
 
     Args:
       platform: "tpu" or "cuda".
@@ -106,10 +106,10 @@ def _with(table, op, sizes):
 def _try(platform, op, sizes, tiny):
     seconds = {}
     try:
-        for job in measurements.jobs(tiny):
-            if job.op == op:
-                run = job.run(KERNELS[platform])
-                seconds[job.name] = timing.seconds(run, *job.arguments(), repeats=3, least=0.02)
+        for work in measurements.measurements(tiny):
+            if work.op == op:
+                run = work.run(KERNELS[platform])
+                seconds[work.name] = timing.seconds(run, *work.arguments(), repeats=3, least=0.02)
     except Exception as error:  # memory or registers exceeded: that is what a trial finds out
         return Trial(op, sizes, None, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}")
     return Trial(op, sizes, seconds)
