@@ -23,6 +23,7 @@ class Rounding:
     native: bool = False
 
 
+@jax.named_scope("expert_ffn")
 def expert_ffn(
     x_XD: Inexact[Array, "x d"],
     gate_X: Float[Array, " x"],
@@ -62,6 +63,7 @@ def expert_ffn(
     return _ffn(limit, rounding, implementation, x_XD, gate_X, group_sizes_E, weights)
 
 
+@jax.named_scope("gated_ffn")
 def gated_ffn(
     x, w1_FD, w2_DF, w3_FD, *, limit, rounding=Rounding(), gate=None, implementation=None
 ) -> jax.Array:

@@ -36,6 +36,7 @@ class Options:
         return {"iterations": self.iterations, "eps": self.eps}
 
 
+@jax.named_scope("mhc_pre")
 def pre(
     h_BTMD: Inexact[Array, "b t m d"],
     fn_XV: Float[Array, "x v"],
@@ -76,6 +77,7 @@ def pre(
     return u_BTD, *mixing
 
 
+@jax.named_scope("mhc_post")
 def post(
     y_BTD: Inexact[Array, "b t d"],
     h_BTMD: Inexact[Array, "b t m d"],
@@ -95,6 +97,7 @@ def post(
     return _post((jnp.dtype(dtype).name, implementation), sublayer)
 
 
+@jax.named_scope("mhc_post_pre")
 def post_pre(
     y_BTD: Inexact[Array, "b t d"],
     h_BTMD: Inexact[Array, "b t m d"],
@@ -139,6 +142,7 @@ def post_pre(
     return new_BTMD, u_BTD, *mixing
 
 
+@jax.named_scope("mhc_head")
 def head(
     h_BTMD: Inexact[Array, "b t m d"],
     fn_MV: Float[Array, "m v"],

@@ -39,6 +39,7 @@ _REFUSE = {"pallas_tpu": pallas_tpu.refuse, "pallas_gpu": pallas_gpu.refuse}
 _REFUSE_SCORES = {"pallas_tpu": pallas_tpu_scores.refuse, "pallas_gpu": pallas_gpu_scores.refuse}
 
 
+@jax.named_scope("indexer_member")
 def indexer_member(
     q_BTIZ: Inexact[Array, "b t i z"],
     weight_BTI: Inexact[Array, "b t i"],
@@ -81,6 +82,7 @@ def indexer_member(
     return dispatch.run("indexer_member", implementation, functions, _refuse, *args)
 
 
+@jax.named_scope("indexer_topk")
 def indexer_topk(
     q_BTIZ: Inexact[Array, "b t i z"],
     weight_BTI: Inexact[Array, "b t i"],
@@ -145,6 +147,7 @@ def _refuse(name, *args):
     return _REFUSE[name](*args)
 
 
+@jax.named_scope("index_scores")
 def index_scores(
     q_BTIZ: Inexact[Array, "b t i z"],
     weight_BTI: Inexact[Array, "b t i"],
@@ -197,6 +200,7 @@ def _refuse_scores(name, *args):
     return _REFUSE_SCORES[name](*args)
 
 
+@jax.named_scope("index_scores_at")
 def index_scores_at(
     q_BTIZ: Inexact[Array, "b t i z"],
     weight_BTI: Inexact[Array, "b t i"],

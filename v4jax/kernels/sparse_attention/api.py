@@ -29,6 +29,7 @@ OP = "sparse_attention"
 REFUSE = {"pallas_tpu": pallas_tpu.refuse, "pallas_gpu": pallas_gpu.refuse}
 
 
+@jax.named_scope("sparse_attention")
 def sparse_attention(
     q_BTNH: Inexact[Array, "b t n h"],
     sink_N: Float[Array, " n"],

@@ -13,6 +13,7 @@ from v4jax.kernels.sparse_attention.stored import StoredRows
 QUERY_BLOCK = 64
 
 
+@jax.named_scope("attention_mass")
 @functools.partial(jax.jit, static_argnames="scale", inline=True)
 def attention_mass(
     q_BTNH: Inexact[Array, "b t n h"],
