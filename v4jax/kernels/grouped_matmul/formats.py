@@ -1,5 +1,6 @@
 """How an expert's weights are stored, and in which type they are multiplied."""
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,15 +65,14 @@ def split(x, count: int) -> jax.Array:
     """[X, n] as [count, X, n / count], column i in part i % count."""
     if count == 1:
         return x[None]
-    rows, columns = x.shape
-    return jnp.moveaxis(x.reshape(rows, columns // count, count), -1, 0)
+    return einops.rearrange(x, "x (n p) -> p x n", p=count)
 
 
 def join(x) -> jax.Array:
     """What `split` took apart."""
     if x.shape[0] == 1:
         return x[0]
-    return jnp.moveaxis(x, 0, -1).reshape(x.shape[1], -1)
+    return einops.rearrange(x, "p x n -> x (n p)")
 
 
 def float_scales(weight: quant.QTensor) -> jax.Array:

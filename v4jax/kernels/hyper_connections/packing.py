@@ -1,5 +1,6 @@
 """A token's few numbers as kernels take them, one row per number; float32 as bfloat16 parts."""
 
+import einops
 import jax
 import jax.numpy as jnp
 
@@ -8,15 +9,16 @@ from v4jax.kernels.hyper_connections.arguments import Mixing, Sublayer, Weights
 
 def rows_of_tokens(mixing: Mixing | Sublayer):
     """post above comb, row major: [M + M*M, N]."""
-    m = mixing.post.shape[-1]
-    return jnp.concatenate([mixing.post.reshape(-1, m).T, mixing.comb.reshape(-1, m * m).T])
+    post = einops.rearrange(mixing.post, "b t m -> m (b t)")
+    return jnp.concatenate([post, einops.rearrange(mixing.comb, "b t i j -> (i j) (b t)")])
 
 
 def tokens_of_rows(small_XN, like_BTM) -> Mixing:
     """The inverse of `rows_of_tokens`."""
-    m = like_BTM[-1]
-    post_BTM = small_XN[:m].T.reshape(like_BTM)
-    return Mixing(post_BTM, small_XN[m:].T.reshape(*like_BTM, m))
+    batch, _, m = like_BTM
+    post_BTM = einops.rearrange(small_XN[:m], "m (b t) -> b t m", b=batch)
+    comb = einops.rearrange(small_XN[m:], "(i j) (b t) -> b t i j", b=batch, i=m)
+    return Mixing(post_BTM, comb)
 
 
 def unrows(y_ND, like_BTD):

@@ -1,5 +1,6 @@
 """Arrays whose second axis is the queries, cut into blocks of them."""
 
+import einops
 import jax.numpy as jnp
 
 
@@ -12,10 +13,9 @@ def pad(x, before=0, after=0):
 
 def split(x, parts):
     """[B,Q,...] -> [parts, B, Q/parts, ...]"""
-    return jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)
+    return einops.rearrange(x, "b (p q) ... -> p b q ...", p=parts)
 
 
 def join(x):
     """The inverse of `split`."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+    return einops.rearrange(x, "p b q ... -> b (p q) ...")

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int
@@ -76,8 +77,7 @@ def pack(rows_BCH: Inexact[Array, "b c h"]) -> StoredRows:
     words, tails = _pack(rows_BCH)
     missing = -words.shape[1] % SET
     tails = jnp.pad(tails, ((0, 0), (0, missing), (0, 0)))
-    tails = tails.reshape(tails.shape[0], -1, PLANES, TAIL, TAIL)
-    tails = jnp.swapaxes(tails, 2, 3).reshape(tails.shape[0], -1, LANES)
+    tails = einops.rearrange(tails, "b (s k r) w -> b (s r) (k w)", k=PLANES, r=TAIL)
     return StoredRows(words, tails)
 
 
@@ -143,8 +143,8 @@ def block(stored: StoredRows, begin, size: int) -> Array:
     words = jax.lax.dynamic_slice_in_dim(stored.words, begin, size, axis=1)
     rows = size // PLANES
     tails = jax.lax.dynamic_slice_in_dim(stored.tails, begin // PLANES, rows, axis=1)
-    tails = tails.reshape(tails.shape[0], -1, TAIL, PLANES, TAIL)
-    return _expand(words, jnp.swapaxes(tails, 2, 3).reshape(tails.shape[0], size, TAIL))
+    tails = einops.rearrange(tails, "b (s r) (k w) -> b (s k r) w", r=TAIL, k=PLANES)
+    return _expand(words, tails)
 
 
 def pad(stored: StoredRows, multiple: int) -> StoredRows:

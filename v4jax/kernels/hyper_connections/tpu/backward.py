@@ -6,6 +6,7 @@ The grid is (cores, tiles of a core): d(fn) adds up in VMEM over the tiles of a 
 import functools
 from typing import Any, NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -234,8 +235,8 @@ def weight_operands(weights: Weights, m, padded, dtype) -> Weights:
 
 def weight_grads(grads: LogitGrads, mixed_XN, d) -> Weights:
     """d(fn), d(base), d(scale) from the cores' sums and the gradients of the logits."""
-    m, x = grads.dfn.shape[1:3]
-    dfn_XV = grads.dfn.sum(0)[..., :d].transpose(1, 0, 2).reshape(x, m * d)
+    m = grads.dfn.shape[1]
+    dfn_XV = einops.rearrange(grads.dfn.sum(0)[..., :d], "m x d -> x (m d)")
     dlogits_XN = tiles.from_lanes(grads.dlogits, mixed_XN.shape[1])
     return Weights(dfn_XV, *packing.logit_grads(dlogits_XN, mixed_XN, m))
 

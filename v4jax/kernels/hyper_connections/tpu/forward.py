@@ -3,6 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -177,7 +178,7 @@ def weight_operands(weights: Weights, m, padded, dtype) -> Weights:
 
 def by_stream(fn_XV, m, padded):
     """fn as [M, X, D], D padded."""
-    fn_MXD = fn_XV.reshape(fn_XV.shape[0], m, -1).transpose(1, 0, 2)
+    fn_MXD = einops.rearrange(fn_XV, "x (m d) -> m x d", m=m)
     return jnp.pad(fn_MXD, ((0, 0), (0, 0), (0, padded - fn_MXD.shape[-1])))
 
 

@@ -7,6 +7,7 @@ numbers a token has ([X, N], tokens last) go as [tiles, X, tokens], tokens on la
 
 import dataclasses
 
+import einops
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
@@ -115,9 +116,8 @@ def pack_mixing(mixing: Sublayer | Mixing, tokens: int):
 
 def stream_major(h_BTMD, tokens: int):
     """[M, N, D], N padded to whole tiles and D to whole lanes."""
-    m, d = h_BTMD.shape[-2:]
-    h_MND = h_BTMD.reshape(-1, m, d).transpose(1, 0, 2)
-    n = h_MND.shape[1]
+    h_MND = einops.rearrange(h_BTMD, "b t m d -> m (b t) d")
+    _, n, d = h_MND.shape
     padding = ((0, 0), (0, -n % tokens), (0, -d % LANES))
     return jnp.pad(h_MND, padding) if any(map(any, padding)) else h_MND
 
@@ -125,25 +125,22 @@ def stream_major(h_BTMD, tokens: int):
 def token_major(h_MND, like):
     """The inverse of `stream_major`: [B, T, M, D] as `like`."""
     batch, length, _, d = like.shape
-    h_NMD = h_MND[:, : batch * length, :d].transpose(1, 0, 2)
-    return h_NMD.reshape(like.shape)
+    return einops.rearrange(h_MND[:, : batch * length, :d], "m (b t) d -> b t m d", b=batch)
 
 
 def rows_of(y_BTD, tokens: int):
     """[N, D], padded as `stream_major` pads."""
-    y_ND = y_BTD.reshape(-1, y_BTD.shape[-1])
+    y_ND = einops.rearrange(y_BTD, "b t d -> (b t) d")
     padding = ((0, -y_ND.shape[0] % tokens), (0, -y_ND.shape[1] % LANES))
     return jnp.pad(y_ND, padding) if any(map(any, padding)) else y_ND
 
 
 def to_lanes(small_XN, tokens: int):
     """[X, N] as [tiles, X, tokens]."""
-    x, n = small_XN.shape
-    small = jnp.pad(small_XN, ((0, 0), (0, -n % tokens)))
-    return small.reshape(x, -1, tokens).transpose(1, 0, 2)
+    small = jnp.pad(small_XN, ((0, 0), (0, -small_XN.shape[1] % tokens)))
+    return einops.rearrange(small, "x (g t) -> g x t", t=tokens)
 
 
 def from_lanes(small_GXT, n: int):
     """The inverse of `to_lanes`."""
-    tiles, x, tokens = small_GXT.shape
-    return small_GXT.transpose(1, 0, 2).reshape(x, tiles * tokens)[:, :n]
+    return einops.rearrange(small_GXT, "g x t -> x (g t)")[:, :n]

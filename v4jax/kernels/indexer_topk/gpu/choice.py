@@ -10,6 +10,7 @@ threshold among the candidates and writes the packed mask.
 import functools
 from typing import Any, NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -112,8 +113,8 @@ def _member(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, *, topk, native, size
     if chunks == 1:
         word = one(args)
     else:
-        split = (jnp.moveaxis(x.reshape(batch, chunks, chunk, *x.shape[2:]), 1, 0) for x in args)
-        word = jnp.moveaxis(lax.map(one, tuple(split)), 0, 1).reshape(batch, chunks * chunk, -1)
+        split = (einops.rearrange(x, "b (n q) ... -> n b q ...", q=chunk) for x in args)
+        word = einops.rearrange(lax.map(one, tuple(split)), "n b q w -> b (n q) w")
     return lax.bitcast_convert_type(word[:, :length], jnp.uint32)
 
 

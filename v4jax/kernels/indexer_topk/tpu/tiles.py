@@ -1,5 +1,6 @@
 """What the indexer's TPU kernels share: how a tile of queries lies in memory, and its scores."""
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -47,25 +48,20 @@ def pad_channels(q_BTIZ, keys_BCZ):
 
 def by_head(q_BTIZ, tile):
     """[B, tiles, I * tile, Z]: the rows of a tile, head by head."""
-    batch, length, heads, width = pad_to(q_BTIZ, 1, tile).shape
-    q = pad_to(q_BTIZ, 1, tile).reshape(batch, length // tile, tile, heads, width)
-    return jnp.swapaxes(q, 2, 3).reshape(batch, length // tile, heads * tile, width)
+    return einops.rearrange(pad_to(q_BTIZ, 1, tile), "b (n t) i z -> b n (i t) z", t=tile)
 
 
 def from_by_head(rows, tile, length):
     """The [B,T,I,Z] that `by_head` took."""
-    batch, tiles, count, width = rows.shape
-    q = jnp.swapaxes(rows.reshape(batch, tiles, count // tile, tile, width), 2, 3)
-    return q.reshape(batch, tiles * tile, count // tile, width)[:, :length]
+    return einops.rearrange(rows, "b n (i t) z -> b (n t) i z", t=tile)[:, :length]
 
 
 def weight_tiles(weight_BTI, tile):
     """float32 [B, tiles, tile, I], or [B, T, I, 1] for tiles of one query."""
     weight = pad_to(weight_BTI.astype(jnp.float32), 1, tile)
-    batch, length, heads = weight.shape
     if tile == 1:
         return weight[..., None]
-    return weight.reshape(batch, length // tile, tile, heads)
+    return einops.rearrange(weight, "b (n t) i -> b n t i", t=tile)
 
 
 def spread_weights(weight_ref, spread_ref):
