@@ -12,7 +12,7 @@ _MODULES = {
     "InputError": "v4jax.errors",
     "LayerSpec": "v4jax.config",
     "ModelConfig": "v4jax.config",
-    "Output": "v4jax.model.transformer",
+    "Output": "v4jax.model.output",
     "QTensor": "v4jax.quant",
     "Tokenizer": "v4jax.infer.tokenizer",
     "Transformer": "v4jax.model.transformer",

@@ -3,12 +3,9 @@
 `transformer.Transformer` stands above it: it checks arguments, and runs this where they lie.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Int
 
 from v4jax import config as config_lib
@@ -21,33 +18,9 @@ from v4jax.model.context import Context, place_tokens, slice_of
 from v4jax.model.hyper_connections import HyperHead
 from v4jax.model.layers import Execution, RMSNorm, weight
 from v4jax.model.mtp import MTPBlock
-from v4jax.reprs import short_repr
+from v4jax.model.output import Output
 from v4jax.sharding import collectives
 from v4jax.weights import Weight
-
-
-@struct.dataclass
-class Output:
-    """What `model.apply` returns.
-
-    logits float32: [B,T,V], or [B,1,V] of each row's last token, or None with logits="none" and
-    "normed". normed, mtp_normed: with logits="normed" what the output head would multiply, [B,T,D].
-    cache: the new decode state, when one went in. mtp_logits: with mtp=True one array for each
-    MTP block k = 1, 2, ...: [B,T-k,V], at t the prediction of token t + k + 1.
-    aux: wanted auxiliary outputs, `aux[name][layer]`; MTP blocks count on after the layers.
-    streams: [B,T,M,D] with logits="none".
-    """
-
-    logits: Any = None
-    cache: Any = None
-    mtp_logits: Any = ()
-    aux: Any = struct.field(default_factory=dict)
-    streams: Any = None
-    normed: Any = None
-    mtp_normed: Any = ()
-
-    def __repr__(self) -> str:
-        return short_repr(self)
 
 
 class Network(nn.Module):

@@ -15,7 +15,7 @@ from v4jax import weights
 from v4jax.config import ModelConfig
 from v4jax.model import auxiliary
 from v4jax.model.cache import Cache, CompressorState, LayerCache
-from v4jax.model.network import Output
+from v4jax.model.output import Output
 from v4jax.sharding import collectives
 from v4jax.sharding.rules import ONE_DEVICE, Layout
 

@@ -14,7 +14,7 @@ compressed index_heads hc hc_embed norm, and layers for the repeats of a scanned
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,11 @@ from v4jax.model import ambient, arguments, sharded
 from v4jax.model import cache as cache_lib
 from v4jax.model.cache import Cache
 from v4jax.model.layers import Execution
-from v4jax.model.network import Network, Output
+from v4jax.model.output import Output
 from v4jax.sharding.rules import ONE_DEVICE, Layout
+
+if TYPE_CHECKING:
+    from v4jax.model.network import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +70,11 @@ class Transformer:
         dtype = str(jnp.dtype(self.dtype or default))
         return Execution(dtype, native, self.kernels, self.sharding)
 
-    def network(self) -> Network:
+    def network(self) -> "Network":
         """The Linen module: on a mesh for use inside `shard_map`, on one shard's arrays."""
+        # Layers and kernels take a second to import, which programs that are ready need not wait.
+        from v4jax.model.network import Network
+
         return Network(self.config, self.execution(), self.min_repeats, self.remat)
 
     def segments(self) -> tuple[config_lib.Segment, ...]:
