@@ -5,6 +5,8 @@ A name's module is imported when the name is first used, so that `v4jax --help` 
 
 import importlib
 
+from v4jax import platforms
+
 __version__ = "0.1.0"
 
 _MODULES = {
@@ -33,7 +35,9 @@ __all__ = list(_MODULES)
 def __getattr__(name):
     if name not in _MODULES:
         raise AttributeError(f"module 'v4jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    found = getattr(importlib.import_module(_MODULES[name]), name)
+    platforms.settle_process()
+    return found
 
 
 def __dir__():

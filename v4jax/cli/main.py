@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from absl import flags
 
 import v4jax
+from v4jax import platforms
 from v4jax.cli import cpu_settings
 from v4jax.errors import InputError
 from v4jax.files.json_reader import QUOTED
@@ -121,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_process(command):
+    platforms.settle_command()
     if command.trains:
         cpu_settings.compile_for_training()
     if command.huge_pages:
