@@ -59,8 +59,7 @@ def test_one_prompt_and_its_continuation_go_to_stdout(run, directory):
     tokens = continuation(tokenizer, "héllo", max_new_tokens=9)
     assert status == 0
     assert out == "héllo" + tokenizer.decode(tokens) + "\n"
-    loaded, compiling, summary = err.splitlines()
-    assert compiling == "compiling for these lengths ..."
+    loaded, summary = err.splitlines()  # what is being compiled is told to terminals only
     assert loaded.startswith(f"{directory}: ")
     assert "11 layers, stored as float32 in" in loaded
     assert summary.startswith("6 prompt tokens, 9 new tokens, first token after ")
@@ -68,6 +67,16 @@ def test_one_prompt_and_its_continuation_go_to_stdout(run, directory):
     waited, compiled, read = map(float, re.findall(r"(\d+\.\d+) s", summary))
     assert waited == pytest.approx(compiled + read, abs=0.02)
     assert summary.endswith(" tokens/s, finished: length")
+
+
+def test_a_terminal_is_told_what_is_compiled_and_for_how_long(run, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    run("--prompt=abc", "--max_new_tokens=3")
+    told = terminal.getvalue().splitlines()[1]
+    names = "prefill of 16 tokens, choice of a token, decode step"
+    assert re.fullmatch(rf"compiling {names} \.\.\. \d+\.\d s", told)
 
 
 def test_texts_may_stand_without_a_flag(run):

@@ -27,6 +27,7 @@ DECODE = ("--config=flash_tiny", "--mode=decode", "--context=256", "--batch=4")
 def decoded():
     """Status, JSON and stderr of a decode step of a tiny model on four chips, as from a shell."""
     flags = [*DECODE, "--topology=v5p:2x2x1", "--mesh=expert=4", "--format=json"]
+    flags += ["--compilation_cache=off"]  # the user's is no place for tests
     words = [sys.executable, "-m", "v4jax.cli.main", "plan", *flags]
     plain = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
     done = subprocess.run(words, env=plain, capture_output=True, text=True, check=False)

@@ -17,7 +17,7 @@ from absl import flags
 
 from v4jax.accounting import count_parameters
 from v4jax.checkpoints import load as checkpoint
-from v4jax.cli import process_flags
+from v4jax.cli import compilation_cache, process_flags
 from v4jax.errors import InputError
 from v4jax.hf.config import read_config
 from v4jax.infer.generate import Generation, check_request, generate
@@ -74,12 +74,14 @@ def define_flags():
         "mesh", None, "Run on many devices, as expert=4,sequence=2 (axes: data, fsdp, tensor too)"
     )
     process_flags.define_flags()
+    compilation_cache.define_flag()
     flags.DEFINE_enum("format", "text", ["text", "json"], "json: one object on stdout")
 
 
 def run(*texts: str) -> int:
     """Loads, generates and prints; the exit status."""
     with process_flags.joined_by_flags():
+        compilation_cache.begin()
         return _run([*texts, *FLAGS.prompt])
 
 
@@ -101,10 +103,17 @@ def _run(texts):
         verify=FLAGS.verify,
     )
     _say(_describe(FLAGS.checkpoint, model, params))
-    _say("compiling for these lengths ...")
     report = _Report(tokenizer, prompts, FLAGS.format)
     try:
-        result = generate(model, params, prompts, on_token=report.add, **settings)
+        result = generate(
+            model,
+            params,
+            prompts,
+            on_token=report.add,
+            on_compile=_tell_compiling,
+            programs=compilation_cache.programs(),
+            **settings,
+        )
     except KeyboardInterrupt:
         report.finish(report.so_far())
         raise
@@ -216,6 +225,14 @@ class _Report:
             "time_to_first_token": result.time_to_first_token,
             "tokens_per_second": result.tokens_per_second,
         }
+
+
+def _tell_compiling(names, seconds):
+    """One line on a terminal: what is compiled and, once it is, for how long."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return
+    line = f"compiling {names} ..." if seconds is None else f" {seconds:.1f} s\n"
+    print(line, end="", file=sys.stderr, flush=True)
 
 
 def _summary(result: Generation) -> str:

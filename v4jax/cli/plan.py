@@ -13,6 +13,7 @@ from absl import flags
 
 from v4jax import extras
 from v4jax.chips import CHIPS
+from v4jax.cli import compilation_cache
 from v4jax.errors import InputError
 from v4jax.files.writing import writable_file, writing
 from v4jax.hf.config import read_config
@@ -39,6 +40,7 @@ def define_flags():
     )
     flags.DEFINE_integer("parts", None, "Microbatches of a training step", lower_bound=1)
     flags.DEFINE_integer("waves", 1, "Parts in which tokens go to their experts", lower_bound=1)
+    compilation_cache.define_flag()
     flags.DEFINE_enum("format", "text", ["text", "json"], "json: one object on stdout")
     flags.DEFINE_string("picture", None, "PNG file to draw the plan into")
 
@@ -52,6 +54,7 @@ def run() -> int:
     if FLAGS.picture:  # before minutes of compiling
         extras.require("matplotlib", "plot", "--picture")
         writable_file(FLAGS.picture, "--picture", ".png")
+    compilation_cache.begin()
     environment.prepare()
     from v4jax.plan import report  # imports jax, which reads the environment
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from absl import flags
 
+from v4jax.cli import compilation_cache
+
 FLAGS = flags.FLAGS
 
 
@@ -11,6 +13,7 @@ def define_flags():
     """Declares the flags of this subcommand."""
     flags.DEFINE_string("runs", None, "Directory of the runs; default: DIR/runs")
     flags.DEFINE_integer("steps", None, "Stop every run at this step", lower_bound=1)
+    compilation_cache.define_flag("RUNS/compiled")
     flags.DEFINE_integer("jobs", 1, "Runs at a time, each on its part of the cores", lower_bound=1)
 
 
@@ -18,6 +21,7 @@ def run(directory: str) -> int:
     """Runs what is left to run and writes the result; the exit status."""
     from v4jax.train import sweep
 
+    compilation_cache.begin(default=False)
     folder = Path(directory)
     runs = Path(FLAGS.runs) if FLAGS.runs else folder / "runs"
     table = sweep.sweep(folder, runs, FLAGS.steps, FLAGS.jobs)

@@ -4,7 +4,7 @@ import re
 
 from absl import flags
 
-from v4jax.cli import process_flags
+from v4jax.cli import compilation_cache, process_flags
 from v4jax.errors import InputError
 from v4jax.files.writing import writable_directory
 
@@ -35,6 +35,7 @@ def define_flags():
     )
     flags.DEFINE_integer("steps", None, "Stop at this step; default: the config's", lower_bound=1)
     process_flags.define_flags()
+    compilation_cache.define_flag()
 
 
 def prepare(args: list[str]) -> list[str]:
@@ -58,6 +59,7 @@ def run() -> int:
         if not getattr(FLAGS, name):
             raise InputError(f"--{name} is missing; expected {expected}")
     with process_flags.joined_by_flags():
+        compilation_cache.begin()
         return _train()
 
 

@@ -9,6 +9,7 @@ import sys
 
 from absl import flags
 
+from v4jax.cli import compilation_cache
 from v4jax.errors import InputError
 from v4jax.files.writing import writable_file, writing
 
@@ -22,6 +23,7 @@ def define_flags():
     flags.DEFINE_multi_enum("op", OPS, OPS, "Operation to tune (default: all)")
     flags.DEFINE_integer("most", None, "Candidates of an operation to try at most", lower_bound=1)
     flags.DEFINE_boolean("tiny", False, "Small sizes, interpreted on a CPU: to try the command out")
+    compilation_cache.define_flag()
 
 
 def run() -> int:
@@ -29,6 +31,7 @@ def run() -> int:
     if not FLAGS.out:
         raise InputError("--out is missing; expected a file")
     writable_file(FLAGS.out, "--out")  # the end of an hour is no time to find out
+    compilation_cache.begin()
     import tqdm
 
     from v4jax.files.atomic import write_atomically

@@ -6,6 +6,7 @@ its programs compiled (`v4jax/infer/programs.py`).
 
 import dataclasses
 import operator
+import os
 import time
 from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import numpy as np
 
 from v4jax.errors import InputError
 from v4jax.infer import sampling as sampling_lib
+from v4jax.infer.executables import executables_of
 from v4jax.infer.placement import Placement
 from v4jax.infer.programs import Decoder
 
@@ -29,8 +31,8 @@ class Generation:
       tokens: the new tokens only; the token that stopped a row is not among them.
       finish_reason: "stop" (a stop token came) or "length" (`max_new_tokens` were made).
       prompt_tokens: length of each prompt.
-      compile_seconds: time that tracing and compiling took, near 0 for shapes seen before; it is
-        not part of the other two.
+      compile_seconds: time that tracing and compiling took, or reading programs that were kept;
+        near 0 for shapes seen before. It is not part of the other two.
       time_to_first_token: seconds from the start of the prefill to the first token of every row.
       tokens_per_second: tokens of all rows after their first, over the time after the first; 0.0
         when there are none.
@@ -58,6 +60,8 @@ def generate(
     max_length=None,
     prefill_chunk=None,
     on_token=None,
+    on_compile=None,
+    programs=None,
 ) -> Generation:
     """Continues each prompt.
 
@@ -79,6 +83,11 @@ def generate(
         prompt and `max_new_tokens`, rounded up so that similar lengths share a compiled program.
       prefill_chunk: tokens of each prompt that are read in one call of the model, 2048 by default.
       on_token: called with (row, token) as soon as a token is known; not for stop tokens.
+      on_compile: called with the names of the programs that are about to be compiled and None,
+        and again with the seconds that it took.
+      programs: a directory in which compiled programs are kept, so that another process with the
+        same model, lengths and versions need neither trace nor compile; None keeps none. Of a
+        model on a mesh none are kept.
 
     Returns:
       A `Generation`.
@@ -99,11 +108,13 @@ def generate(
     prompts, capacity = request.prompts, request.capacity
     placement = Placement.of(model, len(prompts))
     variables, key = placement.variables(params), placement.replicate(jax.random.key(request.seed))
-    decoder = Decoder(placement, variables, request.setting, key)
+    executables = None if programs is None else executables_of(os.fspath(programs))
+    decoder = Decoder(placement, variables, request.setting, key, executables)
     answers = _Answers(prompts, request.stop_ids, on_token)
     cache = placement.prefill.init_cache(len(prompts), capacity)
     chunks = _prefill_chunks(prompts, request.prefill_chunk, capacity)
-    return _run(decoder, chunks, cache, answers, request.max_new_tokens)
+    compile_seconds = decoder.compile(chunks, cache, request.max_new_tokens > 1, on_compile)
+    return _run(decoder, chunks, cache, answers, request.max_new_tokens, compile_seconds)
 
 
 class GenerationRequest(NamedTuple):
@@ -145,8 +156,7 @@ def check_request(
     return GenerationRequest(prompts, max_new_tokens, setting, seed, stop_ids, capacity, chunk)
 
 
-def _run(decoder, chunks, cache, answers, max_new_tokens) -> Generation:
-    compile_seconds = decoder.compile(chunks, cache, decode=max_new_tokens > 1)
+def _run(decoder, chunks, cache, answers, max_new_tokens, compile_seconds) -> Generation:
     started = time.perf_counter()
     tokens_B, cache = decoder.prefill(chunks, cache)
     answers.add(np.asarray(tokens_B), step=0)

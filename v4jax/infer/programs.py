@@ -1,79 +1,143 @@
 """The compiled programs of generation: a chunk of prefill, the choice of a token, a decode step.
 
 The model is a static argument of each, so that a second call with the same shapes compiles nothing.
+With `Executables` another process compiles nothing either.
 """
 
 import concurrent.futures
-import dataclasses
+import contextlib
 import functools
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from v4jax.infer import sampling as sampling_lib
+from v4jax.infer.executables import Executables, Program, asking_the_compiler
 from v4jax.infer.placement import Placement, replicated
 from v4jax.sharding import processes
 
 
-@dataclasses.dataclass(frozen=True)
 class Decoder:
-    """The compiled programs with the arguments that stay the same."""
+    """The compiled programs with the arguments that stay the same.
 
-    placement: Placement
-    variables: dict
-    setting: sampling_lib.Sampling
-    key: jax.Array
+    Args:
+      placement: the models that read prompts and that decode.
+      variables, setting, key: as the programs take them.
+      executables: where compiled programs are kept for other processes, if anywhere.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        variables: dict[str, Any],
+        setting: sampling_lib.Sampling,
+        key: jax.Array,
+        executables: Executables | None = None,
+    ):
+        self._placement = placement
+        self._variables = variables
+        self._setting = setting
+        self._key = key
+        self._executables = executables
+        self._ready: dict[str, jax.stages.Compiled] = {}
 
     def prefill(self, chunks, cache):
         """The first token of each row, [B], and the cache that holds the prompts."""
         logits_BV = self._no_logits(chunks)
         for tokens_BT, lengths_B in chunks:
-            logits_BV, cache = _prefill(
-                self.placement.prefill, self.variables, cache, tokens_BT, lengths_B, logits_BV
-            )
-        tokens_B = _pick(self.placement.decode, logits_BV, self.setting, self.key, np.int32(0))
-        return tokens_B, self.placement.handed_over(cache)
+            program = self._reading(tokens_BT, lengths_B, cache, logits_BV)
+            logits_BV, cache = self._run(program)
+        return self._run(self._choice(logits_BV)), self._placement.handed_over(cache)
 
     def decode(self, tokens_B, cache, step):
         """The token after `tokens_B` in each row, and the cache that holds `tokens_B` too."""
-        return _decode(
-            self.placement.decode,
-            self.variables,
-            cache,
-            tokens_B,
-            self.setting,
-            self.key,
-            np.int32(step),
-        )
+        return self._run(self._step(tokens_B, cache, step))
 
-    def compile(self, chunks, cache, decode):
-        """Compiles what is needed, to keep it out of the other timings; the seconds it took."""
+    def compile(
+        self, chunks, cache, decode, on_compile: Callable[[str, float | None], None] | None = None
+    ):
+        """Compiles what is needed, to keep it out of the other timings; the seconds it took.
+
+        on_compile: see `generate`.
+        """
         started = time.perf_counter()
-        logits_BV = self._no_logits(chunks)
-        step, programs = np.int32(0), []
-        for tokens_BT, lengths_B in {chunk[0].shape: chunk for chunk in chunks}.values():
-            model = self.placement.prefill
-            arguments = (model, self.variables, cache, tokens_BT, lengths_B, logits_BV)
-            programs.append(_prefill.lower(*arguments))
-        model = self.placement.decode
-        programs.append(_pick.lower(model, logits_BV, self.setting, self.key, step))
-        if decode:
-            tokens_B = self.placement.replicate(jnp.zeros(len(logits_BV), jnp.int32))
-            cache = self.placement.described(cache)
-            arguments = (model, self.variables, cache, tokens_B, self.setting, self.key, step)
-            programs.append(_decode.lower(*arguments))
-        # An accelerator's compiler may time kernels on it, which wants no company.
-        at_once = len(programs) if jax.default_backend() == "cpu" else 1
-        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-            list(pool.map(lambda each: each.compile(), programs))
+        missing = self._missing(list(self._needed(chunks, cache, decode)))
+        if missing:
+            names = ", ".join(program.name for program in missing)
+            tell = on_compile or (lambda names, seconds: None)
+            tell(names, None)
+            self._compile_all(missing)
+            tell(names, time.perf_counter() - started)
         processes.compiled()
         return time.perf_counter() - started
 
+    def _needed(self, chunks, cache, decode) -> Iterator[Program]:
+        logits_BV = self._no_logits(chunks)
+        for tokens_BT, lengths_B in {chunk[0].shape: chunk for chunk in chunks}.values():
+            yield self._reading(tokens_BT, lengths_B, cache, logits_BV)
+        yield self._choice(logits_BV)
+        if decode:
+            tokens_B = self._placement.replicate(jnp.zeros(len(logits_BV), jnp.int32))
+            yield self._step(tokens_B, self._placement.described(cache), 1)
+
+    def _missing(self, programs):
+        """Those that were not kept; the others are then ready."""
+        if self._executables is None:
+            return programs
+        # A program of megabytes takes a second of one core to link.
+        with concurrent.futures.ThreadPoolExecutor(len(programs)) as pool:
+            found = list(pool.map(self._executables.find, programs))
+        names = [program.name for program in programs]
+        self._ready |= {name: each for name, each in zip(names, found, strict=True) if each}
+        return [program for program in programs if program.name not in self._ready]
+
+    def _compile_all(self, programs):
+        """Each is traced while those before it are compiled."""
+        # An accelerator's compiler may time kernels on it, which wants no company.
+        at_once = len(programs) if jax.default_backend() == "cpu" else 1
+        keeps = self._executables is not None and all(map(self._executables.keeps, programs))
+        with (
+            asking_the_compiler() if keeps else contextlib.nullcontext(),
+            concurrent.futures.ThreadPoolExecutor(at_once) as pool,
+        ):
+            compiling = []
+            for each in programs:
+                lowered = each.function.lower(each.model, *each.arguments)
+                if keeps:
+                    compiling.append(pool.submit(self._executables.compile, each, lowered))
+                else:
+                    compiling.append(pool.submit(lowered.compile))
+            done = [future.result() for future in compiling]
+        if keeps:
+            names = [program.name for program in programs]
+            self._ready |= dict(zip(names, done, strict=True))
+
+    def _run(self, program):
+        ready = self._ready.get(program.name)
+        if ready is not None:
+            return ready(*program.arguments)
+        return program.function(program.model, *program.arguments)
+
+    def _reading(self, tokens_BT, lengths_B, cache, logits_BV):
+        name = f"prefill of {tokens_BT.shape[1]} tokens"
+        arguments = (self._variables, cache, tokens_BT, lengths_B, logits_BV)
+        return Program(name, _prefill, self._placement.prefill, arguments, (logits_BV, cache))
+
+    def _choice(self, logits_BV):
+        arguments = (logits_BV, self._setting, self._key, np.int32(0))
+        return Program("choice of a token", _pick, self._placement.decode, arguments, logits_BV)
+
+    def _step(self, tokens_B, cache, step):
+        arguments = (self._variables, cache, tokens_B, self._setting, self._key, np.int32(step))
+        return Program("decode step", _decode, self._placement.decode, arguments, (tokens_B, cache))
+
     def _no_logits(self, chunks):
-        shape = (len(chunks[0][0]), self.placement.prefill.config.vocab_size)
-        return self.placement.replicate(jnp.zeros(shape, jnp.float32))
+        shape = (len(chunks[0][0]), self._placement.prefill.config.vocab_size)
+        return self._placement.replicate(jnp.zeros(shape, jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "logits_BV"))

@@ -144,8 +144,10 @@ def _compile_apart(job, topology, sizes, folder):
     work = pickle.dumps((job, dataclasses.replace(topology), dict(sizes), str(folder)))
     (folder / "work").write_bytes(work)
     command = [sys.executable, "-m", "v4jax.plan.compiler", str(folder / "work")]
+    # A program read from JAX's cache would leave nothing behind.
+    uncached = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     with (folder / "errors").open("wb") as errors:
-        process = subprocess.Popen(command, stdout=errors, stderr=errors)
+        process = subprocess.Popen(command, stdout=errors, stderr=errors, env=uncached)
     ended, host = _wait(process, folder)
     process.returncode = os.waitstatus_to_exitcode(ended[1])
     if _complete(folder):
