@@ -25,8 +25,7 @@ from v4jax.infer.generation_config import read_generation_config
 from v4jax.infer.sampling import Sampling
 from v4jax.infer.tokenizer import Tokenizer
 from v4jax.quant import QTensor
-from v4jax.sharding import processes
-from v4jax.sharding.mesh import make_mesh, parse_sizes
+from v4jax.sharding.mesh import mesh_of
 from v4jax.sharding.rules import ONE_DEVICE, PREFILL, Layout
 from v4jax.tables import short
 
@@ -123,14 +122,8 @@ def _run(texts):
 
 def _layout():
     """Where the model runs: one device, or the mesh of --mesh."""
-    if FLAGS.mesh is None and processes.count() == 1:
-        return ONE_DEVICE
-    if FLAGS.mesh is None:
-        raise InputError(
-            f"--mesh is missing; {processes.count()} processes with {jax.device_count()} devices "
-            f"expect one, such as expert={jax.device_count()}"
-        )
-    return Layout(make_mesh(**parse_sizes(FLAGS.mesh)), PREFILL)
+    mesh = mesh_of(FLAGS.mesh, "--mesh", "expert")
+    return ONE_DEVICE if mesh is None else Layout(mesh, PREFILL)
 
 
 def _settings(directory, config, demo):

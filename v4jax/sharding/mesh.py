@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from v4jax.errors import InputError
+from v4jax.sharding import processes
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
@@ -34,6 +35,25 @@ def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
             shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=tuple(devices)
         )
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_of(sizes: str | None, flag: str, example: str) -> Mesh | None:
+    """The mesh of a flag such as "expert=4,sequence=2" on all devices; None for one device.
+
+    Args:
+      sizes: the flag's value. flag, example: its name and an axis to advise, for errors.
+
+    Raises:
+      InputError: several processes without a mesh, or as `parse_sizes` and `make_mesh`.
+    """
+    if sizes is not None:
+        return make_mesh(**parse_sizes(sizes))
+    if processes.count() > 1:
+        raise InputError(
+            f"{flag} is missing; {processes.count()} processes with {jax.device_count()} devices "
+            f"expect one, such as {example}={jax.device_count()}"
+        )
+    return None
 
 
 def _whole(devices):

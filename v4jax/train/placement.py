@@ -11,9 +11,7 @@ from v4jax.errors import InputError
 from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import mesh as meshes
-from v4jax.sharding import processes
-from v4jax.sharding.mesh import make_mesh, parse_sizes
-from v4jax.sharding.rules import TRAIN, Layout
+from v4jax.sharding.rules import ONE_DEVICE, TRAIN, Layout
 from v4jax.train.batch import Batch
 from v4jax.train.optimizer import state_like
 from v4jax.train.step import TrainState
@@ -25,12 +23,8 @@ def layout_of(mesh: str | None) -> Layout:
     Raises:
       InputError: several processes without a mesh.
     """
-    if mesh is None and processes.count() > 1:
-        raise InputError(
-            f"mesh is missing; {processes.count()} processes with {jax.device_count()} devices "
-            f"expect one, such as --config.mesh=fsdp={jax.device_count()}"
-        )
-    return Layout() if mesh is None else Layout(make_mesh(**parse_sizes(mesh)), TRAIN)
+    found = meshes.mesh_of(mesh, "mesh", "--config.mesh=fsdp")
+    return ONE_DEVICE if found is None else Layout(found, TRAIN)
 
 
 def state_shardings(
