@@ -57,14 +57,18 @@ class LayerSpec:
         if self.routing not in ROUTING_KINDS:
             raise InputError(f"routing is {self.routing!r}; expected one of {ROUTING_KINDS}")
         _check_whole("a layer's ratio", self.ratio, 0)
-        compressed = self.attention in ("csa", "hca")
-        if compressed and self.ratio < 2:
+        if self.compresses and self.ratio < 2:
             raise InputError(f"a {self.attention} layer has ratio {self.ratio}; expected 2 or more")
-        if not compressed and (self.ratio or self.overlap):
+        if not self.compresses and (self.ratio or self.overlap):
             raise InputError(
                 f"a {self.attention} layer has ratio {self.ratio} and overlap {self.overlap}; it "
                 "compresses nothing, so leave them 0 and False"
             )
+
+    @property
+    def compresses(self) -> bool:
+        """Whether the layer has compressed entries, and so YaRN's frequencies."""
+        return self.attention in ("csa", "hca")
 
 
 WINDOW = LayerSpec("window")
@@ -302,7 +306,7 @@ def _check_positive(config):
 
 def _check_rope(config):
     """YaRN divides by the logarithm of the base, and below 1 its channels turn the wrong way."""
-    compresses = any(layer.attention in ("csa", "hca") for layer in config.layers)
+    compresses = any(layer.compresses for layer in config.layers)
     if compresses and config.rope_scaling is not None and config.compress_rope_theta <= 1:
         raise InputError(
             f"compress_rope_theta is {config.compress_rope_theta} and rope_scaling is YaRN's; "

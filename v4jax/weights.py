@@ -182,7 +182,7 @@ def attention(config: ModelConfig, layer: LayerSpec) -> Weights:
         "wo_a/weight": _matrix(config, (groups * o, group), ("heads", "head_group")),
         "wo_b/weight": _matrix(config, (d, groups * o), ("embed", "heads")),
     }
-    if layer.attention in ("csa", "hca"):
+    if layer.compresses:
         weights |= _within("compressor", compressor(config, layer, h))
     if layer.attention == "csa":
         weights |= _within("indexer", indexer(config, layer))

@@ -43,7 +43,7 @@ class Attention(nn.Module):
         # Stored in FP8 and used in bf16: its input alone is not rounded to E4M3 (section 10).
         self.wo_a = matrix("wo_a", quantize_input=False)
         self.wo_b = matrix("wo_b")
-        if self.compresses:
+        if self.spec.compresses:
             self.compressor = Compressor(config, self.spec, config.head_dim, execution)
         if self.spec.attention == "csa":
             self.indexer = Indexer(config, self.spec, execution)
@@ -63,7 +63,7 @@ class Attention(nn.Module):
           replayed_BTK: entries to attend to instead of the indexer's choice (-1: none).
         """
         state = state or LayerState(self.execution.layout)
-        frequency = rope.inverse_frequencies(self.config, self.compresses)
+        frequency = rope.inverse_frequencies(self.config, self.spec.compresses)
         cos_sin = rope.rotations(frequency, context.position)
         # The keys of all tokens: the window or every token, then the compressed entries.
         kv_BTH = self._kv_rows(x_BTD, cos_sin)
@@ -71,7 +71,7 @@ class Attention(nn.Module):
             keys, state = state.extend_tokens(kv_BTH, context)
         else:
             keys, state = state.extend_window(kv_BTH, context, self.config.sliding_window)
-        if self.compresses:
+        if self.spec.compresses:
             keys, state = self._entries(keys, x_BTD, context, state)
         if self.spec.attention == "csa":
             # The indexer learns from a loss of its own, and the rest of the model not from that.
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         q_BTNH = self._queries(q_latent_BTL, cos_sin)
         # Which entries each query may see, and which of those the indexer chooses.
         aux = {}
-        if self.compresses:
+        if self.spec.compresses:
             low, high = context.visible_entries(self.spec.ratio)
             low, high = state.own_range(low, high, keys.entries_BCH)
             keys = keys._replace(low_BT=low, high_BT=high)
@@ -101,11 +101,6 @@ class Attention(nn.Module):
             entries = as_rows(keys.entries_BCH)
             aux |= {"q": q_BTNH, "kv": kv_BTH, "entries": entries, "o": o_BTNH}
         return self._output(o_BTNH, cos_sin), state, aux
-
-    @property
-    def compresses(self) -> bool:
-        """Whether the layer has compressed entries."""
-        return self.spec.attention in ("csa", "hca")
 
     def _queries(self, q_lat, cos_sin):
         """Queries [B,T,N,H], normed a head at a time without a weight, rotated."""

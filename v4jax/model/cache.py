@@ -181,7 +181,7 @@ def _init_layer(config, spec, lead, max_length, rollback, dtype, parts):
     if spec.attention == "full":
         return LayerCache(tokens=jnp.zeros((*lead, _room(max_length, parts), h), dtype))
     window = jnp.zeros((*lead, config.sliding_window - 1 + rollback, h), dtype)
-    if spec.attention == "window":
+    if not spec.compresses:
         return LayerCache(window=window)
 
     def compressor(width, entry=None):
@@ -192,9 +192,9 @@ def _init_layer(config, spec, lead, max_length, rollback, dtype, parts):
             raw=jnp.zeros((*lead, raw_rows(spec) + rollback, 2 * doubled * width), jnp.float32),
         )
 
-    if spec.attention == "hca":
-        return LayerCache(window=window, main=compressor(h))
-    return LayerCache(window=window, main=compressor(h, lanes_of(h)), index=compressor(z))
+    if spec.attention == "csa":
+        return LayerCache(window=window, main=compressor(h, lanes_of(h)), index=compressor(z))
+    return LayerCache(window=window, main=compressor(h))
 
 
 def _room(entries: int, parts: int) -> int:

@@ -83,7 +83,7 @@ def _entries(job, layout):
     """Compressed entries to all shards of a sequence, or partial softmaxes of a decode step."""
     c, axes = job.config, layout.axes("entries")
     n, rows = layout.size("entries"), job.rows / layout.size("batch")
-    kinds = [layer for layer in c.layers if layer.attention in ("csa", "hca")]
+    kinds = [layer for layer in c.layers if layer.compresses]
     if layout.axes("sequence"):
         for layer in set(kinds):
             width = c.head_dim + (c.index_head_dim if layer.attention == "csa" else 0)

@@ -102,11 +102,11 @@ def _layer_cache(c: ModelConfig, layer: LayerSpec, length, layout):
         entries = 2 * c.head_dim * length / spread
         return entries, entries
     window = 2 * c.head_dim * (c.sliding_window - 1)
-    if layer.attention == "window":
+    if not layer.compresses:
         return window, window
     count = length / layer.ratio / spread
     main, raw = _compressor(layer, c.head_dim, count)
-    if layer.attention == "hca":
+    if layer.attention != "csa":
         return window + main + raw, window + main + raw
     keys, index_raw = _compressor(layer, c.index_head_dim, count)
     chosen = min(count, (c.index_topk or math.inf) / spread) * 2 * c.head_dim
