@@ -1,10 +1,9 @@
 """What every test runs under: CPU, strict promotion, warnings as errors in our own code."""
 
-import atexit
 import os
-import shutil
-import tempfile
 from importlib import metadata
+
+from tests.support import programs
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes nearly all of the tests' time, and twice as long with LLVM's optimisations. Half
@@ -19,10 +18,9 @@ os.environ.setdefault(
     ),
 )
 
-# A program is compiled once a run, whichever worker, or command that a test starts, needs it first.
+# A program is compiled once, whichever run, worker, or command that a test starts needs it first.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="v4jax_programs_")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.folder()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 from pathlib import Path
@@ -30,8 +28,24 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.support import durations
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--keep_durations", action="store_true", help="write tests/durations.json")
+
+
+def pytest_configure(config):
+    if config.getoption("keep_durations"):
+        config.pluginmanager.register(durations.Recorder())
+
+
+def pytest_collection_modifyitems(items):
+    durations.order(items)
+
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
