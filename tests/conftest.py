@@ -1,6 +1,8 @@
 """What every test runs under: CPU, strict promotion, warnings as errors in our own code."""
 
+import gc
 import os
+import time
 from importlib import metadata
 
 from tests.support import programs
@@ -29,6 +31,10 @@ import jax
 import pytest
 
 from tests.support import durations
+
+# Traces make millions of objects that live on; to look through them all again and again for what is
+# garbage takes a tenth of the time.
+gc.set_threshold(200_000, 20, 100)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -61,12 +67,15 @@ def golden():
 # Linux gives a process 65,530 memory maps, and every compiled program takes some: past that XLA
 # dies of a segmentation fault.
 MAPS = Path("/proc/self/maps")
-MANY_MAPS = 20_000
+MANY_MAPS = 35_000
 
 
 @pytest.fixture(autouse=True)
 def _forget_programs():
     """Drops compiled programs once they hold many of the memory maps that a process may have."""
+    started = time.process_time()
     yield
+    if time.process_time() - started < 0.3:
+        return
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()

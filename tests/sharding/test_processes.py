@@ -286,7 +286,10 @@ def test_a_process_that_never_comes():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("localhost:1", None, 0), "--num_processes missing next to --coordinator and --process_id"),
+        (
+            ("localhost:1", None, 0),
+            "--num_processes missing next to --coordinator and --process_id",
+        ),
         (("localhost", 2, 0), "--coordinator is 'localhost'; expected HOST:PORT"),
         (("localhost:1", 2, 2), "--process_id is 2 and --num_processes 2; expected one from 0 to"),
     ],
