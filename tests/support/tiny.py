@@ -72,8 +72,8 @@ def tiny_model(variant="released", seed=0, **options):
 def drawn(model, seed=0, moved=0.1):
     """Random variables of a model, by numpy: to compile `model.init` takes 14 s of processor.
 
-    Distributed as those of `init`, then every float moved by `moved` times a normal number: what
-    starts at 0 or 1 (sinks, norms, mHC, biases) hides nothing.
+    Distributed as those of `init`, but what starts at a constant (sinks, norms, mHC, biases) is
+    moved by `moved` times a normal number, so that nothing hides behind it.
     """
     rng = np.random.default_rng(seed)
     declared = weights.variables(model.config, model.min_repeats)
@@ -83,9 +83,8 @@ def drawn(model, seed=0, moved=0.1):
         if init.kind == "even_table":
             experts = rng.random((*shape[:-1], model.config.n_routed_experts)).argsort(-1)
             return jnp.asarray(experts[..., : shape[-1]], leaf.dtype)
-        constant, spread = (0, init.value) if init.kind == "normal" else (init.value, 0)
-        normal = spread * rng.standard_normal(shape) + moved * rng.standard_normal(shape)
-        return jnp.asarray(constant + normal, leaf.dtype)
+        constant, spread = (0, init.value) if init.kind == "normal" else (init.value, moved)
+        return jnp.asarray(constant + spread * rng.standard_normal(shape), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, model.abstract_variables())
 

@@ -19,7 +19,8 @@ WANTED = ("indexer_loss", "attention", "index_scores", "chosen")
 
 @pytest.fixture(scope="module")
 def setting():
-    model = Transformer(tiny_config(**VARIANTS["scanned"]), min_repeats=2)
+    config = tiny_config(**VARIANTS["scanned"], mtp_layers=(), hc_mult=1)
+    model = Transformer(config, min_repeats=2)
     variables = drawn(model)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, LENGTH))
     return model, variables, jnp.asarray(tokens, jnp.int32)
