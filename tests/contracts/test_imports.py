@@ -15,6 +15,7 @@ FLOORS = (
     "errors",
     "reprs",
     "tables",
+    "platforms",
     "chips",
     "block_sizes",
     "extras",
