@@ -1,10 +1,11 @@
 """What every test runs under: CPU, strict promotion, warnings as errors in our own code."""
 
-import atexit
+import gc
 import os
-import shutil
-import tempfile
+import time
 from importlib import metadata
+
+from tests.support import programs
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes nearly all of the tests' time, and twice as long with LLVM's optimisations. Half
@@ -19,10 +20,9 @@ os.environ.setdefault(
     ),
 )
 
-# A program is compiled once a run, whichever worker, or command that a test starts, needs it first.
+# A program is compiled once, whichever run, worker, or command that a test starts needs it first.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="v4jax_programs_")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.folder()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 from pathlib import Path
@@ -30,8 +30,28 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.support import durations
+
+# Traces make millions of objects that live on; to look through them all again and again for what is
+# garbage takes a tenth of the time.
+gc.set_threshold(200_000, 20, 100)
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--keep_durations", action="store_true", help="write tests/durations.json")
+
+
+def pytest_configure(config):
+    if config.getoption("keep_durations"):
+        config.pluginmanager.register(durations.Recorder())
+
+
+def pytest_collection_modifyitems(items):
+    durations.order(items)
+
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
@@ -47,12 +67,15 @@ def golden():
 # Linux gives a process 65,530 memory maps, and every compiled program takes some: past that XLA
 # dies of a segmentation fault.
 MAPS = Path("/proc/self/maps")
-MANY_MAPS = 20_000
+MANY_MAPS = 35_000
 
 
 @pytest.fixture(autouse=True)
 def _forget_programs():
     """Drops compiled programs once they hold many of the memory maps that a process may have."""
+    started = time.process_time()
     yield
+    if time.process_time() - started < 0.3:
+        return
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()

@@ -22,6 +22,7 @@ def get_config(name: str) -> ModelConfig:
     spec = importlib.util.spec_from_file_location(
         f"v4jax.configs.{name}", _directory() / f"{name}.py"
     )
+    assert spec is not None and spec.loader is not None  # the file is there
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config()

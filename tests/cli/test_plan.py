@@ -83,6 +83,7 @@ def test_bad_input(capsys, flags, said):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow  # 45 s of processor; quick is the same of a TPU, above
 @aot.needs_cuda
 def test_a_gpu_node(capsys):
     """Many rows, a few of them on each device: tokens gathered, outputs summed and spread."""

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.support.tiny import tiny_config, tiny_model, unsettle
+from tests.support.tiny import drawn, tiny_config, tiny_model
 from v4jax.config import CSA, FULL, HCA, LayerSpec
 from v4jax.model.transformer import Transformer
 
@@ -27,7 +27,7 @@ def mesh_of(kind):
 def small():
     """One CSA layer whose indexer has to choose, and an MTP block."""
     model = Transformer(tiny_config(layers=(CSA,), hc_mult=2, index_topk=2))
-    return model, unsettle(jax.jit(model.init)(jax.random.key(0)), 0)
+    return model, drawn(model)
 
 
 def forward(model, variables, tokens, aux=()):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.tiny import tiny_config, unsettle
+from tests.support.tiny import drawn, tiny_config
 from v4jax.config import CSA, HCA, WINDOW, LayerSpec, with_hash_routing
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
@@ -19,7 +19,7 @@ SIZES = {"layers": LAYERS, "hc_mult": 2, "hc_sinkhorn_iters": 3, "mtp_layers": (
 
 @functools.cache
 def variables():
-    return unsettle(jax.jit(Transformer(tiny_config(**SIZES)).init)(jax.random.key(0)), 0)
+    return drawn(Transformer(tiny_config(**SIZES)))
 
 
 def loss_of(kernels, aux=()):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.selection import first
-from tests.support.tiny import tiny_config
+from tests.support.tiny import drawn, tiny_config
 from v4jax.config import LayerSpec
 from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
@@ -41,7 +41,7 @@ def model_on(sizes, kernels):
 @functools.cache
 def gradients(sizes, kernels):
     model = model_on(sizes, kernels)
-    variables = jax.jit(model_on("", "reference").init)(jax.random.key(0))
+    variables = drawn(model_on("", "reference"))
     if sizes:
         variables = jax.device_put(variables, sharded.variable_shardings(model))
     tokens = jax.random.randint(jax.random.key(1), (ROWS, LENGTH), 0, 331)

@@ -11,15 +11,22 @@ from tests.support import aot
 from tests.support.selection import first
 from v4jax.kernels.indexer_topk import api, cases, stored_keys
 
-QUICK = {"flash_prefill_64k", "flash_decode_1m"}
+# What the quick suite compiles, for the first TPU and the H100.
+QUICK = ["flash_prefill_64k"]
+# What it lowers: the same on the other TPUs, a decode step, and the other forms of keys.
+LOWERED = aot.rows(
+    *itertools.product(aot.TPU_CHIPS[1:], QUICK),
+    *itertools.product(("v5p", "h100"), ["flash_decode_1m"]),
+)
+LOWERED_STORED = aot.rows(
+    *itertools.product(("v5p", "h100"), QUICK), *itertools.product(aot.CHIPS, ["flash_decode_1m"])
+)
 
 
-def on_chips(names, quick, everywhere=()):
-    """Every chip and case; quick are `quick` on the first chip and `everywhere` on each."""
+def on_chips(names, quick=()):
+    """Every chip and case; quick are `quick` on the first chip."""
     return first(
-        {(aot.TPU_CHIPS[0], name) for name in quick}
-        | set(itertools.product(aot.TPU_CHIPS, everywhere)),
-        itertools.product(aot.TPU_CHIPS, names),
+        {(aot.TPU_CHIPS[0], name) for name in quick}, itertools.product(aot.TPU_CHIPS, names)
     )
 
 
@@ -53,8 +60,33 @@ def kernels(compiled):
     return text.count("tpu_custom_call") + text.count("__gpu$xla.gpu.triton")
 
 
+@pytest.mark.parametrize(("chip", "name"), LOWERED)
+def test_choice_lowers(chip, name):
+    function, specs = member(cases.RELEASED[name])
+    assert aot.lowers_to_kernels(chip, function, *specs)
+
+
+@pytest.mark.parametrize(("chip", "name"), LOWERED_STORED)
+def test_choice_from_stored_keys_lowers(chip, name):
+    function, specs = stored(cases.RELEASED[name])
+    assert aot.lowers_to_kernels(chip, function, *specs)
+
+
+@pytest.mark.parametrize(("chip",), aot.rows(("v5p",), ("h100",)))
+@pytest.mark.parametrize("options", [{"native": True}, {"dtype": jnp.float32}])
+def test_choice_in_other_numbers_lowers(chip, options):
+    function, specs = member(cases.RELEASED["flash_prefill_64k"], **options)
+    assert aot.lowers_to_kernels(chip, function, *specs)
+
+
+@pytest.mark.parametrize(("chip",), aot.rows(*((chip,) for chip in aot.TPU_CHIPS[1:])))
+def test_scores_and_gradients_lower(chip):
+    function, specs = scores(cases.TRAINING["block_64k"])
+    assert aot.lowers_to_kernels(chip, function, *specs)
+
+
 @aot.needs_libtpu
-@pytest.mark.parametrize(("chip", "name"), on_chips(cases.RELEASED, QUICK, ["flash_prefill_64k"]))
+@pytest.mark.parametrize(("chip", "name"), on_chips(cases.RELEASED, QUICK))
 def test_choice_compiles_for_a_tpu(chip, name):
     function, specs = member(cases.RELEASED[name])
     compiled = aot.compile_tpu(chip, function, *specs)
@@ -62,26 +94,27 @@ def test_choice_compiles_for_a_tpu(chip, name):
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize(("chip", "name"), on_chips(cases.RELEASED, QUICK, ["flash_decode_1m"]))
+@pytest.mark.parametrize(("chip", "name"), on_chips(cases.RELEASED))
 def test_choice_from_stored_keys_compiles_for_a_tpu(chip, name):
     function, specs = stored(cases.RELEASED[name])
     assert kernels(aot.compile_tpu(chip, function, *specs)) >= 1
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize("name", first(QUICK, cases.RELEASED))
+@pytest.mark.parametrize("name", first([], cases.RELEASED))
 def test_choice_from_stored_keys_compiles_for_an_h100(name):
     function, specs = stored(cases.RELEASED[name])
     assert kernels(aot.compile_h100(function, *specs)) >= 3
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize(("chip", "name"), on_chips(["flash_prefill_64k"], ["flash_prefill_64k"]))
+@pytest.mark.parametrize(("chip", "name"), on_chips(QUICK))
 def test_choice_through_the_chain_compiles_for_a_tpu(chip, name):
     function, specs = member(cases.RELEASED[name], native=True)
     assert kernels(aot.compile_tpu(chip, function, *specs)) >= 1
 
 
+@pytest.mark.slow
 @aot.needs_libtpu
 def test_choice_in_float32_compiles_for_a_tpu():
     function, specs = member(cases.RELEASED["flash_prefill_64k"], dtype=jnp.float32)
@@ -89,16 +122,14 @@ def test_choice_in_float32_compiles_for_a_tpu():
 
 
 @aot.needs_cuda
-@pytest.mark.parametrize(
-    "name", first(["flash_prefill_64k"], ["flash_prefill_64k", "pro_decode_1m"])
-)
+@pytest.mark.parametrize("name", first([], ["flash_prefill_64k", "pro_decode_1m"]))
 def test_choice_in_float32_compiles_for_an_h100(name):
     function, specs = member(cases.RELEASED[name], dtype=jnp.float32)
     assert kernels(aot.compile_h100(function, *specs)) >= 3
 
 
 @aot.needs_libtpu
-@pytest.mark.parametrize(("chip", "name"), on_chips(cases.TRAINING, (), ["block_64k"]))
+@pytest.mark.parametrize(("chip", "name"), on_chips(cases.TRAINING, ["block_64k"]))
 def test_scores_and_gradients_compile_for_a_tpu(chip, name):
     function, specs = scores(cases.TRAINING[name])
     assert kernels(aot.compile_tpu(chip, function, *specs)) >= 3
@@ -111,6 +142,7 @@ def test_choice_compiles_for_an_h100(name):
     assert kernels(aot.compile_h100(function, *specs)) >= 3
 
 
+@pytest.mark.slow
 @aot.needs_cuda
 def test_choice_through_the_chain_compiles_for_an_h100():
     function, specs = member(cases.RELEASED["flash_prefill_64k"], native=True)

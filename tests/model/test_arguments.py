@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.tiny import tiny_config
+from tests.support.tiny import drawn, tiny_config
 from v4jax.config import CSA, WINDOW
 from v4jax.errors import InputError
 from v4jax.model import cache
@@ -145,7 +145,7 @@ def test_traced_values_add_nothing_to_a_program():
 def test_replay_of_every_choice_that_aux_returns():
     """MTP blocks' experts too: what aux returned is taken, and is what the second call uses."""
     model = Transformer(tiny_config(layers=(WINDOW,)))
-    variables = jax.jit(model.init)(jax.random.key(0))
+    variables = drawn(model)
     first = model.apply(variables, TOKENS, mtp=True, aux=("router_experts",))
     other = {layer: 5 - x for layer, x in first.aux["router_experts"].items()}
     replay = {"router_experts": other}

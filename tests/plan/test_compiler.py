@@ -47,6 +47,7 @@ def checked(config, batch, name, sizes, parts):
     return found
 
 
+@pytest.mark.slow
 @aot.needs_libtpu
 def test_a_pair_of_full_size_layers_trains_on_a_pod():
     """Four microbatches on 128 chips.

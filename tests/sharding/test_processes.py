@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.support import spawn
+from tests.support import spawn, workers
 from tests.support.checkpoints import synthetic
 from tests.support.selection import first
 from v4jax.checkpoints import convert as convert_lib
@@ -39,27 +39,66 @@ def check_ended(ended):
         assert each.status == 0, f"process {process}: {each.stderr[-2000:]}"
 
 
-@pytest.mark.parametrize("count", first([2], [2, 4]))
-def test_only_the_first_speaks(count):
-    ended = spawn.run_function(WORKERS + "speak", count)
+SIZES = dict(fsdp=2, expert=2)
+# Without overlap; every process has a slice of every row.
+ROWS = {"data=2,fsdp=2": [[0, 4], [4, 8]], "sequence=4": [[0, 8], [0, 8]]}
+LOADED = {
+    "stored": ("prefill", dict(expert=4), "stored"),
+    "bf16": ("train", SIZES, "bf16"),
+}
+
+
+@pytest.fixture(scope="module")
+def pair(folder):
+    """Two joined processes that do one thing after the other and disagree at last."""
+    path, sizes = str(folder / "official"), json.dumps(SIZES)
+    parts = {"speak": ["speak"]}
+    for name, (strategy, mesh, weights) in LOADED.items():
+        parts[name] = ["load", path, strategy, json.dumps(mesh), weights]
+    parts["restore"] = ["restore", str(folder), "prefill", sizes]
+    parts |= {mesh: ["rows", mesh] for mesh in ROWS}
+    parts["disagree"] = ["disagree"]
+    ended = spawn.run_function(WORKERS + "in_turn", 2, json.dumps(parts))
+    found = workers.said(ended[0].stdout)
+    assert found.keys() == parts.keys(), ended[0].stderr[-2000:]
+    return ended, found
+
+
+def test_only_the_first_speaks(pair):
+    ended, found = pair
+    assert found["speak"] == "hello from 0\nsum 4.0\n"
+    assert ended[1].stdout == ""
+
+
+@pytest.mark.slow
+def test_only_the_first_of_four_speaks():
+    ended = spawn.run_function(WORKERS + "speak", 4)
     check_ended(ended)
-    assert ended[0].stdout == f"hello from 0\nsum {2.0 * count}\n"
+    assert ended[0].stdout == "hello from 0\nsum 8.0\n"
     assert all(each.stdout == "" for each in ended[1:])
 
 
+@pytest.mark.parametrize("name", LOADED)
+def test_each_of_two_reads_its_part(pair, folder, name):
+    check_loaded(json.loads(pair[1][name]), 2, folder, LOADED[name][2])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "count, strategy, sizes, weights",
+    "strategy, sizes, weights",
     [
-        (4, "prefill", dict(expert=8), "stored"),
-        pytest.param(4, "train", dict(data=2, fsdp=2, expert=2), "float32", marks=pytest.mark.slow),
-        (2, "train", dict(fsdp=2, expert=2), "bf16"),
+        ("prefill", dict(expert=8), "stored"),
+        ("train", dict(data=2, fsdp=2, expert=2), "float32"),
     ],
 )
-def test_each_reads_its_part(folder, count, strategy, sizes, weights):
+def test_each_of_four_reads_its_part(folder, strategy, sizes, weights):
     path = str(folder / "official")
-    ended = spawn.run_function(WORKERS + "load", count, path, strategy, json.dumps(sizes), weights)
+    ended = spawn.run_function(WORKERS + "load", 4, path, strategy, json.dumps(sizes), weights)
     check_ended(ended)
-    found = json.loads(ended[0].stdout)
+    check_loaded(json.loads(ended[0].stdout), 4, folder, weights)
+
+
+def check_loaded(found, count, folder, weights):
     assert [each["wrong"] for each in found] == [0] * count
     size = sum(f.stat().st_size for f in (folder / "official").glob("*.safetensors"))
     for each in found:
@@ -69,11 +108,21 @@ def test_each_reads_its_part(folder, count, strategy, sizes, weights):
             assert 0 <= each["read"] - each["held"] < 4096
 
 
-def test_restore_onto_another_mesh(folder):
-    sizes = json.dumps(dict(fsdp=2, expert=2))
-    ended = spawn.run_function(WORKERS + "restore", 2, str(folder), "prefill", sizes)
-    check_ended(ended)
-    assert [each["wrong"] for each in json.loads(ended[0].stdout)] == [0, 0]
+def test_restore_onto_another_mesh(pair):
+    assert [each["wrong"] for each in json.loads(pair[1]["restore"])] == [0, 0]
+
+
+@pytest.mark.parametrize("mesh", ROWS)
+def test_rows_of_a_batch(pair, mesh):
+    assert json.loads(pair[1][mesh]) == ROWS[mesh]
+
+
+def test_disagreement_names_the_field(pair):
+    ended, _ = pair
+    assert [each.status for each in ended] == [2, 2]
+    message = "the processes disagree on the config: config.width is 64 in process 0 and 66 in"
+    assert message in ended[0].stderr
+    assert "disagree" not in ended[1].stderr
 
 
 @pytest.mark.parametrize("count, to", first([(2, "orbax")], [(2, "orbax"), (4, "official")]))
@@ -109,19 +158,6 @@ def get_config():
         evaluate_rows=4,
     )
 """
-
-
-@pytest.mark.parametrize(
-    "mesh, wanted",
-    [
-        ("data=2,fsdp=2", [[0, 4], [4, 8]]),  # without overlap
-        ("sequence=4", [[0, 8], [0, 8]]),  # every process has a slice of every row
-    ],
-)
-def test_rows_of_a_batch(mesh, wanted):
-    ended = spawn.run_function(WORKERS + "rows", 2, mesh)
-    check_ended(ended)
-    assert json.loads(ended[0].stdout) == wanted
 
 
 def test_rows_that_a_mesh_does_not_divide():
@@ -200,14 +236,6 @@ def files_below(path):
     return sorted(os.path.relpath(each, path) for each in found)
 
 
-def test_disagreement_names_the_field():
-    ended = spawn.run_function(WORKERS + "disagree", 2)
-    assert [each.status for each in ended] == [2, 2]
-    message = "the processes disagree on the config: config.width is 64 in process 0 and 66 in"
-    assert message in ended[0].stderr
-    assert "disagree" not in ended[1].stderr
-
-
 @pytest.mark.parametrize("process", (0, 1))
 def test_bad_input_in_one_stops_all(process):
     ended = spawn.run_function(WORKERS + "fail", 2, str(process), timeout=90)
@@ -219,15 +247,15 @@ def test_bad_input_in_one_stops_all(process):
 
 
 @pytest.mark.parametrize(
-    "process, way",
+    "count, process, way",
     first(
-        [(0, "compute"), (1, "sleep"), (1, "compile")],
-        itertools.product((0, 1), ("compute", "sleep", "compile")),
+        [(2, 0, "compute"), (2, 1, "sleep"), (2, 1, "compile")],
+        itertools.product((2, 4), (0, 1), ("compute", "sleep", "compile")),
     ),
 )
-def test_a_killed_process_stops_the_others(process, way):
+def test_a_killed_process_stops_the_others(count, process, way):
     """Within three heartbeats of 10 seconds, and not without a word."""
-    ended = spawn.run_function(WORKERS + "die", 4, str(process), way, timeout=120)
+    ended = spawn.run_function(WORKERS + "die", count, str(process), way, timeout=120)
     assert ended[process].status == -9
     for each in (each for i, each in enumerate(ended) if i != process):
         assert each.status not in (0, None)
@@ -258,7 +286,10 @@ def test_a_process_that_never_comes():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("localhost:1", None, 0), "--num_processes missing beside --coordinator and --process_id"),
+        (
+            ("localhost:1", None, 0),
+            "--num_processes missing next to --coordinator and --process_id",
+        ),
         (("localhost", 2, 0), "--coordinator is 'localhost'; expected HOST:PORT"),
         (("localhost:1", 2, 2), "--process_id is 2 and --num_processes 2; expected one from 0 to"),
     ],

@@ -1,5 +1,6 @@
 """A model on a mesh beside the same model on one device."""
 
+import dataclasses
 import functools
 
 import jax
@@ -58,15 +59,18 @@ def config() -> ModelConfig:
 
 
 @functools.cache
-def alone() -> tuple[Transformer, dict]:
-    """The model on one device, and its variables."""
-    model = Transformer(config(), min_repeats=2)
+def alone(few: bool = False) -> tuple[Transformer, dict]:
+    """The model on one device, and its variables; `few`: two of its layers."""
+    sizes = config()
+    if few:
+        sizes = dataclasses.replace(sizes, layers=sizes.layers[1:3], mtp_layers=())
+    model = Transformer(sizes, min_repeats=2)
     return model, jax.jit(model.init)(jax.random.key(SEED))
 
 
-def on_mesh(sizes: str, strategy) -> tuple[Transformer, dict]:
+def on_mesh(sizes: str, strategy, few: bool = False) -> tuple[Transformer, dict]:
     """The same on a mesh."""
-    model, variables = alone()
+    model, variables = alone(few)
     sizes = parse_sizes(sizes)
     count = int(np.prod(list(sizes.values())))
     mesh = make_mesh(jax.devices()[:count], **sizes)

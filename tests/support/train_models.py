@@ -3,10 +3,9 @@
 import dataclasses
 import functools
 
-import jax
 import numpy as np
 
-from tests.support.tiny import tiny_config, unsettle
+from tests.support.tiny import drawn, tiny_config
 from v4jax.config import CSA, HCA, with_hash_routing
 from v4jax.model.transformer import Transformer
 from v4jax.train.batch import make_batch
@@ -20,7 +19,7 @@ def small_model(**changes):
     layers = with_hash_routing((CSA, dataclasses.replace(HCA, ratio=16)), 1)
     sizes = {"layers": layers, "hc_mult": 2, "hc_sinkhorn_iters": 2}
     model = Transformer(tiny_config(**(sizes | changes)), **options)
-    return model, unsettle(jax.jit(model.init)(jax.random.key(0)), 0)
+    return model, drawn(model)
 
 
 def small_batch(rows=2, length=64, ahead=2, seed=0, packed=True, vocab_size=331):

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -18,6 +19,24 @@ def layout_on(strategy: str, sizes: str) -> Layout:
     return Layout(make_mesh(**json.loads(sizes)), STRATEGIES[strategy])
 
 
+def in_turn(parts: str):
+    """One function below after the other, by JSON `{name: [function, *arguments]}`.
+
+    Process 0 says each one's name before. To join takes longer than what most of them do.
+    """
+    for name, (function, *arguments) in json.loads(parts).items():
+        print(PART + name)
+        globals()[function](*arguments)
+
+
+PART = "--- "
+
+
+def said(stdout: str) -> dict[str, str]:
+    """What process 0 printed in each part that it began."""
+    return dict(part.split("\n", 1) for part in stdout.split(PART)[1:])
+
+
 def load(path, strategy, sizes, weights):
     """Loads; prints the bytes that each process read and its devices hold, and what is wrong."""
     read = []
@@ -27,8 +46,8 @@ def load(path, strategy, sizes, weights):
         read.append(real(fd, buffers, offset))
         return read[-1]
 
-    regions.os.preadv = preadv
-    _, variables = checkpoint.load(path, weights=weights, shards=layout_on(strategy, sizes))
+    with mock.patch.object(regions.os, "preadv", preadv):
+        _, variables = checkpoint.load(path, weights=weights, shards=layout_on(strategy, sizes))
     count = sum(read)
     _, expected = checkpoint.load(path, weights=weights)
     held = right = 0
@@ -108,7 +127,7 @@ def rows(mesh: str):
     """Which rows of a batch of 8 each process takes."""
     from v4jax.train import placement
 
-    own = placement.own_rows(placement.shards_of(mesh), 8)
+    own = placement.own_rows(placement.layout_of(mesh), 8)
     print(json.dumps(processes.gathered([own.start, own.stop])))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.support.selection import first
-from tests.support.tiny import VARIANTS, tiny_config, unsettle
+from tests.support.tiny import VARIANTS, drawn, tiny_config
 from v4jax.model import indexer_loss
 from v4jax.model.indexer_loss import SUMS, divergences
 from v4jax.model.transformer import Transformer
@@ -19,8 +19,9 @@ WANTED = ("indexer_loss", "attention", "index_scores", "chosen")
 
 @pytest.fixture(scope="module")
 def setting():
-    model = Transformer(tiny_config(**VARIANTS["scanned"]), min_repeats=2)
-    variables = unsettle(jax.jit(model.init)(jax.random.key(0)), 0)
+    config = tiny_config(**VARIANTS["scanned"], mtp_layers=(), hc_mult=1)
+    model = Transformer(config, min_repeats=2)
+    variables = drawn(model)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, LENGTH))
     return model, variables, jnp.asarray(tokens, jnp.int32)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.support.tiny import tiny_config, unsettle
+from tests.support.tiny import drawn, tiny_config
 from tests.support.train_models import small_batch
 from v4jax.config import CSA
 from v4jax.model.transformer import Transformer
@@ -24,7 +24,7 @@ WEIGHTS = LossWeights(mtp=0.0, indexer=1.0)
 def trainer(config, **changes):
     """A state to begin with and a compiled step."""
     model = Transformer(tiny_config(**(SIZES | changes)))
-    variables = unsettle(jax.jit(model.init)(jax.random.key(0)), 0)
+    variables = drawn(model)
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.0), model.config.o_groups)
     step = jax.jit(functools.partial(train_step, model, optimizer, config))
     return new_state(variables["params"], variables["buffers"], optimizer), step

@@ -67,28 +67,31 @@ def test_packed_documents_lose_what_they_lose_apart():
     rng = np.random.default_rng(3)
     first, second = rng.integers(0, 331, 23), rng.integers(0, 331, 43)
     together = noted(variables, rows_of(first, second))
-    # Two tokens of padding that count for nothing end each row apart, as two end the packed one.
-    apart = [noted(variables, rows_of(d, np.zeros(2, int))) for d in (first, second)]
-    nats = sum(float(a["loss"]) * (len(d) - 1) for a, d in zip(apart, (first, second), strict=True))
-    packed_nats = float(together["loss"]) * (len(first) + len(second) - 4 + 1)
-    tail = float(noted(variables, rows_of(second, np.zeros(2, int)))["loss"]) * (len(second) - 1)
-    short = float(noted(variables, rows_of(second))["loss"]) * (len(second) - 2)
-    np.testing.assert_allclose(packed_nats, nats - tail + short, rtol=1e-5)
+    # Apart, another document that counts for nothing fills the row: one program for all.
+    nats = 0.0
+    for document, targets in ((first, 22), (second, 41)):  # the row ends before the last of second
+        tokens = np.concatenate([document, np.zeros(66 - len(document), int)])[None]
+        place = np.arange(66)[None]
+        ids = (place >= len(document)).astype(int)
+        batch = make_batch(tokens, ids, place <= targets, 2)
+        assert batch.weights_BTJ[..., 0].sum() == targets
+        nats += float(noted(variables, batch)["loss"]) * targets
+    np.testing.assert_allclose(float(together["loss"]) * (22 + 41), nats, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dense", first([False], [False, True]))
 def test_parts_of_a_batch_add_up(dense):
     _, variables = small_model()
-    whole = small_batch(rows=4)
+    whole = small_batch(rows=2)  # as the batches below, which take the same programs
     wanted = noted(variables, whole, dense=dense)
-    halves = [jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], whole) for i in range(2)]
+    halves = [jax.tree.map(lambda x, i=i: x[i : i + 1], whole) for i in range(2)]
     found = [noted(variables, half, whole, dense=dense) for half in halves]
     assert len(set(wanted) - {"load"}) == 5 + dense  # with the indexer's and its companions
     for name in set(wanted) - {"load"}:
         np.testing.assert_allclose(found[0][name] + found[1][name], wanted[name], rtol=1e-5)
     for layer, load in wanted["load"].items():
         np.testing.assert_array_equal(found[0]["load"][layer] + found[1]["load"][layer], load)
-        assert load.sum() == 4 * (64 - (layer == 2)) * 2  # layer 2 is the MTP block, a token short
+        assert load.sum() == 2 * (64 - (layer == 2)) * 2  # layer 2 is the MTP block, a token short
 
 
 # Documents of 3 tokens close no block of a CSA layer of ratio 4: the parts' counts differ.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import v4jax
-from tests.support.tiny import tiny_config, unsettle
+from tests.support.tiny import drawn, tiny_config
 from tests.support.train_models import small_batch
 from v4jax import quant
 from v4jax.checkpoints import load as checkpoint
@@ -37,7 +37,7 @@ def setting():
         expert_dtype="fp4",
     )
     model = Transformer(config, numerics="native")
-    return model, unsettle(jax.jit(model.init)(jax.random.key(0)), 0)
+    return model, drawn(model)
 
 
 def test_trained_is_what_the_export_computes(setting, tmp_path):

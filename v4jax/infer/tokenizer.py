@@ -91,8 +91,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._before = []
-        self._waiting = []
+        self._before: list[int] = []
+        self._waiting: list[int] = []
 
     def add(self, token: int) -> str:
         """The text that this id completes, perhaps empty."""

@@ -150,7 +150,7 @@ class Transformer:
         if tokens is None:
             # Each MTP block needs a token of its own behind the first.
             tokens = jnp.zeros((1, 2 + len(self.config.mtp_layers)), jnp.int32)
-        return self.network().init(rngs, tokens)
+        return dict(self.network().init(rngs, tokens))
 
     def abstract_variables(self) -> dict[str, Any]:
         """Shapes and types of `init`'s variables, nothing computed."""

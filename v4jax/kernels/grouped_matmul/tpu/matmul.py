@@ -69,7 +69,8 @@ class _Kernels(bind.Kernels):
         return found.da[0], found.db[0], found.dgate.sum((0, 2)), z
 
     def dx(self, da, db, w1, w3, dtype):
-        out, both = Product(Out(dtype, formats.parts(w1))), [da[None], db[None]]
+        out = Product(Out(jnp.dtype(dtype).name, formats.parts(w1)))
+        both = [da[None], db[None]]
         return formats.join(self._call("dx", _store_sum, both, [w1, w3], Extras(), out, False).out)
 
     def weight_gradients(self, lhs, rhs, dtype):
