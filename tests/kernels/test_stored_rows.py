@@ -158,7 +158,7 @@ def test_rows_in_lanes_are_rows(implementation, name):
     (grads, rows), (lane_grads, out) = both(diff)
     np.testing.assert_allclose(out, wanted, atol=1e-5, rtol=1e-5)
     np.testing.assert_array_equal(out, rows)
-    lane_grads["entries_BCH"] = entries.flat(lane_grads["entries_BCH"])
+    lane_grads["entries_BCH"] = entries.as_rows(lane_grads["entries_BCH"])
     jax.tree.map(np.testing.assert_array_equal, lane_grads, grads)
 
 
