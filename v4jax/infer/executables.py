@@ -56,7 +56,7 @@ class Program(NamedTuple):
 
 
 # Any option has JAX ask the compiler; this one is the compiler's own default.
-_ASK = {"xla_dump_hlo_as_text": False}
+_ASK: dict[str, str | bool] = {"xla_dump_hlo_as_text": False}
 
 
 class Executables:
@@ -87,7 +87,8 @@ class Executables:
     def compile(self, program: Program, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         """Compiles a program and keeps it; to be called inside `asking_the_compiler`."""
         compiled = lowered.compile(compiler_options=_ASK)
-        if compiled.out_tree != jax.tree.structure(program.like):
+        structure: Any = jax.tree.structure(program.like)
+        if structure != compiled.out_tree:
             return compiled
         with contextlib.suppress(Exception):  # whatever a backend raises that cannot do it
             content, _, _ = serialize_executable.serialize(compiled)
@@ -101,7 +102,7 @@ def asking_the_compiler() -> Iterator[None]:
 
     XLA:CPU writes a program that it has read without its code: it loads again and cannot run.
     """
-    enabled = jax.config.jax_enable_compilation_cache
+    enabled = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # which remembers whether it is in use
     try:

@@ -47,7 +47,7 @@ def mesh_of(sizes: str | None, flag: str, example: str) -> Mesh | None:
       InputError: several processes without a mesh, or as `parse_sizes` and `make_mesh`.
     """
     if sizes is not None:
-        return make_mesh(**parse_sizes(sizes))
+        return make_mesh(None, **parse_sizes(sizes))
     if processes.count() > 1:
         raise InputError(
             f"{flag} is missing; {processes.count()} processes with {jax.device_count()} devices "
