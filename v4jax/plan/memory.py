@@ -7,6 +7,7 @@ from v4jax.config import LayerSpec, ModelConfig
 from v4jax.plan.job import Job
 from v4jax.plan.variables import Leaf
 from v4jax.sharding.rules import Layout
+from v4jax.train.optimizer import OptimizerConfig, group_of
 
 MASTER = 4  # bytes of a float32 number: gradients and optimizer moments
 
@@ -71,9 +72,7 @@ def moments(leaf: Leaf) -> int:
 
 
 def _muon(leaf):
-    """Matrices but the embedding and the head; norms, biases, scales, sinks and ape are AdamW's."""
-    stacked = sum(axis in ("layers", "expert") for axis in leaf.axes)
-    return len(leaf.shape) - stacked == 2 and "vocab" not in leaf.axes and leaf.path[-1] != "ape"
+    return group_of("/".join(leaf.path[1:]), OptimizerConfig()) == "muon"
 
 
 def _numbers(layout, leaf):
