@@ -44,7 +44,11 @@ def stable_sort(args, topk, **options):
     return choose(*args, topk=topk, implementation="reference", **options)
 
 
-@pytest.mark.parametrize(("implementation", "name"), CHOICES)
+# Of the packed rows the shorter ones: interpreted, a GPU's long ones took 123 s of a busy machine.
+QUICK = [row for row in CHOICES if row != ("pallas_gpu", "packed")]
+
+
+@pytest.mark.parametrize(("implementation", "name"), first(QUICK, CHOICES))
 def test_same_choice_as_a_stable_sort(implementation, name):
     case = cases.NUMERICS[name]
     for rounded in (False, True):
