@@ -95,6 +95,7 @@ def steps_apart(got, stored):
     return np.max(np.abs(got - stored) / step)
 
 
+@functools.cache
 def run_attention(golden, layer, replay=False):
     config, spec, params, _, stage = native_layer(golden, layer)
     context = native_context(golden, "attention", "index_scores", "chosen")

@@ -94,17 +94,27 @@ def results(case, op, implementation, arguments, cotangents, dtype):
     """Every result of `op` and every gradient, as a flat list of float32 numpy arrays."""
     options = {"dtype": dtype, "implementation": implementation}
     options |= {} if op == "post" else case.options
-    return differentiated(functools.partial(getattr(api, op), **options), arguments, cotangents)
+    function = differentiated_op(op, tuple(options.items()))
+    return in_float32(function(arguments, cotangents))
 
 
-def differentiated(f, arguments, cotangents):
+@functools.cache
+def differentiated_op(op, options):
+    """One program for all tests with these options and shapes."""
+    return differentiated(functools.partial(getattr(api, op), **dict(options)))
+
+
+def differentiated(f):
     @jax.jit
     def run(arguments, cotangents):
         out, vjp = jax.vjp(f, *arguments)
         return out, vjp(cotangents)
 
-    flat = jax.tree.leaves(run(arguments, cotangents))
-    return [np.asarray(x.astype(jnp.float32)) for x in flat]
+    return run
+
+
+def in_float32(tree):
+    return [np.asarray(x.astype(jnp.float32)) for x in jax.tree.leaves(tree)]
 
 
 @functools.cache
@@ -175,7 +185,7 @@ def test_seam_is_post_then_pre(dtype):
         return new, *api.pre(new, *a[4:], **case.options, dtype=dtype, implementation="xla")
 
     got = results(case, "post_pre", "xla", arguments, cotangents, dtype)
-    for x, y in zip(got, differentiated(apart, arguments, cotangents), strict=True):
+    for x, y in zip(got, in_float32(differentiated(apart)(arguments, cotangents)), strict=True):
         np.testing.assert_array_equal(x, y)
 
 

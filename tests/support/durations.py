@@ -1,7 +1,7 @@
 """What each test costs, and from that the order in which two workers end at the same time.
 
-tests/durations.json holds the processor seconds of every test that takes a second or more.
-`python -m pytest --keep_durations` measures them anew and writes the file.
+tests/durations.json holds the seconds of every test that takes one or more: of the processor where
+`python -m pytest --keep_durations` measured them, which writes the file, else of a busy machine.
 """
 
 import json

@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.tiny import VARIANTS, tiny_config
 from tests.support.train_models import ragged, small_batch, small_model
+from v4jax.config import CSA
 from v4jax.errors import InputError
 from v4jax.model.context import document_starts
 from v4jax.model.transformer import Transformer
@@ -65,10 +66,13 @@ def test_every_parameter_moves_and_the_loss_falls():
 
 
 def test_accumulated_parts_are_the_whole_batch():
-    model, _ = small_model()
+    """Two programs of a gradient: of one layer and an MTP block."""
+    model, variables = small_model(layers=(CSA,))
+    optimizer = make_optimizer(OptimizerConfig(), model.config.o_groups)
+    state = new_state(variables["params"], variables["buffers"], optimizer)
     batch = ragged([(66,), (40, 20), (3,) * 22, (2,) * 33])
     (whole, noted), (parts, noted_parts) = (
-        jax.jit(functools.partial(accumulate, model, StepConfig(parts=n)))(begin(), batch, RATES)
+        jax.jit(functools.partial(accumulate, model, StepConfig(parts=n)))(state, batch, RATES)
         for n in (1, 2)
     )
     for name in ("loss", "mtp", "balance", "indexer", "indexer_uniform"):
