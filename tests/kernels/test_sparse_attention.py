@@ -17,8 +17,9 @@ from v4jax.kernels.sparse_attention import api, cases, mass, reference, xla
 from v4jax.kernels.sparse_attention.plan import Plan, Visible
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
-# What differs most for a Pallas kernel: choices under a mask and row by row, ranges of packed rows.
-QUICK = ("chosen_masked", "one_query", "packed_reversed")
+# What differs most for a Pallas kernel: choices under a mask and row by row, packed rows whose
+# ranges leave out tiles of queries, and decrease.
+QUICK = ("chosen_masked", "one_query", "packed", "packed_reversed")
 
 
 def sweep(names, quick):
