@@ -119,6 +119,16 @@ def test_choices_by_eye(implementation, name):
     assert np.nonzero(mask[0, 0])[0].tolist() == chosen
 
 
+@pytest.mark.parametrize("implementation", (*IMPLEMENTATIONS, "reference"))
+def test_infinite_queries_score_no_numbers(implementation):
+    """inf * 0 of a head's weight and inf * 0 of a key tie, and the lower entry wins."""
+    q, weight = jnp.full((1, 21, 3, 2), jnp.array([3.0, -INF])), jnp.zeros((1, 21, 3))
+    keys = jnp.asarray([[3.0, -1.0]] + [[3.0, -0.0]] * 139)[None]
+    low, high = jnp.zeros((1, 21), jnp.int32), jnp.full((1, 21), 140)
+    mask = choose(q, weight, keys, low, high, topk=1, implementation=implementation)
+    assert mask[:, :, 0].all() and not mask[:, :, 1:].any()
+
+
 # What hypothesis draws is sizes of few kinds and numbers of every kind: each size is a program.
 DRAWN = hypothesis.settings(max_examples=40, deadline=None)
 VALUES = np.array([0.0, -0.0, 1.0, 2.0, -1.0, 3.0, INF, -INF, NAN], np.float32)

@@ -93,6 +93,13 @@ def rounded(x, native, interpret):
     return x.astype(jnp.bfloat16).astype(jnp.float32)
 
 
+def relu(x, interpret):
+    """max(x, 0), NaN for a NaN: of infinite queries, whose scores are the lowest."""
+    if interpret:  # compiled by XLA:CPU, whose maximum makes 0 of a NaN
+        return jnp.where(x < 0, 0.0, x)
+    return jax.nn.relu(x)
+
+
 def scores(q_ref, keys_ref, spread_ref, start, count, tile, native, interpret):
     """Scores of `count` keys from `start` on, as pairs of offset and [tile, LANES].
 
@@ -109,7 +116,7 @@ def scores(q_ref, keys_ref, spread_ref, start, count, tile, native, interpret):
             dots = matmul(q_ref[...], keys_ref[own, :])
         for lane in range(0, wide, LANES):
             part = rounded(dots[:, lane : lane + LANES], native, interpret)
-            terms = rounded(jax.nn.relu(part) * spread_ref[...], native, interpret)
+            terms = rounded(relu(part, interpret) * spread_ref[...], native, interpret)
             yield offset + lane, rounded(sum_heads(terms, tile), native, interpret)
 
 
