@@ -20,7 +20,7 @@ from tests.support.checkpoints import (
     synthetic,
     tensors,
 )
-from tests.support.tiny import tiny_config
+from tests.support.tiny import drawn_wide, tiny_config
 from v4jax import quant
 from v4jax.checkpoints.load import load, load_variables, save_official, save_orbax
 from v4jax.config import CSA, WINDOW, segments, with_hash_routing
@@ -177,18 +177,6 @@ def test_save_orbax_and_load_again(instruct, tmp_path):
     ]
 
 
-def random_variables(model):
-    """Like `model.init`, without compiling it."""
-    rng = np.random.default_rng(0)
-
-    def draw(leaf):
-        if jnp.issubdtype(leaf.dtype, jnp.integer):
-            return jnp.asarray(rng.integers(0, 8, leaf.shape, np.int32))
-        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32))
-
-    return jax.tree.map(draw, model.abstract_variables())
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fresh_variables_are_saved_in_their_own_type(tmp_path, dtype):
     layers = with_hash_routing((WINDOW, CSA, CSA), 1)
@@ -198,7 +186,7 @@ def test_fresh_variables_are_saved_in_their_own_type(tmp_path, dtype):
     def cast(x):
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    variables = jax.tree.map(cast, random_variables(model))
+    variables = jax.tree.map(cast, drawn_wide(model))
     save_official(tmp_path / "saved", config, variables)
     found, again = load_variables(tmp_path / "saved", min_repeats=2)
     assert (found.dtype, found.quantization, found.expert_dtype) == (dtype, None, None)
@@ -208,7 +196,7 @@ def test_fresh_variables_are_saved_in_their_own_type(tmp_path, dtype):
 def test_quantized_variables_are_saved_quantized(tmp_path):
     """What a script does that trains in float32 and ships FP8 and FP4."""
     config = small_config(layers=with_hash_routing((WINDOW, CSA), 1))
-    variables = random_variables(Transformer(config, min_repeats=9))
+    variables = drawn_wide(Transformer(config, min_repeats=9))
     form = {(spec.item, spec.path): spec for spec in tensor_table(config) if spec.part != "scales"}
     cut = segments(config.layers, 9)
     for (item, path), spec in form.items():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.infer.test_generate import MODEL, PARAMS, PROMPTS
+from tests.support.tiny import drawn_wide
 from tests.support.toy_model import toy_config
 from v4jax.config import WINDOW, with_hash_routing
 from v4jax.infer import executables, programs
@@ -23,14 +24,8 @@ NAMES = ["_prefill", "_pick", "_decode"]
 def transformer():
     """The least that compiles: one layer, a window."""
     config = toy_config(layers=with_hash_routing((WINDOW,), 1), mtp_layers=(), sliding_window=8)
-    model, rng = Transformer(config, dtype="float32"), np.random.default_rng(0)
-
-    def draw(leaf):
-        if leaf.dtype == jnp.int32:
-            return jnp.asarray(rng.integers(0, config.n_routed_experts, leaf.shape, np.int32))
-        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32))
-
-    return model, jax.tree.map(draw, model.abstract_variables())
+    model = Transformer(config, dtype="float32")
+    return model, drawn_wide(model)
 
 
 def another_process():

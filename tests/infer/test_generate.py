@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.tiny import drawn_wide
 from tests.support.toy_model import ToyModel, toy_config
 from v4jax.config import CSA, LayerSpec, with_hash_routing
 from v4jax.errors import InputError
@@ -316,16 +317,8 @@ def transformer():
         sliding_window=8,
         index_topk=4,
     )
-    model, rng = Transformer(config, dtype="float32"), np.random.default_rng(0)
-
-    def draw(leaf):
-        if leaf.dtype == jnp.int32:
-            return jnp.asarray(rng.integers(0, config.n_routed_experts, leaf.shape, np.int32))
-        # Large weights: small ones give the same token again and again.
-        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32))
-
-    # Drawn by numpy: to compile the initialisers takes longer than all else here.
-    return model, jax.tree.map(draw, model.abstract_variables())
+    model = Transformer(config, dtype="float32")
+    return model, drawn_wide(model)
 
 
 def test_the_model_generates_the_argmax_of_the_full_sequence(transformer, compiled_programs):

@@ -89,5 +89,20 @@ def drawn(model, seed=0, moved=0.1):
     return jax.tree_util.tree_map_with_path(draw, model.abstract_variables())
 
 
+def drawn_wide(model):
+    """Variables by numpy with normal numbers in all that is no table.
+
+    Small weights, as `drawn` has them, give the same token again and again.
+    """
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        if leaf.dtype == jnp.int32:
+            return jnp.asarray(rng.integers(0, model.config.n_routed_experts, leaf.shape, np.int32))
+        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32))
+
+    return jax.tree.map(draw, model.abstract_variables())
+
+
 def replaced(config, **changes):
     return dataclasses.replace(config, **changes)
