@@ -8,7 +8,9 @@ Paths are relative to the module ("wq_a/weight" of an attention layer), to the i
 in `items`, and to the variables in `variables`, where the repeats of a segment lie in one leaf.
 """
 
+import functools
 import math
+import types
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -98,7 +100,8 @@ def variable_place(
     return where, repeat if segment.repeats > 1 else None
 
 
-def axis_sizes(config: ModelConfig) -> dict[str, int]:
+@functools.lru_cache(maxsize=32)
+def axis_sizes(config: ModelConfig) -> Mapping[str, int]:
     """For each logical axis the size that the parts of a mesh must divide."""
     sizes: dict[str, int] = {}
     for _, _, declared in items(config):
@@ -107,7 +110,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
                 if axis is not None:
                     sizes[axis] = math.gcd(size, sizes.get(axis, size))
     # Heads stay with their group of the output projection.
-    return sizes | {"heads": config.o_groups}
+    return types.MappingProxyType(sizes | {"heads": config.o_groups})
 
 
 def table(config: ModelConfig) -> Weight:

@@ -9,12 +9,12 @@ import pytest
 from tests.support.checkpoints import small_config, tensors
 from tests.support.selection import first
 from tests.support.tiny import VARIANTS, tiny_config
+from v4jax import weights
 from v4jax.config import WINDOW, segments
 from v4jax.errors import InputError
 from v4jax.hf.config import read_config
 from v4jax.hf.tensors import (
     expanded_config,
-    item_names,
     stored_form,
     tensor_table,
     transformers_key,
@@ -73,7 +73,7 @@ def test_the_shapes_of_the_specification():
 
 
 def test_one_file_of_flash_for_each_item():
-    items = item_names(get_config("flash"))
+    items = [item for item, *_ in weights.items(get_config("flash"))]
     assert len(items) == 46
     assert (items[0], items[1], items[43], items[44:]) == (
         "embed", "layer_000", "layer_042", ["head", "mtp_0"],

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from v4jax.config import Segment
 from v4jax.hf.tensors import TensorSpec
@@ -62,18 +63,7 @@ def path_of(spec: TensorSpec, path: Path) -> Path:
 
 def variables_of(leaves: Mapping[Path, Any]) -> dict[str, Any]:
     """The variables' tree out of leaves by path."""
-    return _joined({"params": {}, "buffers": {}} | nested(leaves))
-
-
-def nested(leaves: Mapping[Path, Any]) -> dict[str, Any]:
-    """Nested dicts out of leaves by path; values and scales stay two leaves."""
-    tree: dict[str, Any] = {}
-    for (*groups, name), leaf in leaves.items():
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[name] = leaf
-    return tree
+    return _joined({"params": {}, "buffers": {}} | unflatten_dict(leaves))
 
 
 def leaves_of(variables: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

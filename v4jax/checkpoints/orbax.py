@@ -30,9 +30,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from v4jax.checkpoints.fit import fit, says_the_same
-from v4jax.checkpoints.leaves import nested, path_of
+from v4jax.checkpoints.leaves import path_of
 from v4jax.checkpoints.source import MANIFEST_NAME, Read, adapting, read_announced, say_notes
 from v4jax.errors import ChecksumError, InputError
 from v4jax.files.atomic import sync_directory, write_atomically
@@ -223,7 +224,7 @@ def empty_tree(specs: list[TensorSpec]) -> tuple[dict, dict[str, np.ndarray]]:
             leaves[path] = np.empty((*stack, *spec.shape), spec.dtype).view(_Owned)
         leaf = leaves[path].view(np.ndarray)
         slices[spec.key] = leaf if spec.expert is None else leaf[spec.expert]
-    return nested(leaves), slices
+    return unflatten_dict(leaves), slices
 
 
 def reader(tree: dict, specs: list[TensorSpec]) -> Read:

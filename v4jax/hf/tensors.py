@@ -156,11 +156,6 @@ def tensor_table(
     return [spec._replace(key=transformers_key(spec.key)) for spec in specs]
 
 
-def item_names(config: ModelConfig) -> list[str]:
-    """The items of a checkpoint in the order of the official files (without carried drafts)."""
-    return [item for item, *_ in weights.items(config)]
-
-
 def transformers_key(key: str) -> str:
     """The name under which transformers saves the tensor that officially is called `key`."""
     if key == "head.weight":

@@ -167,8 +167,7 @@ class Network(nn.Module):
             here = slice_of(tokens_BT, call, context.aux, False, layout)
             e_BTD = self.embed.rows(here.tokens).astype(self.execution.dtype)
             number = len(self.config.layers) + k
-            given = {name: layers[number] for name, layers in replay.items() if number in layers}
-            h_BTMD, y_BTD, aux = block(h_BTMD, e_BTD, here, given)
+            h_BTMD, y_BTD, aux = block(h_BTMD, e_BTD, here, _replay_of(replay, number))
             states.append(y_BTD if layout.axes("sequence") else y_BTD[:, : length - k - 1])
             for name, value in aux.items():
                 if value is not None:
@@ -202,14 +201,14 @@ class _Table(nn.Module):
 def _run(unit, segment, carry, replay, context):
     """A segment, scanned if it repeats; replays stacked over its repeats."""
     if segment.repeats == 1:
-        replays = tuple(
-            {name: layers[segment.start + i] for name, layers in replay.items()
-             if segment.start + i in layers}
-            for i in range(segment.period)
-        )  # fmt: skip
+        replays = tuple(_replay_of(replay, segment.start + i) for i in range(segment.period))
         return unit(carry, (0, replays), context)
     replays = tuple(_stacked_replay(replay, segment, i) for i in range(segment.period))
     return unit(carry, (jnp.arange(segment.repeats, dtype=jnp.int32), replays), context)
+
+
+def _replay_of(replay, layer):
+    return {name: layers[layer] for name, layers in replay.items() if layer in layers}
 
 
 def _stacked_replay(replay, segment, place):

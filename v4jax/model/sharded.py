@@ -29,6 +29,8 @@ def check(config: ModelConfig, layout: Layout) -> None:
     layout.check_divides(weights.axis_sizes(config))
 
 
+# Asked for at every call of a model on a mesh.
+@functools.lru_cache(maxsize=32)
 def variable_specs(model) -> dict[str, Any]:
     """A PartitionSpec for every variable; that of a quantised matrix holds for both its leaves."""
     return jax.tree.map(

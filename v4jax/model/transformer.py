@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jax.sharding import PartitionSpec
 
 from v4jax import config as config_lib
@@ -164,13 +165,9 @@ class Transformer:
 
     def _by_path(self, of):
         """A tree like the variables, of what `of` makes of each declared weight."""
-        tree: dict[str, Any] = {"params": {}, "buffers": {}}
-        for (*groups, name), weight in weights.variables(self.config, self.min_repeats).items():
-            node = tree
-            for group in groups:
-                node = node.setdefault(group, {})
-            node[name] = of(weight)
-        return tree
+        declared = weights.variables(self.config, self.min_repeats)
+        found = {path: of(weight) for path, weight in declared.items()}
+        return {"params": {}, "buffers": {}} | unflatten_dict(found)
 
     def init_cache(self, batch: int, max_length: int, rollback: int = 0) -> Cache:
         """An empty decode state; see `cache.init_cache`."""

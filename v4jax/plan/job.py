@@ -94,7 +94,7 @@ def abstract_layout(job: Job, sizes: Mapping[str, int]) -> Layout:
 
 def _checked(job, mesh):
     layout = Layout(mesh, strategy(job, mesh.shape), waves=job.waves)
-    layout.check_divides({"batch": job.rows} | weights.axis_sizes(job.config))
+    layout.check_divides({"batch": job.rows, **weights.axis_sizes(job.config)})
     if job.mode != "decode":
         layout.check_divides({"sequence": job.context})
     return layout

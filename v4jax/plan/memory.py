@@ -68,11 +68,7 @@ def parts(layout: Layout, leaf: Leaf) -> int:
 
 def moments(leaf: Leaf) -> int:
     """Numbers that the optimizer keeps for each weight: Muon one, AdamW two."""
-    return 1 if _muon(leaf) else 2
-
-
-def _muon(leaf):
-    return group_of("/".join(leaf.path[1:]), OptimizerConfig()) == "muon"
+    return 1 if group_of("/".join(leaf.path[1:]), OptimizerConfig()) == "muon" else 2
 
 
 def _numbers(layout, leaf):
