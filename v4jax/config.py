@@ -100,6 +100,35 @@ class Yarn:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class DSpark:
+    """The sizes of a DSpark draft, whose stages are window blocks behind the layers.
+
+    Attributes:
+      block_size: tokens that it proposes per round.
+      markov_rank: width of the table that makes a proposal depend on the one before.
+      noise_token_id: what stands in for the tokens that are not yet known.
+      target_layer_ids: the layers whose outputs it reads, ascending.
+    """
+
+    block_size: int = 5
+    markov_rank: int = 256
+    noise_token_id: int = 128799
+    target_layer_ids: tuple[int, ...] = (40, 41, 42)
+
+    def __post_init__(self):
+        _check_whole("dspark_block_size", self.block_size, 1)
+        _check_whole("dspark_markov_rank", self.markov_rank, 1)
+        _check_whole("dspark_noise_token_id", self.noise_token_id, 0)
+        ids = self.target_layer_ids
+        for layer in ids:
+            _check_whole("a layer of dspark_target_layer_ids", layer, 0)
+        if not ids or list(ids) != sorted(set(ids)):
+            raise InputError(
+                f"dspark_target_layer_ids is {list(ids)}; expected ascending numbers of layers"
+            )
+
+
 def with_hash_routing(layers, num_hash_layers):
     """The same layers, the first `num_hash_layers` of them routed by token id."""
     return tuple(
@@ -120,7 +149,8 @@ class ModelConfig:
     CSA layer attend to all visible entries. `hc_mult=1` is a plain residual.
     `quantization` is the official `quantization_config` (None: nothing is stored in FP8) and
     `expert_dtype` "fp4" or None, as on disk; they describe files, not the mathematics.
-    `draft_layers` counts DSpark draft blocks that are carried along and never run.
+    `draft_layers` counts the stages of a DSpark draft; `dspark` says how they run, and where it is
+    None they are carried along.
     `extra` keeps keys of config.json that change no number, to be written back.
     """
 
@@ -129,6 +159,7 @@ class ModelConfig:
     layers: tuple[LayerSpec, ...] = _FLASH_LAYERS
     mtp_layers: tuple[LayerSpec, ...] = (WINDOW,)
     draft_layers: int = 0
+    dspark: DSpark | None = None
 
     num_attention_heads: int = 64
     head_dim: int = 512
@@ -175,6 +206,7 @@ class ModelConfig:
         _check_rope(self)
         _check_experts(self)
         _check_hyper_connections(self)
+        _check_draft(self)
         _check_files(self)
 
     @property
@@ -355,6 +387,26 @@ def _check_experts(config):
 def _check_hyper_connections(config):
     if config.hc_mult > 8:
         raise InputError(f"hc_mult is {config.hc_mult}; expected 1 (plain residual) to 8")
+
+
+def _check_draft(config):
+    draft = config.dspark
+    if draft is None:
+        return
+    if not config.draft_layers:
+        raise InputError(
+            "dspark is set and draft_layers is 0; expected the number of its stages, or dspark None"
+        )
+    if draft.noise_token_id >= config.vocab_size:
+        raise InputError(
+            f"dspark_noise_token_id is {draft.noise_token_id}; expected a token id below "
+            f"vocab_size {config.vocab_size}"
+        )
+    if draft.target_layer_ids[-1] >= len(config.layers):
+        raise InputError(
+            f"dspark_target_layer_ids is {list(draft.target_layer_ids)}; expected layers below "
+            f"{len(config.layers)}, the model's"
+        )
 
 
 def _check_files(config):

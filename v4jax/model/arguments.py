@@ -37,6 +37,11 @@ def check(model, tokens, *, cache, lengths, segment_ids, logits, mtp, aux, repla
     if segment_ids is not None:
         _check_array("segment_ids", segment_ids, shape, "the shape of the tokens")
     _check_outputs(logits, aux)
+    if "features" in aux and config.dspark is None:
+        raise InputError(
+            "aux names features and the model has no DSpark draft to read them; leave them out, or "
+            "load a checkpoint whose config.json has the dspark_ keys"
+        )
     check_packed(segment_ids, cache, lengths)
     if replay is not None:
         seen = shape[1] if cache is None else cache.max_length

@@ -1,6 +1,8 @@
 """The auxiliary outputs of a forward pass: which there are, and how they are sharded.
 
 A call asks for them by the names in `ASKABLE`; `Output.aux[key][layer]` then has the keys below.
+Two are of no single layer: `Output.aux["features"]` [B,T,L*D] holds what a DSpark draft reads of
+its L target layers, and "last_streams" brings `Output.streams`.
 """
 
 from typing import NamedTuple
@@ -31,6 +33,7 @@ class Auxiliary(NamedTuple):
 
 TABLE = {
     "streams": Auxiliary("streams"),
+    "features": Auxiliary("features"),
     "router_experts": Auxiliary("router_experts"),
     "router_weights": Auxiliary("router_weights"),
     "router_scores": Auxiliary("router_scores"),
@@ -48,7 +51,7 @@ TABLE = {
     "router_load": Auxiliary("router_load", ("batch",), summed=("sequence",)),
     "indexer_loss": Auxiliary("indexer_loss", (), summed=("sequence", "batch"), kinds=("csa",)),
 }
-ASKABLE = tuple(dict.fromkeys(entry.asked for entry in TABLE.values()))
+ASKABLE = (*dict.fromkeys(entry.asked for entry in TABLE.values()), "last_streams")
 # What a replayed choice leaves unknown.
 _OF_THE_CHOICE = ("chosen", "index_scores", "index_keys")
 

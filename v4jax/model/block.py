@@ -5,6 +5,7 @@ import jax
 from jaxtyping import Array
 
 from v4jax.config import LayerSpec, ModelConfig
+from v4jax.model import taps
 from v4jax.model.attention import Attention
 from v4jax.model.cache import LayerCache
 from v4jax.model.context import Context
@@ -75,9 +76,14 @@ class Unit(nn.Module):
 
     @nn.compact
     def __call__(self, carry, step, context: Context):
-        """A step of a scan over repeats: carry (streams, caches), step (index, replays)."""
-        h_BTMD, caches = carry
-        index, replays = step
+        """A step of a scan over repeats.
+
+        Args:
+          carry: streams, caches, and the taps of `model.taps` if a draft reads them.
+          step: index, replays, and the taps' slots (empty where there are none).
+        """
+        h_BTMD, caches, tapped = carry
+        index, replays, slots = step
         kept, auxes = [], []
         for i, spec in enumerate(self.specs):
             block = Block(self.config, spec, self.execution, name=f"block_{i}")
@@ -87,4 +93,6 @@ class Unit(nn.Module):
             h_BTMD, cache, aux = block(h_BTMD, here, cache, index, replays[i])
             kept.append(cache)
             auxes.append(aux)
-        return (h_BTMD, None if caches is None else tuple(kept)), tuple(auxes)
+            if slots and slots[i] is not None:
+                tapped = taps.write(tapped, slots[i], h_BTMD, self.execution)
+        return (h_BTMD, None if caches is None else tuple(kept), tapped), tuple(auxes)

@@ -12,8 +12,9 @@ from v4jax import config as config_lib
 from v4jax import weights
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.errors import InputError
+from v4jax.model import taps
 from v4jax.model.block import Unit
-from v4jax.model.cache import Cache
+from v4jax.model.cache import Cache, LayerCache
 from v4jax.model.context import Context, place_tokens, slice_of
 from v4jax.model.hyper_connections import HyperHead
 from v4jax.model.layers import Execution, RMSNorm, weight
@@ -100,6 +101,8 @@ class Network(nn.Module):
         if mtp or self.is_initializing():
             states = self._mtp(h_BTMD, tokens, context, found, replay)
         out = Output(cache=cache, aux=found)
+        if "last_streams" in aux:
+            out = out.replace(streams=h_BTMD)
         if logits == "normed":
             return out.replace(normed=self.norm(self.hc_head(h_BTMD)), mtp_normed=states)
         out = out.replace(mtp_logits=tuple(self._logits(y_BTD) for y_BTD in states))
@@ -123,13 +126,17 @@ class Network(nn.Module):
         """
         found: dict[str, dict[int, Array]] = {}
         kept = {}
+        tapped = taps.empty(self.config, h_BTMD) if "features" in context.aux else None
         for segment, unit in zip(self.segments(), self.units, strict=True):
             caches = None if cache is None else cache.layers[segment.name]
             if segment == self.segments()[-1]:
                 context = context.replace(last_only=last_only)
-            carry, auxes = _run(unit, segment, (h_BTMD, caches), replay, context)
-            h_BTMD, kept[segment.name] = carry
+            slots = () if tapped is None else taps.slots(self.config, segment)
+            carry, auxes = _run(unit, segment, (h_BTMD, caches, tapped), replay, slots, context)
+            h_BTMD, kept[segment.name], tapped = carry
             _collect(found, auxes, segment)
+        if tapped is not None:
+            found["features"] = taps.features(tapped)
         if cache is None:
             return h_BTMD, None, found
         spare = jnp.minimum(cache.spare + context.call.total, cache.max_rollback)
@@ -167,12 +174,32 @@ class Network(nn.Module):
             here = slice_of(tokens_BT, call, context.aux, False, layout)
             e_BTD = self.embed.rows(here.tokens).astype(self.execution.dtype)
             number = len(self.config.layers) + k
-            h_BTMD, y_BTD, aux = block(h_BTMD, e_BTD, here, _replay_of(replay, number))
+            h_BTMD, y_BTD, aux, _ = block(h_BTMD, e_BTD, here, _replay_of(replay, number))
             states.append(y_BTD if layout.axes("sequence") else y_BTD[:, : length - k - 1])
             for name, value in aux.items():
                 if value is not None:
                     found.setdefault(name, {})[number] = value
         return tuple(states)
+
+    def mtp_rows(self, h_BTMD, tokens_BT, window_BPH, begin_B, count_B):
+        """New rows of the first MTP block's window; see `draft.MTPState`.
+
+        Args:
+          h_BTMD, tokens_BT: pairs of streams and the token behind them, each row's first real.
+          window_BPH: the rows so far, the newest last. begin_B: the position of each first pair.
+          count_B: each row's real pairs.
+
+        Returns:
+          The window; of each row's last real pair the block's streams [B,M,D] and logits [B,V].
+        """
+        layout = self.execution.layout
+        context = place_tokens(tokens_BT, count_B, begin_B, None, layout=layout)
+        e_BTD = self.embed.rows(context.tokens).astype(self.execution.dtype)
+        cache = LayerCache(window=window_BPH[None])
+        # The window needs every pair's row, and those are made without queries or experts.
+        context = context.replace(last_only=True)
+        z_B1MD, y_B1D, _, cache = self.mtp[0](h_BTMD, e_BTD, context, cache=cache)
+        return cache.window[0], z_B1MD[:, 0], self._logits(y_B1D)[:, 0]
 
 
 class _Table(nn.Module):
@@ -198,13 +225,14 @@ class _Table(nn.Module):
         return self.weight
 
 
-def _run(unit, segment, carry, replay, context):
-    """A segment, scanned if it repeats; replays stacked over its repeats."""
+def _run(unit, segment, carry, replay, slots, context):
+    """A segment, scanned if it repeats; replays stacked over its repeats, as slots of taps are."""
     if segment.repeats == 1:
         replays = tuple(_replay_of(replay, segment.start + i) for i in range(segment.period))
-        return unit(carry, (0, replays), context)
+        return unit(carry, (0, replays, slots), context)
     replays = tuple(_stacked_replay(replay, segment, i) for i in range(segment.period))
-    return unit(carry, (jnp.arange(segment.repeats, dtype=jnp.int32), replays), context)
+    index = jnp.arange(segment.repeats, dtype=jnp.int32)
+    return unit(carry, (index, replays, slots), context)
 
 
 def _replay_of(replay, layer):

@@ -16,7 +16,7 @@ class Output:
     cache: the new decode state, when one went in. mtp_logits: with mtp=True one array for each
     MTP block k = 1, 2, ...: [B,T-k,V], at t the prediction of token t + k + 1.
     aux: wanted auxiliary outputs, `aux[name][layer]`; MTP blocks count on after the layers.
-    streams: [B,T,M,D] with logits="none".
+    streams: [B,T,M,D] after the last layer, with logits="none" or aux=("last_streams",).
     """
 
     logits: Any = None

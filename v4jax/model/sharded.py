@@ -185,7 +185,7 @@ def _output_specs(model, logits, mtp, aux, cache, replay):
         cache=None if cache is None else cache_specs(layout, cache),
         mtp_logits=() if normed else (further,) * predictions,
         aux={key: auxiliary.spec(layout, key, cache is not None) for key in keys},
-        streams=rows if logits == "none" else None,
+        streams=rows if logits == "none" or "last_streams" in aux else None,
         normed=rows if normed else None,
         mtp_normed=(rows,) * predictions if normed else (),
     )
