@@ -14,7 +14,15 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from v4jax.config import LayerSpec, ModelConfig, Segment, layer_place, segments
+from v4jax.config import (
+    WINDOW,
+    DSpark,
+    LayerSpec,
+    ModelConfig,
+    Segment,
+    layer_place,
+    segments,
+)
 
 
 class Initializer(NamedTuple):
@@ -61,6 +69,9 @@ def items(config: ModelConfig) -> Iterator[tuple[str, int | None, Weights]]:
     yield "head", None, {"head/weight": table(config)} | norms | hyper
     for number, layer in enumerate(config.mtp_layers):
         yield f"mtp_{number}", None, mtp(config, layer)
+    if config.dspark is not None:
+        for stage in range(config.draft_layers):
+            yield f"draft_{stage}", None, draft(config, stage)
 
 
 def variables(config: ModelConfig, min_repeats: int) -> dict[tuple[str, ...], Weight]:
@@ -91,7 +102,7 @@ def variable_place(
     """
     collection, *rest = path
     kind, _, number = item.partition("_")
-    if kind == "mtp":
+    if kind in ("mtp", "draft"):
         return (collection, item, *rest), None
     if kind != "layer":
         return (collection, *rest), None
@@ -147,6 +158,42 @@ def mtp(config: ModelConfig, layer: LayerSpec) -> Weights:
     }
     hyper = _within("hc_head", hyper_head(config))
     return norms | matrices | hyper | _within("block", block(config, layer))
+
+
+def draft(config: ModelConfig, stage: int) -> Weights:
+    """One stage of a DSpark draft: a window block, and what the first and the last have besides."""
+    d = config.hidden_size
+    found = _within("block", block(config, WINDOW))
+    if stage == 0:
+        read = len(_dspark(config).target_layer_ids) * d
+        found["main_proj/weight"] = _matrix(config, (d, read), (None, "embed"))
+        found["main_norm/weight"] = norm(d)
+    if stage == config.draft_layers - 1:
+        found["norm/weight"] = norm(d)
+        found |= _within("hc_head", hyper_head(config))
+        found |= _within("markov_head", markov_head(config))
+        found |= _within("confidence_head", confidence_head(config))
+    return found
+
+
+def markov_head(config: ModelConfig) -> Weights:
+    """What a draft's token before adds to a token's logits; the first is looked up by token."""
+    shape = (config.vocab_size, _dspark(config).markov_rank)
+    return {
+        "markov_w1/weight": Weight(shape, (None, None), "plain", _normal(config)),
+        "markov_w2/weight": Weight(shape, ("vocab", None), "plain", _normal(config)),
+    }
+
+
+def confidence_head(config: ModelConfig) -> Weights:
+    """How likely a draft's token is to be accepted."""
+    shape = (1, config.hidden_size + _dspark(config).markov_rank)
+    return {"proj/weight": Weight(shape, (None, None), "plain", _normal(config))}
+
+
+def _dspark(config) -> DSpark:
+    assert config.dspark is not None  # a model without it has no such item
+    return config.dspark
 
 
 def hyper_connection(config: ModelConfig) -> Weights:

@@ -1,8 +1,8 @@
 """Every tensor of a checkpoint: its key, shape and stored type, and where it lives in our tree.
 
 No I/O. A checkpoint is a row of items, each written and read as a whole: `embed`, `layer_000`, ...,
-`head`, `mtp_0`, .... The weights are those of `weights.items`, and paths are those inside the item;
-`weights.variable_place` says where they sit in the model's variables.
+`head`, `mtp_0`, ... or `draft_0`, .... The weights are those of `weights.items`, and paths are
+those inside the item; `weights.variable_place` says where they sit in the model's variables.
 """
 
 import dataclasses
@@ -175,7 +175,8 @@ def scale_key(key: str) -> str:
 def _prefix(item):
     """What the official keys of an item begin with."""
     kind, _, number = item.partition("_")
-    return {"layer": f"layers.{int(number or 0)}.", "mtp": f"mtp.{number}."}.get(kind, "")
+    behind = f"mtp.{number}."
+    return {"layer": f"layers.{int(number or 0)}.", "mtp": behind, "draft": behind}.get(kind, "")
 
 
 def _specs(form, item, layer, path, weight) -> Iterator[TensorSpec]:

@@ -1,5 +1,7 @@
 """Attention of every layer kind: window, CSA, HCA and the dense baseline (architecture 4-6)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -52,14 +54,15 @@ class Attention(nn.Module):
         self,
         x_BTD: Array,
         context: Context,
-        state: LayerState | None = None,
+        state: Any = None,
         replayed_BTK: Array | None = None,
     ):
         """The layer's output [B,T,D], its new state, and auxiliary arrays by name.
 
         Args:
           x_BTD: normed input. context: its tokens' places.
-          state: the layer's part of the cache and the mesh; None for one device without a cache.
+          state: the layer's part of the cache and the mesh (`LayerState`), or a draft's ring in its
+            place (`dspark.Ring`); None for one device without a cache.
           replayed_BTK: entries to attend to instead of the indexer's choice (-1: none).
         """
         state = state or LayerState(self.execution.layout)
@@ -101,6 +104,11 @@ class Attention(nn.Module):
             entries = as_rows(keys.entries_BCH)
             aux |= {"q": q_BTNH, "kv": kv_BTH, "entries": entries, "o": o_BTNH}
         return self._output(o_BTNH, cos_sin), state, aux
+
+    def rows(self, x_BTD: Array, position_BT: Array) -> Array:
+        """The kv rows [B,T,H] of inputs that nobody attends from: a draft's context."""
+        frequency = rope.inverse_frequencies(self.config, self.spec.compresses)
+        return self._kv_rows(x_BTD, rope.rotations(frequency, position_BT))
 
     def _queries(self, q_lat, cos_sin):
         """Queries [B,T,N,H], normed a head at a time without a weight, rotated."""

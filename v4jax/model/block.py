@@ -1,5 +1,7 @@
 """One layer, and the unit of layers that a segment repeats."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 from jaxtyping import Array
@@ -39,6 +41,7 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         layer: int | Array = 0,
         replay: dict[str, Array] | None = None,
+        state: Any = None,
     ):
         """The streams after the layer, its new cache and auxiliary arrays by name.
 
@@ -48,10 +51,11 @@ class Block(nn.Module):
           h_BTMD: residual streams. context: the tokens' places.
           cache, layer: the segment's buffers and which repeat this is.
           replay: "router_experts" and "chosen" to use instead of the layer's own choices.
+          state: where the keys come from, instead of the cache (`dspark.Ring`).
         """
         replay = replay or {}
         u_BTD, mixing = self.hc_attn.pre(h_BTMD)
-        state = LayerState(self.execution.layout, cache, layer)
+        state = state or LayerState(self.execution.layout, cache, layer)
         x_BTD = self.attn_norm(u_BTD)
         y_BTD, state, aux = self.attn(x_BTD, context, state, replay.get("chosen"))
         h_BTMD, mixing = jax.tree.map(context.only_wanted, (h_BTMD, mixing))
@@ -65,6 +69,10 @@ class Block(nn.Module):
         if "mhc" in context.aux and mixing is not None:
             aux |= {"mhc_attn": mixing[1], "mhc_ffn": ffn_mixing[1]}
         return h_BTMD, state.cache, aux
+
+    def rows(self, x_BTD: Array, position_BT: Array) -> Array:
+        """The attention's kv rows of inputs that did not come through the layer."""
+        return self.attn.rows(x_BTD, position_BT)
 
 
 class Unit(nn.Module):

@@ -16,6 +16,7 @@ from v4jax.model import taps
 from v4jax.model.block import Unit
 from v4jax.model.cache import Cache, LayerCache
 from v4jax.model.context import Context, place_tokens, slice_of
+from v4jax.model.dspark import DSparkStage, Ring
 from v4jax.model.hyper_connections import HyperHead
 from v4jax.model.layers import Execution, RMSNorm, weight
 from v4jax.model.mtp import MTPBlock
@@ -53,6 +54,8 @@ class Network(nn.Module):
             MTPBlock(config, spec, execution, name=f"mtp_{k}")
             for k, spec in enumerate(config.mtp_layers)
         ]
+        stages = range(config.draft_layers if config.dspark else 0)
+        self.draft = [DSparkStage(config, s, execution, name=f"draft_{s}") for s in stages]
 
     @nn.nowrap
     def _specs(self, segment) -> tuple[LayerSpec, ...]:
@@ -100,6 +103,8 @@ class Network(nn.Module):
         states = ()
         if mtp or self.is_initializing():
             states = self._mtp(h_BTMD, tokens, context, found, replay)
+        if self.is_initializing() and self.draft:
+            self._init_draft(tokens)
         out = Output(cache=cache, aux=found)
         if "last_streams" in aux:
             out = out.replace(streams=h_BTMD)
@@ -200,6 +205,36 @@ class Network(nn.Module):
         context = context.replace(last_only=True)
         z_B1MD, y_B1D, _, cache = self.mtp[0](h_BTMD, e_BTD, context, cache=cache)
         return cache.window[0], z_B1MD[:, 0], self._logits(y_B1D)[:, 0]
+
+    def draft_rows(self, features_BTX, begin_B):
+        """A DSpark draft's ring rows of tokens at positions begin, begin + 1, ...: [B,S,T,H].
+
+        Args:
+          features_BTX: `aux["features"]` of these tokens.
+        """
+        position = begin_B[:, None] + jnp.arange(features_BTX.shape[1], dtype=jnp.int32)[None]
+        f_BTD = self.draft[0].read(features_BTX)
+        return jnp.stack([stage.rows(f_BTD, position) for stage in self.draft], axis=1)
+
+    def draft_block(self, tokens_BT, rings_BSWH, length_B):
+        """One pass of a DSpark draft over a block of tokens behind `length` others.
+
+        Returns:
+          The collapsed state [B,T,D], the logits [B,T,V] before the heads, and their weights.
+        """
+        context = place_tokens(tokens_BT, None, length_B, None, layout=self.execution.layout)
+        x_BTMD = self._streams(context.tokens)
+        for s, stage in enumerate(self.draft):
+            x_BTMD = stage(x_BTMD, context, Ring(rings_BSWH[:, s], length_B))
+        y_BTD, normed_BTD = self.draft[-1].collapse(x_BTMD)
+        return y_BTD, self._logits(normed_BTD), self.draft[-1].heads()
+
+    def _init_draft(self, tokens_BT):
+        config, batch = self.config, tokens_BT.shape[0]
+        dtype, begin = self.execution.dtype, jnp.zeros((batch,), jnp.int32)
+        width = len(config.dspark.target_layer_ids) * config.hidden_size
+        rows = self.draft_rows(jnp.zeros((*tokens_BT.shape, width), dtype), begin)
+        self.draft_block(tokens_BT, rows, begin)
 
 
 class _Table(nn.Module):

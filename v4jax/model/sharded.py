@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from v4jax import weights
 from v4jax.config import ModelConfig
+from v4jax.errors import InputError
 from v4jax.model import auxiliary
 from v4jax.model.cache import Cache, CompressorState, LayerCache
 from v4jax.model.output import Output
@@ -152,6 +153,37 @@ def apply_local(
         total = functools.partial(collectives.total, axes=axes)
         summed[key] = jax.tree.map(total, layers) if axes else layers
     return out.replace(aux=summed)
+
+
+def method(model, name: str, variables, arrays: tuple, out_specs: Any) -> Any:
+    """A method of `Network` on the model's mesh, or on one device.
+
+    Args:
+      arrays: its arguments; the rows of each are the batch's.
+      out_specs: a PartitionSpec for each of its results.
+
+    Raises:
+      InputError: a strategy that cuts rows into parts.
+    """
+    layout = model.sharding
+    body = functools.partial(model.network().apply, method=name)
+    if layout.mesh is None:
+        return body({name: variables[name] for name in ("params", "buffers")}, *arrays)
+    if layout.axes("sequence"):
+        raise InputError(
+            f"a draft came with strategy {layout.strategy.name!r}, which cuts rows into parts; "
+            "expected one whose shards hold whole rows, such as 'decode'"
+        )
+    layout.check_divides({"batch": len(arrays[0])})
+    specs, row = variable_specs(model), layout.spec("batch")
+    run = jax.shard_map(
+        body,
+        mesh=layout.mesh,
+        in_specs=(specs, *(row,) * len(arrays)),
+        out_specs=out_specs,
+        check_vma=False,
+    )
+    return run({name: variables[name] for name in specs}, *arrays)
 
 
 def _padded(padding, tokens, lengths, segment_ids, replay):
