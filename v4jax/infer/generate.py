@@ -5,10 +5,8 @@ its programs compiled (`v4jax/infer/programs.py`).
 """
 
 import dataclasses
-import operator
 import os
 import time
-from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple
 
 import jax
@@ -16,6 +14,7 @@ import numpy as np
 
 from v4jax.errors import InputError
 from v4jax.infer import sampling as sampling_lib
+from v4jax.infer.arguments import read_prompts, read_stop_ids, whole_number
 from v4jax.infer.executables import executables_of
 from v4jax.infer.placement import Placement
 from v4jax.infer.programs import Decoder
@@ -145,13 +144,13 @@ def check_request(
     Raises:
       InputError: prompts or settings out of range.
     """
-    max_new_tokens = _whole_number("max_new_tokens", max_new_tokens, 1)
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
     chunk = PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
-    chunk = _whole_number("prefill_chunk", chunk, 1)
-    seed = _whole_number("seed", seed, 0, 2**32 - 1)
+    chunk = whole_number("prefill_chunk", chunk, 1)
+    seed = whole_number("seed", seed, 0, 2**32 - 1)
     setting = sampling_lib.check(setting)
-    prompts = _read_prompts(prompts, config.vocab_size)
-    stop_ids = _read_stop_ids(stop_ids, config.vocab_size)
+    prompts = read_prompts(prompts, config.vocab_size)
+    stop_ids = read_stop_ids(stop_ids, config.vocab_size)
     capacity = _cache_length(prompts, max_new_tokens, max_length, config)
     return GenerationRequest(prompts, max_new_tokens, setting, seed, stop_ids, capacity, chunk)
 
@@ -252,7 +251,7 @@ def _cache_length(prompts, max_new_tokens, max_length, config):
     """Tokens that the cache holds, checked against the longest prompt and the model."""
     limit = config.max_position_embeddings
     if max_length is not None:
-        max_length = _whole_number("max_length", max_length, 1)
+        max_length = whole_number("max_length", max_length, 1)
         if max_length > limit:
             raise InputError(
                 f"max_length is {max_length}; expected at most the model's "
@@ -269,56 +268,3 @@ def _cache_length(prompts, max_new_tokens, max_length, config):
             "max_new_tokens" + ("" if max_length is None else ", or raise max_length")
         )
     return min(_bucket(needed, 1024), limit) if max_length is None else max_length
-
-
-def _read_prompts(prompts, vocab_size) -> list[np.ndarray]:
-    """One int32 vector a prompt, from a list of lists or arrays or from a single prompt."""
-    sequence = hasattr(prompts, "__getitem__") and getattr(prompts, "shape", None) != ()
-    if isinstance(prompts, str | bytes | Mapping | Set) or not sequence:
-        raise InputError(
-            f"prompts has type {type(prompts).__name__}; expected lists of token ids: encode text "
-            "with the checkpoint's tokenizer first"
-        )
-    if len(prompts) == 0:
-        raise InputError("there are no prompts; expected at least one list of token ids")
-    if isinstance(prompts[0], int | np.integer) or getattr(prompts, "ndim", 2) == 1:
-        prompts = [prompts]
-    return [_read_prompt(row, prompt, vocab_size) for row, prompt in enumerate(prompts)]
-
-
-def _read_prompt(row, prompt, vocab_size):
-    try:
-        ids = np.asarray(prompt)
-    except ValueError:  # lists of different lengths inside
-        ids = np.asarray(prompt, dtype=object)
-    if ids.shape == (0,):
-        raise InputError(f"prompt {row} is empty; expected at least one token id")
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise InputError(
-            f"prompt {row} has shape {ids.shape} and type {ids.dtype}; expected a flat list of "
-            "whole numbers, the token ids"
-        )
-    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-    if outside.size:
-        place = int(outside[0])
-        raise InputError(
-            f"token {place} of prompt {row} is {ids[place]}; expected 0 to {vocab_size - 1}, the "
-            "model's vocabulary"
-        )
-    return ids.astype(np.int32)
-
-
-def _read_stop_ids(stop_ids, vocab_size) -> frozenset[int]:
-    stop_ids = stop_ids if isinstance(stop_ids, Iterable) else [stop_ids]
-    return frozenset(_whole_number("a stop id", token, 0, vocab_size - 1) for token in stop_ids)
-
-
-def _whole_number(name, value, lowest, highest=None):
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < lowest or (highest is not None and number > highest):
-        allowed = f"{lowest} or more" if highest is None else f"{lowest} to {highest}"
-        raise InputError(f"{name} is {value}; expected a whole number, {allowed}")
-    return number

@@ -4,11 +4,8 @@ The model is a static argument of each, so that a second call with the same shap
 With `Executables` another process compiles nothing either.
 """
 
-import concurrent.futures
-import contextlib
 import functools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4jax.infer import sampling as sampling_lib
-from v4jax.infer.executables import Executables, Program, asking_the_compiler
+from v4jax.infer.compiled import CompiledPrograms, OnCompile
+from v4jax.infer.executables import Executables, Program
 from v4jax.infer.placement import Placement, replicated
-from v4jax.sharding import processes
 
 
 class Decoder:
@@ -42,38 +39,26 @@ class Decoder:
         self._variables = variables
         self._setting = setting
         self._key = key
-        self._executables = executables
-        self._ready: dict[str, jax.stages.Compiled] = {}
+        self._programs = CompiledPrograms(executables)
 
     def prefill(self, chunks, cache):
         """The first token of each row, [B], and the cache that holds the prompts."""
         logits_BV = self._no_logits(chunks)
         for tokens_BT, lengths_B in chunks:
             program = self._reading(tokens_BT, lengths_B, cache, logits_BV)
-            logits_BV, cache = self._run(program)
-        return self._run(self._choice(logits_BV)), self._placement.handed_over(cache)
+            logits_BV, cache = self._programs.run(program)
+        return self._programs.run(self._choice(logits_BV)), self._placement.handed_over(cache)
 
     def decode(self, tokens_B, cache, step):
         """The token after `tokens_B` in each row, and the cache that holds `tokens_B` too."""
-        return self._run(self._step(tokens_B, cache, step))
+        return self._programs.run(self._step(tokens_B, cache, step))
 
-    def compile(
-        self, chunks, cache, decode, on_compile: Callable[[str, float | None], None] | None = None
-    ):
+    def compile(self, chunks, cache, decode, on_compile: OnCompile | None = None) -> float:
         """Compiles what is needed, to keep it out of the other timings; the seconds it took.
 
         on_compile: see `generate`.
         """
-        started = time.perf_counter()
-        missing = self._missing(list(self._needed(chunks, cache, decode)))
-        if missing:
-            names = ", ".join(program.name for program in missing)
-            tell = on_compile or (lambda names, seconds: None)
-            tell(names, None)
-            self._compile_all(missing)
-            tell(names, time.perf_counter() - started)
-        processes.compiled()
-        return time.perf_counter() - started
+        return self._programs.prepare(list(self._needed(chunks, cache, decode)), on_compile)
 
     def _needed(self, chunks, cache, decode) -> Iterator[Program]:
         logits_BV = self._no_logits(chunks)
@@ -83,44 +68,6 @@ class Decoder:
         if decode:
             tokens_B = self._placement.replicate(jnp.zeros(len(logits_BV), jnp.int32))
             yield self._step(tokens_B, self._placement.described(cache), 1)
-
-    def _missing(self, programs):
-        """Those that were not kept; the others are then ready."""
-        if self._executables is None:
-            return programs
-        # A program of megabytes takes a second of one core to link.
-        with concurrent.futures.ThreadPoolExecutor(len(programs)) as pool:
-            found = list(pool.map(self._executables.find, programs))
-        names = [program.name for program in programs]
-        self._ready |= {name: each for name, each in zip(names, found, strict=True) if each}
-        return [program for program in programs if program.name not in self._ready]
-
-    def _compile_all(self, programs):
-        """Each is traced while those before it are compiled."""
-        # An accelerator's compiler may time kernels on it, which wants no company.
-        at_once = len(programs) if jax.default_backend() == "cpu" else 1
-        keeps = self._executables is not None and all(map(self._executables.keeps, programs))
-        with (
-            asking_the_compiler() if keeps else contextlib.nullcontext(),
-            concurrent.futures.ThreadPoolExecutor(at_once) as pool,
-        ):
-            compiling = []
-            for each in programs:
-                lowered = each.function.lower(each.model, *each.arguments)
-                if keeps:
-                    compiling.append(pool.submit(self._executables.compile, each, lowered))
-                else:
-                    compiling.append(pool.submit(lowered.compile))
-            done = [future.result() for future in compiling]
-        if keeps:
-            names = [program.name for program in programs]
-            self._ready |= dict(zip(names, done, strict=True))
-
-    def _run(self, program):
-        ready = self._ready.get(program.name)
-        if ready is not None:
-            return ready(*program.arguments)
-        return program.function(program.model, *program.arguments)
 
     def _reading(self, tokens_BT, lengths_B, cache, logits_BV):
         name = f"prefill of {tokens_BT.shape[1]} tokens"

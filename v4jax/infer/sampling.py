@@ -76,11 +76,12 @@ def sample(logits_BV, keys_B, sampling: Sampling):
     Args:
       logits_BV: float32.
       keys_B: typed random keys, one a row, so that no row's draw depends on another row.
-      sampling: values in range (see `check`), the same for all rows.
+      sampling: values in range (see `check`): numbers for all rows, or arrays [B].
     """
     # Branches rather than static arguments: one program serves every setting, and a greedy step
     # pays for no filter.
-    return jax.lax.cond(sampling.temperature > 0, _draw, _greedy, logits_BV, keys_B, sampling)
+    some_row_draws = jnp.any(sampling.temperature > 0)
+    return jax.lax.cond(some_row_draws, _draw, _greedy, logits_BV, keys_B, sampling)
 
 
 def row_keys(key, rows: int, step):
@@ -97,22 +98,34 @@ def _greedy(logits_BV, keys_B, sampling):
 
 
 def _draw(logits_BV, keys_B, sampling):
-    logits_BV = filtered(logits_BV, sampling)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, filtered(logits_BV, sampling))
+    greedy_B = _greedy(logits_BV, keys_B, sampling)
+    return jnp.where(sampling.temperature > 0, drawn_B.astype(jnp.int32), greedy_B)
 
 
 def filtered(logits_BV, sampling: Sampling):
-    """Logits over a temperature above 0, minus infinity where a token is out."""
-    temperature, top_k, top_p, min_p = sampling
+    """Logits over the temperature, minus infinity where a token is out.
+
+    A filter that is off leaves a row's bits as they are. Rows of temperature 0 are unspecified.
+    """
+    temperature, top_k, top_p, min_p = (jnp.reshape(jnp.asarray(x), (-1, 1)) for x in sampling)
     # Before the temperature, which changes no order but may flush what tells two logits apart to 0.
-    kept_BV = jax.lax.cond(top_k > 0, filter_top_k, _keep_all, logits_BV, top_k)
-    logits_BV = with_temperature(kept_BV, temperature)
-    logits_BV = jax.lax.cond(top_p < 1, filter_top_p, _keep_all, logits_BV, top_p, kept_BV)
-    return jax.lax.cond(min_p > 0, filter_min_p, _keep_all, logits_BV, min_p)
+    kept_BV = _where_on(top_k > 0, filter_top_k, logits_BV, top_k)
+    logits_BV = with_temperature(kept_BV, jnp.where(temperature > 0, temperature, 1.0))
+    logits_BV = _where_on(top_p < 1, filter_top_p, logits_BV, top_p, kept_BV)
+    return _where_on(min_p > 0, filter_min_p, logits_BV, min_p)
 
 
-def _keep_all(logits_BV, value, order_BV=None):
-    return logits_BV
+def _where_on(on_B1, filter_rows, logits_BV, *values):
+    """The filter on the rows where it is on; it costs nothing where it is on in none."""
+
+    def some(logits_BV, *values):
+        return jnp.where(on_B1, filter_rows(logits_BV, *values), logits_BV)
+
+    def none(logits_BV, *values):
+        return logits_BV
+
+    return jax.lax.cond(jnp.any(on_B1), some, none, logits_BV, *values)
 
 
 def with_temperature(logits_BV, temperature):
@@ -124,7 +137,7 @@ def with_temperature(logits_BV, temperature):
 def filter_top_k(logits_BV, top_k):
     """Keeps the `top_k` (1 or more) largest logits of each row."""
     ones_BV = jnp.ones_like(logits_BV)
-    return _filter(logits_BV, _heaviest(logits_BV, ones_BV, jnp.float32(top_k)))
+    return _filter(logits_BV, _heaviest(logits_BV, ones_BV, jnp.asarray(top_k, jnp.float32)))
 
 
 def filter_top_p(logits_BV, top_p, order_BV=None):
@@ -134,13 +147,13 @@ def filter_top_p(logits_BV, top_p, order_BV=None):
     """
     order_BV = logits_BV if order_BV is None else order_BV
     # XLA flushes what is below float32's normal numbers to 0, a mass that no token at all reaches.
-    target = jnp.maximum(jnp.float32(top_p), jnp.finfo(jnp.float32).tiny)
+    target = jnp.maximum(jnp.asarray(top_p, jnp.float32), jnp.finfo(jnp.float32).tiny)
     return _filter(logits_BV, _heaviest(order_BV, jax.nn.softmax(logits_BV), target))
 
 
 def filter_min_p(logits_BV, min_p):
     """Keeps tokens at least `min_p` times as likely as the most likely one."""
-    floor_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(jnp.float32(min_p))
+    floor_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(jnp.asarray(min_p, jnp.float32))
     return _filter(logits_BV, logits_BV >= floor_B1)
 
 
