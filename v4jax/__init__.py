@@ -11,11 +11,13 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "Cache": "v4jax.model.cache",
+    "Engine": "v4jax.engine.engine",
     "InputError": "v4jax.errors",
     "LayerSpec": "v4jax.config",
     "ModelConfig": "v4jax.config",
     "Output": "v4jax.model.output",
     "QTensor": "v4jax.quant",
+    "Request": "v4jax.engine.request",
     "Tokenizer": "v4jax.infer.tokenizer",
     "Transformer": "v4jax.model.transformer",
     "config_names": "v4jax.named_configs",

@@ -33,6 +33,7 @@ FLOORS = (
     "datasets",
     "checkpoints",
     "infer",
+    "engine",
     "train",
     "plan",
     "cli",

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,7 +68,8 @@ class CompiledPrograms:
     def _compile_all(self, programs):
         """Each is traced while those before it are compiled."""
         # An accelerator's compiler may time kernels on it, which wants no company.
-        at_once = len(programs) if jax.default_backend() == "cpu" else 1
+        cores = min(len(programs), os.cpu_count() or 1)
+        at_once = cores if jax.default_backend() == "cpu" else 1
         keeps = self._executables is not None and all(map(self._executables.keeps, programs))
         with (
             asking_the_compiler() if keeps else contextlib.nullcontext(),

@@ -1,0 +1,465 @@
+"""Many requests at once: slots of one cache, prompts read in chunks, one decode round for all.
+
+`Engine.step` is the whole loop; a thread may call it (`Engine.start`), or whoever waits for a
+stream does. What it decides, it decides from plain numbers of the host; a round is under way
+before the tokens of the one before are looked at.
+"""
+
+import dataclasses
+import itertools
+import os
+import threading
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from v4jax.engine.answer import Answer
+from v4jax.engine.choice import WORD, Draws, no_draws
+from v4jax.engine.programs import Programs
+from v4jax.engine.request import Checked, Event, Request, TokenLogprob, check
+from v4jax.engine.scheduler import Scheduler
+from v4jax.engine.stream import Stream
+from v4jax.errors import InputError
+from v4jax.infer.arguments import whole_number
+from v4jax.infer.executables import executables_of
+from v4jax.infer.generate import PREFILL_CHUNK, Generation
+from v4jax.infer.placement import Placement
+
+PAGE = 128  # chunks end at multiples of it, and prefixes are stored by it
+
+
+@dataclasses.dataclass(eq=False)
+class _Job:
+    """A request that has not ended.
+
+    Attributes:
+      request, stream, answer: what was asked, the caller's end, the answer so far.
+      seed, row: what its tokens are drawn with; see `Request.seed`.
+      read: tokens of the prompt that the model has seen.
+      asked: new tokens that were asked of the device, known or not.
+      scores: log-probabilities of the prompt's tokens, chunk by chunk.
+    """
+
+    request: Checked
+    stream: Stream
+    answer: Answer
+    seed: int
+    row: int
+    read: int = 0
+    asked: int = 0
+    scores: list = dataclasses.field(default_factory=list)
+
+    @property
+    def wants_more(self) -> bool:
+        return self.answer.finish is None and self.asked < self.request.max_new_tokens
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A choice that is under way, and whose token each of its rows is."""
+
+    choice: Any
+    jobs: dict[int, _Job]
+
+
+class Engine:
+    """Runs requests; see the module.
+
+    Args:
+      model, params: as `v4jax.load` returns them; a model with a mesh runs on all of it.
+      slots: requests that are decoded together.
+      max_length: tokens of prompt and answer that a slot holds.
+      prefill_chunk: tokens of a prompt that are read between two decode rounds, a multiple of 128.
+      exact: read every chunk in the same width, so that restored prefixes are exact to the bit.
+      seed: of requests without one.
+      tokenizer: for texts in events and for `Request.stop`.
+      programs: a directory in which compiled programs are kept for other processes.
+
+    Raises:
+      InputError: a number out of range.
+    """
+
+    def __init__(
+        self,
+        model,
+        params,
+        *,
+        slots: int = 8,
+        max_length: int = 4096,
+        prefill_chunk: int | None = None,
+        exact: bool = False,
+        seed: int = 0,
+        tokenizer=None,
+        programs=None,
+    ):
+        slots = whole_number("slots", slots, 1)
+        limit = model.config.max_position_embeddings
+        self._max_length = whole_number("max_length", max_length, 1, limit)
+        self._config, self._chunk = model.config, _chunk(prefill_chunk, max_length)
+        self._seed = whole_number("seed", seed, 0, 2**32 - 1)
+        self._tokenizer = tokenizer
+        placement = Placement.of(model, slots)
+        self._programs = Programs(
+            placement,
+            placement.variables(params),
+            slots=slots,
+            max_length=self._max_length,
+            chunk=self._chunk,
+            exact=exact,
+            executables=None if programs is None else executables_of(os.fspath(programs)),
+        )
+        self._scheduler: Scheduler[_Job] = Scheduler(slots)
+        self._cache, self._tokens_S = self._programs.fresh_lane()
+        self._row: Any = None  # the cache of the prompt that is being read
+        self._draws: Draws = no_draws(slots, model.config.vocab_size)
+        self._pending: list[_Pending] = []
+        self._cancelled: list[Stream] = []
+        self._arrivals = itertools.count()
+        self._counts = dict.fromkeys(_COUNTS, 0)
+        self._lock = threading.RLock()
+        self._news = threading.Condition(self._lock)
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    # What callers use.
+
+    def submit(self, request: Request) -> Stream:
+        """Takes a request in; its stream of events.
+
+        Raises:
+          InputError: a value out of range, a prompt that no slot holds, or a closed engine.
+        """
+        checked = check(request, self._config, self._max_length, self._tokenizer is not None)
+        stream = Stream(len(checked.tokens), self._wait, self._cancel)
+        text = None if self._tokenizer is None else self._tokenizer.stream()
+        answer = Answer(checked.stop_ids, checked.stop, checked.max_new_tokens, text)
+        with self._news:
+            if self._closed:
+                raise InputError("the engine is closed; make another one for further requests")
+            number = next(self._arrivals)
+            own = checked.seed is not None
+            seed, row = (checked.seed, checked.row) if own else (self._seed, number)
+            job = _Job(checked, stream, answer, seed, row)
+            self._scheduler.submit(job, checked.priority)
+            self._counts["requests"] += 1
+            self._news.notify_all()
+        return stream
+
+    def generate(self, prompts, max_new_tokens=64, seed=0, **options) -> Generation:
+        """As `v4jax.generate`: the same tokens for the same prompts, settings and seed.
+
+        options: further fields of `Request`.
+        """
+        started, compiled = time.perf_counter(), self._programs.compiled
+        streams = [
+            self.submit(
+                Request(prompt, max_new_tokens=max_new_tokens, seed=seed, row=row, **options)
+            )
+            for row, prompt in enumerate(_as_rows(prompts))
+        ]
+        results = [stream.result() for stream in streams]
+        for row, result in enumerate(results):
+            if result.error is not None:
+                raise InputError(f"prompt {row}: {result.error}")
+        seconds = time.perf_counter() - started
+        first = max((each.first_token_seconds or 0.0) for each in results)
+        later = sum(max(len(each.tokens) - 1, 0) for each in results)
+        del compiled
+        return Generation(
+            tokens=[each.tokens for each in results],
+            finish_reason=[str(each.finish) for each in results],
+            prompt_tokens=[each.prompt_tokens for each in results],
+            compile_seconds=0.0,
+            time_to_first_token=first,
+            tokens_per_second=later / max(seconds - first, 1e-9) if later else 0.0,
+        )
+
+    def score(self, tokens) -> list[float]:
+        """The log-probability of each token but the first, given those before it."""
+        stream = self.submit(Request(tokens, max_new_tokens=0, prompt_logprobs=0))
+        result = stream.result()
+        if result.error is not None:
+            raise InputError(result.error)
+        return [each.logprob for each in result.prompt_logprobs[1:]]
+
+    def warm_up(self, on_compile=None) -> float:
+        """Compiles every program, so that no request waits for one; the seconds that it took.
+
+        on_compile: as of `v4jax.generate`.
+        """
+        with self._lock:
+            return self._programs.warm_up(on_compile)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the engine was made, and how many requests wait and run now."""
+        with self._lock:
+            now = {
+                "queue_depth": self._scheduler.waiting,
+                "slots_busy": self._scheduler.busy,
+                "compilations": self._programs.compiled,
+            }
+            return self._counts | now
+
+    def start(self) -> None:
+        """Runs the loop in a thread, until `close`."""
+        with self._lock:
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, daemon=True, name="v4jax-engine")
+                self._thread.start()
+
+    def close(self) -> None:
+        """Ends every request with `cancelled`, and the thread. A second call does nothing."""
+        with self._news:
+            self._closed = True
+            for job in self._scheduler.jobs():
+                self._finish(job, job.answer.end("cancelled"))
+            self._pending.clear()
+            self._news.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    # The loop.
+
+    def step(self) -> bool:
+        """One chunk of a prompt and one decode round, at most; whether there was anything to do."""
+        with self._lock:
+            self._end_cancelled()
+            self._admit()
+            reads = self._scheduler.reading is not None
+            if reads:
+                # A chunk takes long: tokens that are there already do not wait for it.
+                self._hand_out(0)
+                self._read_chunk()
+            decodes = self._decode_round()
+            # The newest round goes on while the host looks at those before it.
+            self._hand_out(1 if decodes and not self._needs_tokens() else 0)
+            return reads or decodes or bool(self._pending)
+
+    def _run(self):
+        while True:
+            with self._news:
+                if self._closed:
+                    return
+                if not (self._scheduler.jobs() or self._pending or self._cancelled):
+                    self._news.wait()
+                    continue
+                try:
+                    self.step()
+                except Exception as error:
+                    self._fail(error)
+                    raise
+
+    def _wait(self):
+        """Called by whoever waits for an event."""
+        if self._thread is None:
+            try:
+                self.step()
+            except Exception as error:
+                self._fail(error)
+                raise
+        else:
+            time.sleep(0.0005)
+
+    def _fail(self, error):
+        """The device or a program failed: no request can go on."""
+        with self._lock:
+            self._closed = True
+            self._pending.clear()
+            sentence = f"the engine stopped: {type(error).__name__}: {str(error)[:300]}"
+            for job in self._scheduler.jobs():
+                self._finish(job, job.answer.end("error", sentence))
+
+    def _cancel(self, stream):
+        with self._news:
+            self._cancelled.append(stream)
+            self._news.notify_all()
+
+    def _end_cancelled(self):
+        streams, self._cancelled = self._cancelled, []
+        for job in self._scheduler.jobs():
+            if job.stream in streams:
+                self._counts["cancelled"] += 1
+                self._finish(job, job.answer.end("cancelled"))
+
+    def _admit(self):
+        admitted = self._scheduler.admit()
+        if admitted is not None:
+            _, job = admitted
+            self._row = self._programs.fresh_row()
+            job.stream.begun(job.read)
+
+    def _read_chunk(self):
+        """The next chunk of the prompt that is being read; behind its last the first choice."""
+        slot, job = self._scheduler.reading
+        prompt = job.request.tokens
+        # Chunks end at multiples of the chunk, wherever the first one began.
+        end = min((job.read // self._chunk + 1) * self._chunk, len(prompt))
+        tokens = prompt[job.read : end]
+        if job.request.prompt_logprobs is None:
+            logits_1V, self._row = self._programs.read(tokens, self._row)
+        else:
+            following = prompt[job.read + 1 : end + 1]
+            logits_1V, self._row, scores = self._programs.read_scored(tokens, following, self._row)
+            job.scores += _logprobs(following, scores, job.request.prompt_logprobs)
+        self._counts["prompt_tokens"] += end - job.read
+        job.read = end
+        if end == len(prompt):
+            self._begin_answer(slot, job, logits_1V)
+
+    def _begin_answer(self, slot, job, logits_1V):
+        """The prompt is read: its row goes into the slot, and its first token is chosen."""
+        if job.request.prompt_logprobs is not None:
+            job.stream.scored([None, *job.scores])
+        if job.request.max_new_tokens == 0:
+            self._row = None
+            finite = bool(np.isfinite(np.asarray(logits_1V)).all())
+            ended = job.answer.end("length") if finite else _not_finite(job)
+            self._finish(job, ended)
+            return
+        self._scheduler.start_decoding()
+        _set_draw(self._draws, slot, job)
+        self._permit(slot, job)
+        draws = jax.tree.map(lambda x: x[slot : slot + 1], self._draws)
+        choice = self._programs.first(logits_1V, draws, job.request.logprobs is not None)
+        put = self._programs.put(self._cache, self._tokens_S, slot, self._row, choice.token)
+        (self._cache, self._tokens_S), self._row = put, None
+        job.asked = 1
+        self._pending.append(_Pending(choice, {0: job}))
+
+    def _decode_round(self) -> bool:
+        """Asks for the next token of every slot that wants one."""
+        if self._needs_tokens():
+            self._hand_out(0)
+        jobs = {slot: job for slot, job in self._scheduler.decoding.items() if job.wants_more}
+        if not jobs:
+            return False
+        self._draws.active[:] = False
+        for slot, job in jobs.items():
+            self._draws.active[slot] = True
+            self._draws.step[slot] = job.asked
+            self._permit(slot, job)
+            job.asked += 1
+        scored = any(job.request.logprobs is not None for job in jobs.values())
+        # The arrays are changed while the round may not have read them yet.
+        draws = jax.tree.map(np.copy, self._draws)
+        round_ = self._programs.decode(self._cache, self._tokens_S, draws, scored)
+        choice, self._cache, self._tokens_S = round_
+        self._pending.append(_Pending(choice, jobs))
+        self._counts["rounds"] += 1
+        self._counts["row_rounds"] += len(jobs)
+        return True
+
+    def _needs_tokens(self):
+        """Whether the next round can only be asked for once the tokens before it are known."""
+        return any(job.request.constraint is not None for job in self._scheduler.decoding.values())
+
+    def _permit(self, slot, job):
+        if job.request.constraint is not None:
+            self._draws.allowed_SW[slot] = job.request.constraint.allowed(self._words)
+        else:
+            self._draws.allowed_SW[slot] = 0xFFFFFFFF
+
+    @property
+    def _words(self):
+        return -(-self._config.vocab_size // WORD)
+
+    def _hand_out(self, keep):
+        """Reads the choices that are under way, but the newest `keep`, and hands tokens out."""
+        while len(self._pending) > keep:
+            pending = self._pending.pop(0)
+            choice = jax.tree.map(np.asarray, pending.choice)
+            for row, job in pending.jobs.items():
+                if job.answer.finish is None:
+                    self._take(job, row, choice)
+
+    def _take(self, job, row, choice):
+        token = int(choice.token[row])
+        if token < 0:
+            self._finish(job, _not_finite(job))
+            return
+        logprob = None
+        if job.request.logprobs is not None:
+            scores = [x[row : row + 1] for x in choice[1:]]
+            logprob = _logprobs([token], scores, job.request.logprobs)[0]
+        if job.request.constraint is not None:
+            job.request.constraint.advance(token)
+        event = job.answer.add(token, logprob)
+        self._counts["output_tokens"] += 1
+        if event is not None and event.finish is not None:
+            self._finish(job, event)
+        elif event is not None:
+            job.stream.push(event)
+
+    def _finish(self, job, event):
+        """The request's last event; its slot is free."""
+        if self._scheduler.reading is not None and self._scheduler.reading[1] is job:
+            self._row = None
+        slot = self._scheduler.remove(job)
+        if event.finish == "error" and slot is not None and not self._closed:
+            self._clear(slot)
+        self._counts[f"finished_{event.finish}"] += 1
+        job.stream.push(event)
+
+    def _clear(self, slot):
+        """Numbers that are not finite do not stay behind."""
+        row, token = self._programs.fresh_row(), np.zeros(1, np.int32)
+        put = self._programs.put(self._cache, self._tokens_S, slot, row, token)
+        self._cache, self._tokens_S = put
+
+
+_COUNTS = (
+    *("requests", "cancelled", "prompt_tokens", "output_tokens", "rounds", "row_rounds"),
+    *("finished_stop", "finished_length", "finished_cancelled", "finished_error"),
+)
+
+
+def _chunk(prefill_chunk, max_length):
+    """Tokens of a chunk: as given, else as `generate`, no more than a slot needs."""
+    whole = -(-max_length // PAGE) * PAGE
+    if prefill_chunk is None:
+        return min(PREFILL_CHUNK, whole)
+    chunk = whole_number("prefill_chunk", prefill_chunk, PAGE)
+    if chunk % PAGE:
+        raise InputError(f"prefill_chunk is {chunk}; expected a multiple of {PAGE}")
+    return min(chunk, whole)
+
+
+def _as_rows(prompts):
+    """A list of prompts, also of a single one."""
+    single = len(prompts) and isinstance(prompts[0], int | np.integer)
+    return [prompts] if single or getattr(prompts, "ndim", 2) == 1 else prompts
+
+
+def _set_draw(draws: Draws, slot, job):
+    for values, value in zip(draws.sampling, job.request.sampling, strict=True):
+        values[slot] = value
+    draws.seed[slot], draws.row[slot], draws.step[slot] = job.seed, job.row, 0
+
+
+def _logprobs(tokens, scores, count) -> list[TokenLogprob]:
+    """Log-probabilities of tokens with the `count` likeliest at each place; see `Choice`."""
+    own, top, top_logprob = (np.asarray(x) for x in scores)
+    return [
+        TokenLogprob(
+            int(token),
+            float(own[i]),
+            tuple((int(top[i, k]), float(top_logprob[i, k])) for k in range(count)),
+        )
+        for i, token in enumerate(tokens)
+    ]
+
+
+def _not_finite(job) -> Event:
+    return job.answer.end(
+        "error",
+        f"the logits are not finite at new token {job.answer.count}; expected finite numbers: look "
+        "for NaN in the weights with `v4jax inspect --check`",
+    )
