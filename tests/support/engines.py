@@ -6,7 +6,7 @@ from tests.support.tiny import tiny_model
 from v4jax.engine.engine import Engine
 from v4jax.engine.request import Request
 
-SIZES = {"slots": 4, "max_length": 384, "prefill_chunk": 128, "exact": True}
+SIZES = {"slots": 4, "max_length": 384, "prefill_chunk": 128, "exact": True, "draft": None}
 
 
 def tiny_engine(variant="released", options=(), **changes):

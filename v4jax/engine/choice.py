@@ -14,17 +14,18 @@ from v4jax.engine.request import TOP_LOGPROBS
 from v4jax.infer import sampling as sampling_lib
 from v4jax.infer.sampling import Sampling
 
-WORD = 32  # tokens whose permission one word holds
+WORD, ALL = 32, 0xFFFFFFFF  # tokens whose permission one word holds, and a word that permits all
 
 
 class Draws(NamedTuple):
-    """How the next token of each slot is drawn; numpy arrays of S slots.
+    """How the next tokens of each slot are drawn; numpy arrays of S slots, P places each.
 
     Attributes:
       active: whether the slot takes part; the others keep all that they have.
       sampling: arrays [S].
-      seed: uint32. row, step: as of `Request.seed`; step counts new tokens.
-      allowed_SW: uint32, a bit for each token of the vocabulary that may be chosen.
+      seed: uint32. row, step: as of `Request.seed`; step counts new tokens, that of the first
+        place.
+      allowed_SPW: uint32, a bit for each token of the vocabulary that may be chosen.
     """
 
     active: Any
@@ -32,23 +33,25 @@ class Draws(NamedTuple):
     seed: Any
     row: Any
     step: Any
-    allowed_SW: Any
+    allowed_SPW: Any
 
 
 class Choice(NamedTuple):
-    """The next token of each slot [S] (-1: logits that are not finite), and log-probabilities.
+    """The model's tokens at each slot's places [S,P] (-1: logits that are not finite).
 
-    logprob [S] is the token's; top, top_logprob [S,TOP_LOGPROBS] are the likeliest tokens', of the
-    distribution before any filter. None where they are not asked for.
+    count [S]: how many of them, the first ones, are the answer's: those places' own inputs were
+    accepted. logprob [S,P] is each token's; top, top_logprob [S,P,TOP_LOGPROBS] are the likeliest
+    tokens', of the distribution before any filter. None where they are not asked for.
     """
 
     token: Any
+    count: Any
     logprob: Any = None
     top: Any = None
     top_logprob: Any = None
 
 
-def no_draws(slots: int, vocab_size: int) -> Draws:
+def no_draws(slots: int, vocab_size: int, places: int = 1) -> Draws:
     """Draws in which no slot takes part."""
     return Draws(
         active=np.zeros(slots, bool),
@@ -61,41 +64,61 @@ def no_draws(slots: int, vocab_size: int) -> Draws:
         seed=np.zeros(slots, np.uint32),
         row=np.zeros(slots, np.int32),
         step=np.zeros(slots, np.int32),
-        allowed_SW=np.full((slots, -(-vocab_size // WORD)), 0xFFFFFFFF, np.uint32),
+        allowed_SPW=np.full((slots, places, words(vocab_size)), ALL, np.uint32),
     )
 
 
-def choose(logits_SV, draws: Draws, scored: bool) -> Choice:
-    """Draws a token for each slot; `scored`: with log-probabilities."""
-    keys_S = jax.vmap(_key)(draws.seed, draws.row, draws.step)
-    legal_SV = only_allowed(logits_SV, draws.allowed_SW)
-    token_S = sampling_lib.sample(legal_SV, keys_S, draws.sampling)
-    finite_S = jnp.isfinite(logits_SV).all(axis=-1)
+def words(vocab_size: int) -> int:
+    """How many words hold a bit for each token."""
+    return -(-vocab_size // WORD)
+
+
+def draw(logits_SPV, draws: Draws, first: int = 0):
+    """The tokens [S,P] of places `first`, `first` + 1, ..., before anything is masked."""
+    slots, places, vocab = logits_SPV.shape
+    step_SP = draws.step[:, None] + jnp.arange(first, first + places, dtype=jnp.int32)[None]
+    keys = jax.vmap(jax.vmap(_key, (None, None, 0)))(draws.seed, draws.row, step_SP)
+    flat = logits_SPV.reshape(slots * places, vocab)
+    sampling = jax.tree.map(lambda x: jnp.repeat(x, places), draws.sampling)
+    return sampling_lib.sample(flat, keys.reshape(-1), sampling).reshape(slots, places)
+
+
+def choose(logits_SPV, draws: Draws, scored: bool) -> Choice:
+    """Draws the tokens of all places, one of each slot accepted; `scored`: log-probabilities too.
+
+    A place is drawn with the filters of its slot and the key of its new token, whatever was
+    drafted there: so an answer is the same with drafts and without.
+    """
+    token_SP = draw(only_allowed(logits_SPV, draws.allowed_SPW), draws)
+    finite_SP = jnp.isfinite(logits_SPV).all(axis=-1)
+    count_S = draws.active.astype(jnp.int32)
+    token_SP = jnp.where(finite_SP, token_SP, -1)
     if not scored:
-        return Choice(jnp.where(finite_S, token_S, -1))
-    return Choice(jnp.where(finite_S, token_S, -1), *logprobs(logits_SV, token_S))
+        return Choice(token_SP, count_S)
+    flat = logits_SPV.reshape(-1, logits_SPV.shape[2])
+    scores = logprobs(flat, token_SP.reshape(-1))
+    return Choice(token_SP, count_S, *(x.reshape(*token_SP.shape, *x.shape[1:]) for x in scores))
 
 
 def _key(seed, row, step):
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), step)
 
 
-def only_allowed(logits_SV, allowed_SW):
+def only_allowed(logits_SPV, allowed_SPW):
     """Minus infinity where a token's bit is not set."""
 
-    def masked(logits_SV):
-        token = jnp.arange(logits_SV.shape[1], dtype=jnp.int32)
-        words_SV = allowed_SW[:, token // WORD]
-        bits_SV = (words_SV >> (token % WORD).astype(jnp.uint32)[None]) & jnp.uint32(1)
-        return jnp.where(bits_SV > 0, logits_SV, -jnp.inf)
+    def masked(logits_SPV):
+        token = jnp.arange(logits_SPV.shape[2], dtype=jnp.int32)
+        bits_SPV = allowed_SPW[:, :, token // WORD] >> (token % WORD).astype(jnp.uint32)[None, None]
+        return jnp.where(bits_SPV & jnp.uint32(1) > 0, logits_SPV, -jnp.inf)
 
-    free = jnp.all(allowed_SW == jnp.uint32(0xFFFFFFFF))
-    return jax.lax.cond(free, lambda x: x, masked, logits_SV)
+    free = jnp.all(allowed_SPW == jnp.uint32(ALL))
+    return jax.lax.cond(free, lambda x: x, masked, logits_SPV)
 
 
 def logprobs(logits_XV, token_X):
     """The tokens' log-probabilities, and the likeliest tokens with theirs; see `Choice`."""
     logprob_XV = jax.nn.log_softmax(logits_XV.astype(jnp.float32))
-    own_X = jnp.take_along_axis(logprob_XV, token_X[:, None], axis=1)[:, 0]
+    own_X = jnp.take_along_axis(logprob_XV, jnp.maximum(token_X, 0)[:, None], axis=1)[:, 0]
     top_logprob, top = jax.lax.top_k(logprob_XV, min(TOP_LOGPROBS, logits_XV.shape[1]))
     return own_X, top.astype(jnp.int32), top_logprob

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from v4jax.engine.answer import Answer
-from v4jax.engine.choice import WORD, Draws, no_draws
-from v4jax.engine.programs import Programs
+from v4jax.engine.choice import ALL, Draws, words
+from v4jax.engine.programs import Programs, Row
 from v4jax.engine.request import Checked, Event, Request, TokenLogprob, check
 from v4jax.engine.scheduler import Scheduler
 from v4jax.engine.stream import Stream
@@ -26,7 +26,9 @@ from v4jax.infer.arguments import whole_number
 from v4jax.infer.executables import executables_of
 from v4jax.infer.generate import PREFILL_CHUNK, Generation
 from v4jax.infer.placement import Placement
+from v4jax.model import draft as draft_lib
 
+MTP_TOKENS = 2  # a chain of more seldom has its last ones accepted
 PAGE = 128  # chunks end at multiples of it, and prefixes are stored by it
 
 
@@ -62,6 +64,7 @@ class _Pending:
 
     choice: Any
     jobs: dict[int, _Job]
+    limit_S: Any = None  # of a round: drafts that each slot could accept
 
 
 class Engine:
@@ -73,6 +76,9 @@ class Engine:
       max_length: tokens of prompt and answer that a slot holds.
       prefill_chunk: tokens of a prompt that are read between two decode rounds, a multiple of 128.
       exact: read every chunk in the same width, so that restored prefixes are exact to the bit.
+      draft: "mtp" or "dspark", which the model must have; None for none; "auto" for the one that
+        the model has, if any.
+      draft_tokens: how many tokens it proposes a round; by default all of a DSpark block, or 2.
       seed: of requests without one.
       tokenizer: for texts in events and for `Request.stop`.
       programs: a directory in which compiled programs are kept for other processes.
@@ -90,6 +96,8 @@ class Engine:
         max_length: int = 4096,
         prefill_chunk: int | None = None,
         exact: bool = False,
+        draft: str | None = "auto",
+        draft_tokens: int | None = None,
         seed: int = 0,
         tokenizer=None,
         programs=None,
@@ -100,6 +108,7 @@ class Engine:
         self._config, self._chunk = model.config, _chunk(prefill_chunk, max_length)
         self._seed = whole_number("seed", seed, 0, 2**32 - 1)
         self._tokenizer = tokenizer
+        kind, self._drafted = _draft(model.config, draft, draft_tokens)
         placement = Placement.of(model, slots)
         self._programs = Programs(
             placement,
@@ -108,16 +117,20 @@ class Engine:
             max_length=self._max_length,
             chunk=self._chunk,
             exact=exact,
+            kind=kind,
+            drafted=self._drafted,
             executables=None if programs is None else executables_of(os.fspath(programs)),
         )
         self._scheduler: Scheduler[_Job] = Scheduler(slots)
-        self._cache, self._tokens_S = self._programs.fresh_lane()
-        self._row: Any = None  # the cache of the prompt that is being read
-        self._draws: Draws = no_draws(slots, model.config.vocab_size)
+        self._lane = self._programs.fresh_lane()
+        self._row: Row | None = None  # of the prompt that is being read
+        self._draws: Draws = self._programs.no_draws()
         self._pending: list[_Pending] = []
         self._cancelled: list[Stream] = []
         self._arrivals = itertools.count()
         self._counts = dict.fromkeys(_COUNTS, 0)
+        self._verified_at = np.zeros(self._drafted, int)
+        self._accepted_at = np.zeros(self._drafted, int)
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
@@ -200,7 +213,8 @@ class Engine:
                 "slots_busy": self._scheduler.busy,
                 "compilations": self._programs.compiled,
             }
-            return self._counts | now
+            acceptance = self._accepted_at / np.maximum(self._verified_at, 1)
+            return self._counts | now | {"acceptance": acceptance.round(4).tolist()}
 
     def start(self) -> None:
         """Runs the loop in a thread, until `close`."""
@@ -328,48 +342,53 @@ class Engine:
         _set_draw(self._draws, slot, job)
         self._permit(slot, job)
         draws = jax.tree.map(lambda x: x[slot : slot + 1], self._draws)
+        draws = draws._replace(active=np.ones(1, bool), allowed_SPW=draws.allowed_SPW[:, :1])
         choice = self._programs.first(logits_1V, draws, job.request.logprobs is not None)
-        put = self._programs.put(self._cache, self._tokens_S, slot, self._row, choice.token)
-        (self._cache, self._tokens_S), self._row = put, None
-        job.asked = 1
+        self._lane = self._programs.put(self._lane, slot, self._row, choice.token)
+        self._row, job.asked = None, 1
         self._pending.append(_Pending(choice, {0: job}))
 
     def _decode_round(self) -> bool:
-        """Asks for the next token of every slot that wants one."""
+        """Asks for the next tokens of every slot that wants some."""
         if self._needs_tokens():
             self._hand_out(0)
         jobs = {slot: job for slot, job in self._scheduler.decoding.items() if job.wants_more}
         if not jobs:
             return False
+        drafts_SP, limit_S = self._programs.no_drafts()
         self._draws.active[:] = False
         for slot, job in jobs.items():
             self._draws.active[slot] = True
             self._draws.step[slot] = job.asked
             self._permit(slot, job)
+            # Of an answer with a constraint only the next token's permissions are known.
+            drafted = 0 if job.request.constraint is not None else self._drafted
+            limit_S[slot] = min(drafted, job.request.max_new_tokens - job.asked - 1)
             job.asked += 1
         scored = any(job.request.logprobs is not None for job in jobs.values())
         # The arrays are changed while the round may not have read them yet.
         draws = jax.tree.map(np.copy, self._draws)
-        round_ = self._programs.decode(self._cache, self._tokens_S, draws, scored)
-        choice, self._cache, self._tokens_S = round_
-        self._pending.append(_Pending(choice, jobs))
+        if self._drafted:
+            drafts_SP, _ = self._programs.propose(self._lane, draws)
+        verified = self._programs.verify(self._lane, drafts_SP, limit_S, draws, scored)
+        choice, self._lane = verified
+        self._pending.append(_Pending(choice, jobs, limit_S))
         self._counts["rounds"] += 1
         self._counts["row_rounds"] += len(jobs)
         return True
 
     def _needs_tokens(self):
         """Whether the next round can only be asked for once the tokens before it are known."""
-        return any(job.request.constraint is not None for job in self._scheduler.decoding.values())
+        return self._drafted > 0 or any(
+            job.request.constraint is not None for job in self._scheduler.decoding.values()
+        )
 
     def _permit(self, slot, job):
+        """Which tokens the slot may choose next."""
+        self._draws.allowed_SPW[slot] = ALL
         if job.request.constraint is not None:
-            self._draws.allowed_SW[slot] = job.request.constraint.allowed(self._words)
-        else:
-            self._draws.allowed_SW[slot] = 0xFFFFFFFF
-
-    @property
-    def _words(self):
-        return -(-self._config.vocab_size // WORD)
+            allowed_W = job.request.constraint.allowed(words(self._config.vocab_size))
+            self._draws.allowed_SPW[slot, 0] = allowed_W
 
     def _hand_out(self, keep):
         """Reads the choices that are under way, but the newest `keep`, and hands tokens out."""
@@ -378,17 +397,37 @@ class Engine:
             choice = jax.tree.map(np.asarray, pending.choice)
             for row, job in pending.jobs.items():
                 if job.answer.finish is None:
-                    self._take(job, row, choice)
+                    self._take(job, jax.tree.map(lambda x, row=row: x[row], choice))
+                    if self._drafted and pending.limit_S is not None:
+                        self._verified(job, pending.limit_S[row], choice.count[row])
 
-    def _take(self, job, row, choice):
-        token = int(choice.token[row])
+    def _verified(self, job, limit, count):
+        """A round's drafts of one row: how many were proposed, how many accepted."""
+        job.asked += int(count) - 1
+        limit, accepted = int(limit), int(count) - 1
+        job.stream.verified(limit, accepted)
+        self._counts["drafted"] += limit
+        self._counts["accepted"] += accepted
+        self._verified_at[:limit] += 1
+        self._accepted_at[:accepted] += 1
+
+    def _take(self, job, choice):
+        """The new tokens of one row, until one of them ends the answer."""
+        for place in range(choice.count):
+            self._take_one(
+                job, jax.tree.map(lambda x, place=place: x[place], choice[2:]), choice.token[place]
+            )
+            if job.answer.finish is not None:
+                return
+
+    def _take_one(self, job, scores, token):
+        token = int(token)
         if token < 0:
             self._finish(job, _not_finite(job))
             return
         logprob = None
         if job.request.logprobs is not None:
-            scores = [x[row : row + 1] for x in choice[1:]]
-            logprob = _logprobs([token], scores, job.request.logprobs)[0]
+            logprob = _logprobs([token], [x[None] for x in scores], job.request.logprobs)[0]
         if job.request.constraint is not None:
             job.request.constraint.advance(token)
         event = job.answer.add(token, logprob)
@@ -410,13 +449,13 @@ class Engine:
 
     def _clear(self, slot):
         """Numbers that are not finite do not stay behind."""
-        row, token = self._programs.fresh_row(), np.zeros(1, np.int32)
-        put = self._programs.put(self._cache, self._tokens_S, slot, row, token)
-        self._cache, self._tokens_S = put
+        row, token_11 = self._programs.fresh_row(), np.zeros((1, 1), np.int32)
+        self._lane = self._programs.put(self._lane, slot, row, token_11)
 
 
 _COUNTS = (
     *("requests", "cancelled", "prompt_tokens", "output_tokens", "rounds", "row_rounds"),
+    *("drafted", "accepted"),
     *("finished_stop", "finished_length", "finished_cancelled", "finished_error"),
 )
 
@@ -430,6 +469,19 @@ def _chunk(prefill_chunk, max_length):
     if chunk % PAGE:
         raise InputError(f"prefill_chunk is {chunk}; expected a multiple of {PAGE}")
     return min(chunk, whole)
+
+
+def _draft(config, draft, tokens):
+    """The kind of draft and how many tokens it proposes."""
+    if draft == "auto":
+        draft = next(iter(draft_lib.kinds(config)), None)
+    if draft is None:
+        return None, 0
+    draft_lib.check_kind(config, draft)
+    block = config.dspark.block_size if draft == "dspark" else None
+    if tokens is None:
+        return draft, block or MTP_TOKENS
+    return draft, whole_number("draft_tokens", tokens, 1, block)
 
 
 def _as_rows(prompts):

@@ -6,17 +6,20 @@ run: `warm_up` compiles all of them.
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from v4jax.engine import slots as slots_lib
+from v4jax.engine import speculate
 from v4jax.engine.choice import Choice, choose, logprobs, no_draws
+from v4jax.engine.speculate import Lane
 from v4jax.infer.compiled import CompiledPrograms, OnCompile
 from v4jax.infer.executables import Executables, Program
 from v4jax.infer.placement import Placement, replicated
+from v4jax.model import draft as draft_lib
 from v4jax.model import sharded
 
 SMALLEST_WIDTH = 16
@@ -29,12 +32,20 @@ def widths(chunk: int) -> tuple[int, ...]:
     return (*(width for width in powers if width < chunk), chunk)
 
 
+class Row(NamedTuple):
+    """The state of a prompt that is being read: a cache of one row, and the draft's or None."""
+
+    cache: Any
+    draft: Any = None
+
+
 class Programs:
     """The programs of one lane: a cache of `slots` rows of `max_length` tokens.
 
     Args:
       placement: the models that read prompts and that decode. variables: as both take them.
       chunk: tokens of a prompt that are read at once; exact: in no other width.
+      kind, drafted: of the draft and how many tokens it proposes; None and 0 without one.
       executables: where compiled programs are kept for other processes, if anywhere.
     """
 
@@ -47,14 +58,29 @@ class Programs:
         max_length: int,
         chunk: int,
         exact: bool,
+        kind: str | None = None,
+        drafted: int = 0,
         executables: Executables | None = None,
     ):
         self._placement, self._variables = placement, variables
         self._slots, self._vocab = slots, placement.decode.config.vocab_size
         self._chunk, self.widths = chunk, (chunk,) if exact else widths(chunk)
+        self._drafted, self._kind = drafted, kind
         self._programs = CompiledPrograms(executables)
-        self._fresh_row = jax.jit(lambda: placement.prefill.init_cache(1, max_length))
-        self._fresh_lane = jax.jit(lambda: placement.decode.init_cache(slots, max_length))
+        self._functions = _functions(placement.decode, kind, drafted)
+        self._fresh_row = jax.jit(
+            lambda: Row(placement.prefill.init_cache(1, max_length, drafted), _state(1))
+        )
+        self._fresh_lane = jax.jit(
+            lambda: Lane(
+                placement.decode.init_cache(slots, max_length, drafted),
+                jnp.zeros(slots, jnp.int32),
+                _state(slots),
+            )
+        )
+
+        def _state(rows):
+            return None if kind is None else draft_lib.init_state(placement.decode, rows, kind)
 
     @property
     def compiled(self) -> int:
@@ -65,86 +91,119 @@ class Programs:
         """Compiles everything; the seconds that it took."""
         return self._programs.prepare(list(self._all()), on_compile)
 
-    def fresh_row(self):
-        """An empty cache of one row, to read a prompt into."""
-        return self._fresh_row()
+    def fresh_row(self) -> Row:
+        """An empty row, to read a prompt into."""
+        return self._everywhere(self._fresh_row())
 
-    def fresh_lane(self):
-        """The empty cache of all slots, and the token that each is to read next, [S]."""
-        return self._fresh_lane(), self._placement.replicate(jnp.zeros(self._slots, jnp.int32))
+    def fresh_lane(self) -> Lane:
+        """The empty state of all slots."""
+        return self._everywhere(self._fresh_lane())
 
-    def read(self, tokens, row):
+    def read(self, tokens, row: Row):
         """Reads tokens (at most the chunk) behind those of the row: logits [1,V], the row."""
-        return self._programs.run(self._reading(_padded(tokens, self._width(len(tokens))), row))
+        return self._programs.run(self._reading(*_padded(tokens, self._width(len(tokens))), row))
 
-    def read_scored(self, tokens, following, row):
+    def read_scored(self, tokens, following, row: Row):
         """The same, and of each token's follower own, top, top log-probabilities; see `Choice`.
 
         following: the token behind each; the last one's may be anything.
         """
         padded, length = _padded(tokens, self._chunk)
         behind, _ = _padded(following, self._chunk)
-        logits_1V, row, scores = self._programs.run(self._scoring(padded, behind, length, row))
+        logits_1V, row, scores = self._programs.run(self._scoring(padded, length, behind, row))
         return logits_1V, row, tuple(np.asarray(x)[: len(tokens)] for x in scores)
 
     def first(self, logits_1V, draws, scored: bool) -> Choice:
-        """The choice of a prompt's first new token; draws of one slot."""
+        """The choice of a prompt's first new token; draws of one slot and one place."""
         return self._programs.run(self._choosing(logits_1V, draws, scored))
 
-    def put(self, cache, tokens_S, slot: int, row, token_1):
-        """The lane with the row in a slot, and the tokens with the one that it is to read."""
-        return self._programs.run(self._putting(cache, tokens_S, slot, row, token_1))
+    def put(self, lane: Lane, slot: int, row: Row, token_11) -> Lane:
+        """The lane with the row in a slot, and the token [1,1] that it is to read next."""
+        return self._programs.run(self._putting(lane, slot, row, token_11))
 
-    def decode(self, cache, tokens_S, draws, scored: bool):
-        """A round: the choice of each active slot, the lane, and the tokens to read next."""
-        return self._programs.run(self._decoding(cache, tokens_S, draws, scored))
+    def propose(self, lane: Lane, draws):
+        """Drafts [S,P] and their confidences, which may be None."""
+        return self._programs.run(self._proposing(lane, draws))
+
+    def verify(self, lane: Lane, drafts_SP, limit_S, draws, scored: bool):
+        """The round's choice, and the lane; see `speculate.verify`."""
+        return self._programs.run(self._verifying(lane, drafts_SP, limit_S, draws, scored))
+
+    def no_drafts(self):
+        """Proposals and limits of a round without a draft."""
+        return np.zeros((self._slots, self._drafted), np.int32), np.zeros(self._slots, np.int32)
+
+    def no_draws(self):
+        """Draws of all slots and all places of a round."""
+        return no_draws(self._slots, self._vocab, 1 + self._drafted)
+
+    def _everywhere(self, state):
+        """On a mesh all but the cache, which has places of its own, is on every device."""
+        if self._placement.decode.sharding.mesh is None:
+            return state
+        return state._replace(
+            **{
+                name: jax.tree.map(self._placement.replicate, value)
+                for name, value in state._asdict().items()
+                if name != "cache"
+            }
+        )
 
     def _width(self, length):
         return next(width for width in self.widths if width >= length)
 
     def _all(self) -> Iterator[Program]:
-        row, (cache, tokens_S) = self.fresh_row(), self.fresh_lane()
+        row, lane = self.fresh_row(), self.fresh_lane()
         logits_1V = self._placement.replicate(jnp.zeros((1, self._vocab), jnp.float32))
-        token_1 = self._placement.replicate(jnp.zeros(1, jnp.int32))
-        none = np.zeros(0, np.int32)
+        token_11 = self._placement.replicate(jnp.zeros((1, 1), jnp.int32))
+        drafts_SP, limit_S = self.no_drafts()
+        drafts_SP = self._placement.replicate(jnp.asarray(drafts_SP))
         for width in self.widths:
-            yield self._reading(_padded(none, width), row)
-        padded, length = _padded(none, self._chunk)
-        yield self._scoring(padded, padded, length, row)
+            yield self._reading(*_padded((), width), row)
+        padded, length = _padded((), self._chunk)
+        yield self._scoring(padded, length, padded, row)
         for scored in (False, True):
             yield self._choosing(logits_1V, no_draws(1, self._vocab), scored)
-            yield self._decoding(cache, tokens_S, no_draws(self._slots, self._vocab), scored)
-        yield self._putting(cache, tokens_S, 0, row, token_1)
+            yield self._verifying(lane, drafts_SP, limit_S, self.no_draws(), scored)
+        yield self._putting(lane, 0, row, token_11)
+        if self._drafted:
+            yield self._proposing(lane, self.no_draws())
 
-    def _reading(self, padded, row):
-        tokens_1T, lengths_1 = padded
+    def _reading(self, tokens_1T, lengths_1, row):
         name = f"prefill of {tokens_1T.shape[1]} tokens of a request"
         arguments = (self._variables, row, tokens_1T, lengths_1)
-        like = (lengths_1, row)
-        return Program(name, _read, self._placement.prefill, arguments, like)
+        return self._of_prompt(name, "read", arguments, (0, row))
 
-    def _scoring(self, tokens_1T, following_1T, lengths_1, row):
-        arguments = (self._variables, row, tokens_1T, following_1T, lengths_1)
-        like = (lengths_1, row, (lengths_1,) * 3)
-        return Program("scores of a prompt", _read_scored, self._placement.prefill, arguments, like)
+    def _scoring(self, tokens_1T, lengths_1, following_1T, row):
+        arguments = (self._variables, row, tokens_1T, lengths_1, following_1T)
+        return self._of_prompt("scores of a prompt", "read_scored", arguments, (0, row, (0,) * 3))
 
     def _choosing(self, logits_1V, draws, scored):
         name = "first token" + (", scored" if scored else "")
-        function = _first_scored if scored else _first
-        arguments = (logits_1V, draws)
-        return Program(name, function, self._placement.decode, arguments, _like(scored))
+        return self._of_lane(name, "first", (logits_1V, draws), _like(scored), scored)
 
-    def _putting(self, cache, tokens_S, slot, row, token_1):
-        arguments = (cache, tokens_S, np.int32(slot), row, token_1)
-        like = (cache, tokens_S)
-        return Program("a row into a slot", _put, self._placement.decode, arguments, like)
+    def _putting(self, lane, slot, row, token_11):
+        arguments = (self._variables, lane, np.int32(slot), row, token_11)
+        return self._of_lane("a row into a slot", "put", arguments, lane)
 
-    def _decoding(self, cache, tokens_S, draws, scored):
-        name = f"decode round of {self._slots} slots" + (", scored" if scored else "")
-        function = _decode_scored if scored else _decode
-        arguments = (self._variables, cache, tokens_S, draws)
-        like = (_like(scored), cache, tokens_S)
-        return Program(name, function, self._placement.decode, arguments, like)
+    def _proposing(self, lane, draws):
+        name = f"draft of {self._drafted} tokens of {self._slots} slots"
+        like = (0, 0 if self._kind == "dspark" else None)
+        return self._of_lane(name, "propose", (self._variables, lane, draws), like)
+
+    def _verifying(self, lane, drafts_SP, limit_S, draws, scored):
+        name = f"round of {self._slots} slots and {self._drafted} drafts"
+        name += ", scored" if scored else ""
+        arguments = (self._variables, lane, drafts_SP, limit_S, draws)
+        return self._of_lane(name, "verify", arguments, (_like(scored), lane), scored)
+
+    def _of_prompt(self, name, function, arguments, like):
+        model = self._placement.prefill
+        return Program(name, self._functions[function, False], model, arguments, like)
+
+    def _of_lane(self, name, function, arguments, like, scored=False):
+        model = self._placement.decode
+        return Program(name, self._functions[function, scored], model, arguments, like)
 
 
 def _padded(tokens, width):
@@ -156,19 +215,54 @@ def _padded(tokens, width):
 
 def _like(scored):
     """A value with the structure of a choice."""
-    return Choice(0, 0, 0, 0) if scored else Choice(0)
+    return Choice(0, 0, 0, 0, 0) if scored else Choice(0, 0)
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="row")
-def _read(model, variables, row, tokens_1T, lengths_1):
-    out = model.apply(variables, tokens_1T, cache=row, lengths=lengths_1, logits="last")
-    return replicated(model, out.logits[:, 0]), out.cache
+def _functions(decoder, kind, drafted):
+    """The jitted functions by name and whether log-probabilities are wanted."""
+
+    def of(function, donated, **fixed):
+        bound = functools.partial(function, **fixed)
+        return jax.jit(bound, static_argnames="model", donate_argnames=donated)
+
+    drafting = {"decoder": decoder, "kind": kind}
+    functions = {
+        ("read", False): of(_read, "row", **drafting),
+        ("read_scored", False): of(_read_scored, "row", **drafting),
+        ("put", False): of(_put, "lane"),
+        ("propose", False): of(speculate.propose, (), width=drafted),
+    }
+    for scored in (False, True):
+        functions["first", scored] = of(_first, (), scored=scored)
+        functions["verify", scored] = of(speculate.verify, "lane", kind=kind, scored=scored)
+    return functions
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="row")
-def _read_scored(model, variables, row, tokens_1T, following_1T, lengths_1):
+def _read(model, variables, row: Row, tokens_1T, lengths_1, *, decoder, kind):
+    aux = () if kind is None else draft_lib.aux(kind)
+    out = model.apply(
+        variables, tokens_1T, cache=row.cache, lengths=lengths_1, logits="last", aux=aux
+    )
+    row = _after(row, out, variables, tokens_1T, lengths_1, decoder, kind)
+    return replicated(model, out.logits[:, 0]), row
+
+
+def _after(row, out, variables, tokens_1T, lengths_1, decoder, kind):
+    """The row after a chunk."""
+    if kind is None:
+        return row._replace(cache=out.cache)
+    taps = replicated(decoder, draft_lib.taps(out, kind))
+    state = draft_lib.seed(decoder, variables, row.draft, taps, tokens_1T, lengths_1)
+    return Row(out.cache, jax.tree.map(functools.partial(replicated, decoder), state))
+
+
+def _read_scored(model, variables, row: Row, tokens_1T, lengths_1, following_1T, *, decoder, kind):
     """A chunk with the log-probability of each next token, a block of tokens after the other."""
-    out = model.apply(variables, tokens_1T, cache=row, lengths=lengths_1, logits="normed")
+    aux = () if kind is None else draft_lib.aux(kind)
+    out = model.apply(
+        variables, tokens_1T, cache=row.cache, lengths=lengths_1, logits="normed", aux=aux
+    )
+    row = _after(row, out, variables, tokens_1T, lengths_1, decoder, kind)
     normed_TD, following_T = replicated(model, out.normed[0]), following_1T[0]
     head_VD = variables["params"]["head"]["weight"].astype(jnp.float32)
 
@@ -180,35 +274,23 @@ def _read_scored(model, variables, row, tokens_1T, following_1T, lengths_1):
     scores = jax.lax.map(lambda block: logprobs(logits(block[0]), block[1]), blocks)
     scores = tuple(replicated(model, x.reshape(-1, *x.shape[2:])) for x in scores)
     last_1D = jax.lax.dynamic_slice_in_dim(normed_TD, lengths_1[0] - 1, 1)
-    return replicated(model, logits(last_1D)), out.cache, scores
+    return replicated(model, logits(last_1D)), row, scores
 
 
-def _choose(model, logits_1V, draws, scored):
-    return jax.tree.map(functools.partial(replicated, model), choose(logits_1V, draws, scored))
+def _first(model, logits_1V, draws, scored):
+    choice = choose(logits_1V[:, None], draws, scored)
+    return jax.tree.map(functools.partial(replicated, model), choice)
 
 
-def _step(model, variables, cache, tokens_S, draws, scored):
-    """A token of each active slot; the others take part with none and keep all that they have."""
-    lengths_S = draws.active.astype(jnp.int32)
-    out = model.apply(variables, tokens_S[:, None], cache=cache, lengths=lengths_S, logits="last")
-    choice = _choose(model, replicated(model, out.logits[:, 0]), draws, scored)
-    # A slot whose logits are not finite ends: what it reads until then does not matter.
-    tokens_S = jnp.where(draws.active, jnp.maximum(choice.token, 0), tokens_S)
-    return choice, out.cache, tokens_S
-
-
-_first = jax.jit(functools.partial(_choose, scored=False), static_argnames="model")
-_first_scored = jax.jit(functools.partial(_choose, scored=True), static_argnames="model")
-_donated = {"static_argnames": "model", "donate_argnames": ("cache", "tokens_S")}
-_decode = jax.jit(functools.partial(_step, scored=False), **_donated)
-_decode_scored = jax.jit(functools.partial(_step, scored=True), **_donated)
-
-
-@functools.partial(jax.jit, **_donated)
-def _put(model, cache, tokens_S, slot, row, token_1):
-    tokens_S = slots_lib.put_number(tokens_S, slot, jnp.maximum(token_1, 0))
-    cache = slots_lib.put(cache, slot, row)
+def _put(model, variables, lane: Lane, slot, row: Row, token_11):
+    """The row in its slot; its draft is told of the first new token."""
+    token_1 = jnp.maximum(token_11[:, 0], 0)
+    cache, state = slots_lib.put(lane.cache, slot, row.cache), lane.draft
+    if state is not None:
+        began = draft_lib.begin(model, variables, row.draft, token_1, jnp.ones(1, bool))
+        state = slots_lib.put_row(state, slot, began)
+        state = jax.tree.map(functools.partial(replicated, model), state)
     if model.sharding.mesh is not None:
         places = sharded.cache_shardings(model.sharding, cache)
         cache = jax.lax.with_sharding_constraint(cache, places)
-    return cache, replicated(model, tokens_S)
+    return Lane(cache, replicated(model, slots_lib.put_row(lane.anchor_S, slot, token_1)), state)

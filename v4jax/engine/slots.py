@@ -4,8 +4,9 @@ A slot is a row of the engine's cache. Every array of a cache has its rows on on
 row goes from one cache to another of the same lengths whatever the layers keep.
 """
 
+from typing import Any
+
 import jax
-import jax.numpy as jnp
 
 from v4jax.model.cache import Cache
 
@@ -44,6 +45,10 @@ def take(cache: Cache, slot) -> Cache:
     )
 
 
-def put_number(numbers_S, slot, number_1):
-    """The numbers with a slot's replaced."""
-    return jax.lax.dynamic_update_slice_in_dim(numbers_S, jnp.asarray(number_1), slot, 0)
+def put_row(arrays: Any, slot, row: Any) -> Any:
+    """Arrays with the rows on their first axis, a slot's replaced by that of `row`, [1,...]."""
+
+    def write(buffer, new):
+        return jax.lax.dynamic_update_slice_in_dim(buffer, new, slot, 0)
+
+    return jax.tree.map(write, arrays, row)
