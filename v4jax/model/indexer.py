@@ -10,11 +10,10 @@ from v4jax import block_sizes, quant, weights
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.kernels import membership, ranges
 from v4jax.kernels.indexer_topk import api, forms
-from v4jax.kernels.indexer_topk.compact_keys import CompactKeys
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
 from v4jax.model.indexer_loss import Student
-from v4jax.model.keys import Keys, LayerState
+from v4jax.model.keys import Entries, Keys, LayerState
 from v4jax.model.layers import Execution, Projection
 from v4jax.ops.rope import rotate
 from v4jax.sharding import sequence
@@ -38,7 +37,7 @@ class Indexer(nn.Module):
 
     def extend_keys(
         self, x_BTD: Array, context: Context, state: LayerState
-    ) -> tuple[Array | CompactKeys, LayerState]:
+    ) -> tuple[Entries, LayerState]:
         """The index keys of all compressed entries so far [B,C,Z], and the state with new ones."""
         with jax.named_scope("index"):
             new, raw = self.compressor(x_BTD, context, state.older_raw("index"))
@@ -49,7 +48,7 @@ class Indexer(nn.Module):
         self,
         x_BTD: Array,
         q_latent_BTL: Array,
-        keys_BCZ: Array | CompactKeys,
+        keys_BCZ: Entries,
         cos_sin: tuple[Array, Array],
     ) -> Student:
         """Index queries [B,T,I,Z], their heads' weights [B,T,I] and the index keys."""

@@ -15,14 +15,17 @@ from flax import struct
 from jaxtyping import Array
 
 from v4jax.kernels import membership
-from v4jax.kernels.sparse_attention import api as sparse_attention
 from v4jax.kernels.indexer_topk.compact_keys import CompactKeys
+from v4jax.kernels.sparse_attention import api as sparse_attention
 from v4jax.kernels.sparse_attention.compact import CompactRows
 from v4jax.kernels.sparse_attention.entries import expanded
 from v4jax.model.cache import as_stored, read_layer, row_axes, write_layer, write_rows
 from v4jax.model.context import Context
 from v4jax.sharding import collectives, sequence
 from v4jax.sharding.rules import Layout
+
+# A list of entries or index keys: an array, or as a cache stores them.
+Entries = Array | CompactRows | CompactKeys
 
 
 class Keys(NamedTuple):
@@ -132,7 +135,7 @@ class LayerState:
 
     def extend_entries(
         self, of: str, new_BEX: Array, raw_BPX: Array | None, context: Context, ratio: int
-    ) -> tuple[Array | CompactRows | CompactKeys, "LayerState"]:
+    ) -> tuple[Entries, "LayerState"]:
         """The entries of all shards and earlier calls [B,C,X], and the state with the new ones.
 
         Entries out of a cache come in the form in which it stores them.
@@ -153,13 +156,13 @@ class LayerState:
         kept = self._keep(**{of: compressor.replace(entries=entries, raw=raw)})
         return self._read(entries), kept
 
-    def own_range(self, low_BT: Array, high_BT: Array, entries_BCX: Array) -> tuple[Array, Array]:
+    def own_range(self, low_BT: Array, high_BT: Array, entries_BCX: Entries) -> tuple[Array, Array]:
         """[low, high) in the numbering of the entries at hand."""
         if not self.in_parts:
             return low_BT, high_BT
         return sequence.own_range(self.layout, low_BT, high_BT, entries_BCX.shape[1])
 
-    def own_choice(self, chosen_BTK: Array, entries_BCX: Array) -> Array:
+    def own_choice(self, chosen_BTK: Array, entries_BCX: Entries) -> Array:
         """Chosen entries in the numbering of the entries at hand, -1 for those of other shards."""
         if not self.in_parts:
             return chosen_BTK
