@@ -62,6 +62,7 @@ def save_cache(
         "format": FORMAT,
         "max_length": str(cache.max_length),
         "max_rollback": str(cache.max_rollback),
+        "store": cache.store,
         "model": json.dumps(_identity(model)),
         "weights": fingerprint(params),
     }
@@ -105,6 +106,7 @@ def load_cache(
                 f"{path} was made with {name} {made} and this cache has "
                 f"{getattr(like, name)}; make the cache with the same sizes"
             )
+    _check_store(path, about.get("store", "activations"), like.store)
     _compare(path, stored, _leaves(like))
     if about.get("weights") != fingerprint(params):
         raise InputError(
@@ -173,6 +175,15 @@ def _check_identity(path, about, expected):
                 f"{path} was filled by a model with {name} {str(found.get(name))[:90]} and this "
                 f"model has {str(expected.get(name))[:90]}; load it with the model that filled it"
             )
+
+
+def _check_store(path, found, expected):
+    """Files from before caches had a store say nothing of it: they hold activations."""
+    if found != expected:
+        raise InputError(
+            f"{path} keeps its rows in the store {str(found)[:60]!r} and this cache in "
+            f"{expected!r}; make the cache with init_cache(..., store={str(found)[:60]!r})"
+        )
 
 
 def _check_counts(path, cache):

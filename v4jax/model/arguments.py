@@ -12,7 +12,7 @@ import numpy as np
 
 from v4jax.errors import InputError
 from v4jax.model.auxiliary import ASKABLE
-from v4jax.model.cache import Cache
+from v4jax.model.cache import Cache, check_store
 from v4jax.model.context import check_packed
 
 REPLAYS = ("router_experts", "chosen")
@@ -121,6 +121,7 @@ def _check_cache(model, cache):
             f"the cache has layers {', '.join(sorted(cache.layers))[:200]} and the model "
             f"{', '.join(names)[:200]}; expected a cache from this model's init_cache"
         )
+    check_store(cache.store, model.execution().native)
 
 
 def _check_replay(config, replay, shape, seen):

@@ -10,7 +10,8 @@ from jaxtyping import Array
 
 from v4jax import block_sizes, quant, weights
 from v4jax.config import LayerSpec, ModelConfig
-from v4jax.kernels.sparse_attention.entries import as_rows
+from v4jax.kernels.indexer_topk import forms
+from v4jax.kernels.sparse_attention.entries import expanded
 from v4jax.model import rope
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
@@ -101,7 +102,7 @@ class Attention(nn.Module):
         if self.spec.attention == "csa" and "indexer_loss" in context.aux:
             aux |= {"indexer_loss": self._indexer_loss(q_BTNH, lse_BTN, keys, student, context)}
         if "attention" in context.aux:
-            entries = as_rows(keys.entries_BCH)
+            entries = expanded(keys.entries_BCH)
             aux |= {"q": q_BTNH, "kv": kv_BTH, "entries": entries, "o": o_BTNH}
         return self._output(o_BTNH, cos_sin), state, aux
 
@@ -154,7 +155,8 @@ class Attention(nn.Module):
         seen, chosen = jnp.where(context.real, keys.high_BT, keys.low_BT), keys.choice()
         if chosen is not None:
             chosen = jnp.where(context.real[..., None], chosen, -1)
-        entries = as_rows(keys.entries_BCH)
+        entries = expanded(keys.entries_BCH)
+        student = student._replace(keys_BCZ=forms.expanded(student.keys_BCZ))
         teacher = Teacher(q_BTNH, lse_BTN, entries, keys.low_BT, seen, chosen)
         scale, heads = self.config.head_dim**-0.5, self.execution.layout.kept("heads")
         return indexer_loss(teacher, student, scale, heads)

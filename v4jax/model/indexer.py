@@ -9,11 +9,11 @@ from jaxtyping import Array
 from v4jax import block_sizes, quant, weights
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.kernels import membership, ranges
-from v4jax.kernels.indexer_topk import api
+from v4jax.kernels.indexer_topk import api, forms
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
 from v4jax.model.indexer_loss import Student
-from v4jax.model.keys import Keys, LayerState
+from v4jax.model.keys import Entries, Keys, LayerState
 from v4jax.model.layers import Execution, Projection
 from v4jax.ops.rope import rotate
 from v4jax.sharding import sequence
@@ -37,7 +37,7 @@ class Indexer(nn.Module):
 
     def extend_keys(
         self, x_BTD: Array, context: Context, state: LayerState
-    ) -> tuple[Array, LayerState]:
+    ) -> tuple[Entries, LayerState]:
         """The index keys of all compressed entries so far [B,C,Z], and the state with new ones."""
         with jax.named_scope("index"):
             new, raw = self.compressor(x_BTD, context, state.older_raw("index"))
@@ -45,7 +45,11 @@ class Indexer(nn.Module):
             return state.extend_entries("index", new, raw, context, self.spec.ratio)
 
     def student(
-        self, x_BTD: Array, q_latent_BTL: Array, keys_BCZ: Array, cos_sin: tuple[Array, Array]
+        self,
+        x_BTD: Array,
+        q_latent_BTL: Array,
+        keys_BCZ: Entries,
+        cos_sin: tuple[Array, Array],
     ) -> Student:
         """Index queries [B,T,I,Z], their heads' weights [B,T,I] and the index keys."""
         config, execution = self.config, self.execution
@@ -80,7 +84,8 @@ class Indexer(nn.Module):
             return keys._replace(chosen_BTK=ranges.visible(own, keys.low_BT, keys.high_BT)), {}
         aux, count = {}, student.keys_BCZ.shape[1]
         if "index_scores" in context.aux:
-            aux = {"index_scores": _scores(student), "index_keys": student.keys_BCZ}
+            keys_BCZ = forms.expanded(student.keys_BCZ)
+            aux = {"index_scores": _scores(student, keys_BCZ), "index_keys": keys_BCZ}
         entries = count * (state.layout.size("entries") if state.in_parts else 1)
         topk = self.config.index_topk or entries
         if context.dense or (entries <= topk and "chosen" not in context.aux):
@@ -131,7 +136,6 @@ def _best(student, keys, topk):
     return chosen_BTK, api.index_scores_at(*arguments[:3], chosen_BTK, native=student.native)
 
 
-def _scores(student):
+def _scores(student, keys_BCZ):
     """Every entry's score for every query, float32 [B,T,C]: for losses and pictures."""
-    arrays = (student.q_BTIZ, student.weight_BTI, student.keys_BCZ)
-    return api.index_scores(*arrays, **_options(student))
+    return api.index_scores(student.q_BTIZ, student.weight_BTI, keys_BCZ, **_options(student))

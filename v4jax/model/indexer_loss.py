@@ -8,7 +8,7 @@ inputs.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Student(NamedTuple):
 
     q_BTIZ: Array
     weight_BTI: Array
-    keys_BCZ: Array
+    keys_BCZ: Any  # [B,C,Z], or `CompactKeys` out of a cache; a loss takes the former
     topk: int
     native: bool
     implementation: str | None = None

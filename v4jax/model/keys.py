@@ -6,6 +6,7 @@ row). Those of earlier calls lie in the cache, and on a mesh other shards hold s
 meet, and keeps what the next call needs.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +15,17 @@ from flax import struct
 from jaxtyping import Array
 
 from v4jax.kernels import membership
+from v4jax.kernels.indexer_topk.compact_keys import CompactKeys
 from v4jax.kernels.sparse_attention import api as sparse_attention
-from v4jax.model.cache import read_layer, write_layer, write_rows
+from v4jax.kernels.sparse_attention.compact import CompactRows
+from v4jax.kernels.sparse_attention.entries import expanded
+from v4jax.model.cache import as_stored, read_layer, row_axes, write_layer, write_rows
 from v4jax.model.context import Context
 from v4jax.sharding import collectives, sequence
 from v4jax.sharding.rules import Layout
+
+# A list of entries or index keys: an array, or as a cache stores them.
+Entries = Array | CompactRows | CompactKeys
 
 
 class Keys(NamedTuple):
@@ -70,11 +77,12 @@ class LayerState:
         self, kv_BTH: Array, context: Context, window: int
     ) -> tuple[Keys, "LayerState"]:
         """This call's rows behind those of the cache, and the first that each query may see."""
-        older = None if self.cache is None else read_layer(self.cache.window, self.layer)
+        stored = None if self.cache is None else read_layer(self.cache.window, self.layer)
+        older = expanded(stored)
         rows = sequence.joined_rows(self.layout, kv_BTH, older, window - 1)
         state = self
         if older is not None:
-            last = sequence.last_rows(self.layout, rows, context.call.total, older.shape[1])
+            last = self._last_rows(stored, kv_BTH, rows, context.call.total)
             state = self._keep(window=write_layer(self.cache.window, self.layer, last))
         if context.last_only:
             # The window that ends with the last real token, behind `older` and the others.
@@ -101,6 +109,24 @@ class LayerState:
         low, high = self.own_range(jnp.zeros_like(high), high, kv)
         return Keys(entries_BCH=kv, low_BT=low, high_BT=high), self._keep(tokens=tokens)
 
+    def _last_rows(self, stored, kv_BTH, rows_BSH, total_B):
+        """The window's rows for the next call, in the form in which it is stored.
+
+        Rows of earlier calls move up as they are stored: a decode step packs its own row only.
+        """
+        few = kv_BTH.shape[1] <= stored.shape[1] and not self.layout.axes("sequence")
+        if not (few and isinstance(stored, CompactRows)):
+            last = sequence.last_rows(self.layout, rows_BSH, total_B, stored.shape[1])
+            return as_stored(stored, last)
+
+        def one(older, new, axis):
+            joined = jnp.concatenate([older, new], axis)
+            take = jax.lax.dynamic_slice_in_dim
+            keep = older.shape[axis]
+            return jax.vmap(lambda x, n: take(x, n, keep, axis - 1))(joined, total_B)
+
+        return jax.tree.map(one, stored, as_stored(stored, kv_BTH), row_axes(stored, 1))
+
     def older_raw(self, of: str) -> Array | None:
         """A compressor's rows of earlier calls [B,P,X]; `of` is "main" or "index"."""
         if self.cache is None:
@@ -109,8 +135,10 @@ class LayerState:
 
     def extend_entries(
         self, of: str, new_BEX: Array, raw_BPX: Array | None, context: Context, ratio: int
-    ) -> tuple[Array, "LayerState"]:
+    ) -> tuple[Entries, "LayerState"]:
         """The entries of all shards and earlier calls [B,C,X], and the state with the new ones.
+
+        Entries out of a cache come in the form in which it stores them.
 
         Args:
           of: "main", the compressor's entries, or "index", the indexer's keys.
@@ -128,13 +156,13 @@ class LayerState:
         kept = self._keep(**{of: compressor.replace(entries=entries, raw=raw)})
         return self._read(entries), kept
 
-    def own_range(self, low_BT: Array, high_BT: Array, entries_BCX: Array) -> tuple[Array, Array]:
+    def own_range(self, low_BT: Array, high_BT: Array, entries_BCX: Entries) -> tuple[Array, Array]:
         """[low, high) in the numbering of the entries at hand."""
         if not self.in_parts:
             return low_BT, high_BT
         return sequence.own_range(self.layout, low_BT, high_BT, entries_BCX.shape[1])
 
-    def own_choice(self, chosen_BTK: Array, entries_BCX: Array) -> Array:
+    def own_choice(self, chosen_BTK: Array, entries_BCX: Entries) -> Array:
         """Chosen entries in the numbering of the entries at hand, -1 for those of other shards."""
         if not self.in_parts:
             return chosen_BTK
@@ -163,7 +191,9 @@ class LayerState:
 
     def _read(self, buffer_RBCX):
         """The layer's cached entries: of all shards, unless each attends to its own."""
-        entries = read_layer(buffer_RBCX, self.layer)
+        entries, axes = read_layer(buffer_RBCX, self.layer), self.layout.axes("entries")
         if sequence.spread_entries(self.layout):
             return entries
-        return collectives.gather(entries, self.layout.axes("entries"), 1)
+        gather = functools.partial(collectives.gather, axes=axes)
+        axis = row_axes(entries, 1)
+        return jax.tree.map(lambda x, axis: gather(x, dimension=axis), entries, axis)

@@ -169,18 +169,34 @@ class Transformer:
         found = {path: of(weight) for path, weight in declared.items()}
         return {"params": {}, "buffers": {}} | unflatten_dict(found)
 
-    def init_cache(self, batch: int, max_length: int, rollback: int = 0) -> Cache:
-        """An empty decode state; see `cache.init_cache`."""
+    def init_cache(
+        self, batch: int, max_length: int, rollback: int = 0, store: str | None = None
+    ) -> Cache:
+        """An empty decode state; see `cache.init_cache`.
+
+        Args:
+          store: how rows of keys are kept. "native": as the official kernels store them, half the
+            bytes, where native numerics has rounded them so. "activations": in the activations'
+            type, which gives the same numbers. None: the smaller one that the numerics allows.
+
+        Raises:
+          InputError: sizes that no call could use, or a store that the numerics does not allow.
+        """
         cache_lib.check_sizes(self.config, batch, max_length, rollback)
+        execution = self.execution()
+        if store is None:
+            store = "native" if execution.native else "activations"
+        cache_lib.check_store(store, execution.native)
         make = functools.partial(
             cache_lib.init_cache,
             self.config,
             batch,
             max_length,
             rollback=rollback,
-            dtype=self.execution().dtype,
+            dtype=execution.dtype,
             min_repeats=self.min_repeats,
             parts=self.sharding.size("entries"),
+            store=store,
         )
         if self.sharding.mesh is None:
             return make()

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Inexact, Int, UInt32
 
 from v4jax.kernels import dispatch, membership, ranges
-from v4jax.kernels.indexer_topk import chosen_scores, reference, stored_keys, xla
+from v4jax.kernels.indexer_topk import chosen_scores, forms, reference, xla
+from v4jax.kernels.indexer_topk.compact_keys import CompactKeys
 from v4jax.kernels.indexer_topk.gpu import choice as pallas_gpu
 from v4jax.kernels.indexer_topk.gpu import scores as pallas_gpu_scores
 from v4jax.kernels.indexer_topk.stored_keys import StoredKeys
@@ -15,11 +16,22 @@ from v4jax.kernels.indexer_topk.tpu import choice as pallas_tpu
 from v4jax.kernels.indexer_topk.tpu import scores as pallas_tpu_scores
 from v4jax.ops import derivatives
 
+
+def _on_kernel_form(member):
+    """A kernel's choice from keys in any form."""
+
+    @functools.wraps(member)
+    def run(q_BTIZ, weight_BTI, keys_BCZ, *args, **options):
+        return member(q_BTIZ, weight_BTI, forms.for_kernels(keys_BCZ), *args, **options)
+
+    return run
+
+
 MEMBER = {
     "xla": xla.indexer_member,
     "reference": reference.indexer_member,
-    "pallas_tpu": pallas_tpu.indexer_member,
-    "pallas_gpu": pallas_gpu.indexer_member,
+    "pallas_tpu": _on_kernel_form(pallas_tpu.indexer_member),
+    "pallas_gpu": _on_kernel_form(pallas_gpu.indexer_member),
 }
 # A path of their own where that is faster than going through the packed mask.
 INDICES = {"xla": xla.indexer_topk, "reference": reference.indexer_topk}
@@ -43,7 +55,7 @@ _REFUSE_SCORES = {"pallas_tpu": pallas_tpu_scores.refuse, "pallas_gpu": pallas_g
 def indexer_member(
     q_BTIZ: Inexact[Array, "b t i z"],
     weight_BTI: Inexact[Array, "b t i"],
-    keys_BCZ: Inexact[Array, "b c z"] | StoredKeys,
+    keys_BCZ: Inexact[Array, "b c z"] | StoredKeys | CompactKeys,
     low_BT: Int[Array, "b t"],
     high_BT: Int[Array, "b t"],
     topk: int,
@@ -59,7 +71,7 @@ def indexer_member(
 
     Args:
       q_BTIZ: index queries, weight_BTI their heads' weights, keys_BCZ the entries' keys, which may
-        be `StoredKeys`: the choice is that of the keys they stand for.
+        be `StoredKeys` or `CompactKeys`: the choice is that of the keys they stand for.
       low_BT, high_BT: a query may see entries low <= e < high, of those that there are. The ranges
         of a row may stand in any order, overlap and be empty.
       topk: how many to choose.
@@ -86,7 +98,7 @@ def indexer_member(
 def indexer_topk(
     q_BTIZ: Inexact[Array, "b t i z"],
     weight_BTI: Inexact[Array, "b t i"],
-    keys_BCZ: Inexact[Array, "b c z"] | StoredKeys,
+    keys_BCZ: Inexact[Array, "b c z"] | StoredKeys | CompactKeys,
     low_BT: Int[Array, "b t"],
     high_BT: Int[Array, "b t"],
     topk: int,
@@ -127,10 +139,10 @@ def _indices(member, *args, entries, topk, native, interpret):
 
 
 def _check(q_BTIZ, keys_BCZ):
-    if isinstance(keys_BCZ, StoredKeys) and q_BTIZ.shape[3] != stored_keys.WIDTH:
+    if isinstance(keys_BCZ, StoredKeys | CompactKeys) and q_BTIZ.shape[3] != keys_BCZ.shape[2]:
         raise NotImplementedError(
-            f"the index queries are {q_BTIZ.shape[3]} channels wide (z); StoredKeys have "
-            f"{stored_keys.WIDTH}"
+            f"the index queries are {q_BTIZ.shape[3]} channels wide (z); "
+            f"{type(keys_BCZ).__name__} have {keys_BCZ.shape[2]}"
         )
 
 
@@ -144,7 +156,11 @@ def _with(functions, **options):
 
 
 def _refuse(name, *args):
-    return _REFUSE[name](*args)
+    return _REFUSE[name](*jax.eval_shape(_with_kernel_form, *args))
+
+
+def _with_kernel_form(q_BTIZ, weight_BTI, keys_BCZ, *args):
+    return q_BTIZ, weight_BTI, forms.for_kernels(keys_BCZ), *args
 
 
 @jax.named_scope("index_scores")
@@ -204,7 +220,7 @@ def _refuse_scores(name, *args):
 def index_scores_at(
     q_BTIZ: Inexact[Array, "b t i z"],
     weight_BTI: Inexact[Array, "b t i"],
-    keys_BCZ: Inexact[Array, "b c z"],
+    keys_BCZ: Inexact[Array, "b c z"] | CompactKeys,
     chosen_BTK: Int[Array, "b t k"],
     *,
     native: bool = False,
@@ -215,7 +231,7 @@ def index_scores_at(
     Memory grows with T x K, in blocks of queries: plain XLA on every platform.
 
     Args:
-      q_BTIZ, weight_BTI, keys_BCZ: as of `indexer_member`.
+      q_BTIZ, weight_BTI, keys_BCZ: as of `indexer_member`; `CompactKeys` pass no gradient.
       chosen_BTK: entries of each query, -1 for none.
       native: as of `index_scores`.
       implementation: "reference" for derivatives of every order; else one by hand.

@@ -5,7 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from v4jax.kernels.indexer_topk import reference
+from v4jax.kernels.indexer_topk import compact_keys, reference
+from v4jax.kernels.indexer_topk.compact_keys import CompactKeys
 from v4jax.ops import varying
 
 # Elements of the gathered rows of a block, [B, Q, K, Z].
@@ -60,6 +61,8 @@ index_scores_at.defvjp(_forward, _backward)
 
 
 def _rows(keys_BCZ, chosen_BQK):
+    if isinstance(keys_BCZ, CompactKeys):
+        return compact_keys.take(keys_BCZ, jnp.maximum(chosen_BQK, 0))
     batch = jnp.arange(chosen_BQK.shape[0], dtype=jnp.int32)[:, None, None]
     return keys_BCZ[batch, jnp.maximum(chosen_BQK, 0)]
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.kernels import membership
-from v4jax.kernels.indexer_topk import stored_keys
+from v4jax.kernels.indexer_topk import forms
 
 
 def index_scores(q_BTIZ, weight_BTI, keys_BCZ, *, native: bool = False):
@@ -63,8 +63,7 @@ def _slopes(dots, weight, g, native):
 
 def indexer_topk(q_BTIZ, weight_BTI, keys_BCZ, low_BT, high_BT, topk, *, native=False):
     """See api.indexer_topk."""
-    if isinstance(keys_BCZ, stored_keys.StoredKeys):
-        keys_BCZ = stored_keys.unpack(keys_BCZ)
+    keys_BCZ = forms.expanded(keys_BCZ)
     scores = index_scores(q_BTIZ, weight_BTI, keys_BCZ, native=native)
     entry = jnp.arange(scores.shape[-1])[None, None]
     visible = (entry >= low_BT[..., None]) & (entry < high_BT[..., None])

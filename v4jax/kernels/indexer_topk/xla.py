@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.kernels import membership
-from v4jax.kernels.indexer_topk import reference, stored_keys
+from v4jax.kernels.indexer_topk import compact_keys, reference, stored_keys
+from v4jax.kernels.indexer_topk.compact_keys import CompactKeys
 from v4jax.kernels.indexer_topk.stored_keys import StoredKeys
 from v4jax.ops import varying
 
@@ -57,7 +58,11 @@ def _in_blocks(args, keys_BCZ, everything, finish, topk, native):
     if padding:
         args = tuple(jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) for x in args)
     tile = min(ENTRY_TILE, -(-keys_BCZ.shape[1] // COUNT_BLOCK) * COUNT_BLOCK)
-    if isinstance(keys_BCZ, StoredKeys):
+    if isinstance(keys_BCZ, CompactKeys) and length > block:
+        keys_BCZ = compact_keys.unpack(keys_BCZ)  # once, not for every block of queries
+    if isinstance(keys_BCZ, CompactKeys):
+        keys_BCZ = compact_keys.pad(keys_BCZ, tile)
+    elif isinstance(keys_BCZ, StoredKeys):
         keys_BCZ = stored_keys.pad(keys_BCZ, tile)
     else:
         keys_BCZ = jnp.pad(keys_BCZ, [(0, 0), (0, -keys_BCZ.shape[1] % tile), (0, 0)])
@@ -157,6 +162,8 @@ def _ordered_scores(q, weight, low, high, keys_BCZ, tile, native):
 def _tile_of(keys_BCZ, begin, tile):
     if isinstance(keys_BCZ, StoredKeys):
         return stored_keys.block(keys_BCZ, begin, tile)
+    if isinstance(keys_BCZ, CompactKeys):
+        return compact_keys.block(keys_BCZ, begin, tile)
     return jax.lax.dynamic_slice_in_dim(keys_BCZ, begin, tile, axis=1)
 
 

@@ -8,17 +8,30 @@ from jaxtyping import Array, Float, Inexact, Int, UInt32
 
 from v4jax.kernels import dispatch, ranges
 from v4jax.kernels.sparse_attention import reference, xla
-from v4jax.kernels.sparse_attention.entries import as_rows, check
+from v4jax.kernels.sparse_attention.compact import CompactRows
+from v4jax.kernels.sparse_attention.entries import as_rows, check, for_kernels
 from v4jax.kernels.sparse_attention.gpu import tiles as pallas_gpu
 from v4jax.kernels.sparse_attention.plan import Plan, Visible
 from v4jax.kernels.sparse_attention.stored import StoredRows
 from v4jax.kernels.sparse_attention.tpu import tiles as pallas_tpu
 from v4jax.ops import products
 
+
+def _on_kernel_form(forward):
+    """A kernel's forward pass of entries in any form."""
+
+    @functools.wraps(forward)
+    def run(plan, q_BTNH, sink_N, window_BSH, entries_BCH, visible, **options):
+        entries_BCH = for_kernels(entries_BCH)
+        return forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, visible, **options)
+
+    return run
+
+
 FORWARD = {
     "xla": xla.forward,
-    "pallas_tpu": pallas_tpu.forward,
-    "pallas_gpu": pallas_gpu.forward,
+    "pallas_tpu": _on_kernel_form(pallas_tpu.forward),
+    "pallas_gpu": _on_kernel_form(pallas_gpu.forward),
 }
 BACKWARD = {
     "xla": xla.backward,
@@ -38,7 +51,9 @@ def sparse_attention(
     window_BSH: Inexact[Array, "b s h"] | None = None,
     first_BT: Int[Array, "b t"] | None = None,
     window: int = 0,
-    entries_BCH: Inexact[Array, "b c h"] | Inexact[Array, "b c _ _"] | StoredRows | None = None,
+    entries_BCH: (
+        Inexact[Array, "b c h"] | Inexact[Array, "b c _ _"] | StoredRows | CompactRows | None
+    ) = None,
     low_BT: Int[Array, "b t"] | None = None,
     high_BT: Int[Array, "b t"] | None = None,
     chosen_BTK: Int[Array, "b t k"] | None = None,
@@ -57,8 +72,9 @@ def sparse_attention(
       first_BT: the first row that a query may see; it sees first <= row <= P + t, and of those
         only the last `window`.
       entries_BCH: compressed entries (or, for full attention, every token's own row): rows, rows
-        in lanes or `StoredRows` (`entries`, `stored`). A cache from which a TPU decodes is kept in
-        one of the latter two; of rows it would copy the list at every step.
+        in lanes, `StoredRows` or `CompactRows` (`entries`, `stored`, `compact`). A cache from which
+        a TPU decodes is kept in one of the latter three; of rows it would copy the list at every
+        step.
       low_BT, high_BT: a query may see entries low <= e < high, of those that there are. The ranges
         of a row may stand in any order, overlap and be empty.
       chosen_BTK: the entries that a query attends to, in any order, -1 where there is none; one
@@ -71,7 +87,7 @@ def sparse_attention(
 
     Returns:
       [B,T,N,H] of q's dtype; differentiable in q, sink, window and entries, except where these
-      are `StoredRows`, which are a cache's.
+      are `StoredRows` or `CompactRows`, which are a cache's.
 
     Raises:
       NotImplementedError: the named implementation does not exist or cannot take the arguments.
@@ -110,10 +126,10 @@ def _attend_bwd(plan, implementation, saved, gradients):
     """ds = p (dp - delta), delta = sum over H of do * o; the sink's value is 0, so its dp is 0."""
     dout, _ = gradients
     q_BTNH, sink_N, window_BSH, entries_BCH, visible, out, lse = saved
-    if isinstance(entries_BCH, StoredRows):
+    if isinstance(entries_BCH, StoredRows | CompactRows):
         raise NotImplementedError(
-            "sparse_attention has no gradient where the entries are StoredRows; hand it rows "
-            "[B,C,H] (stored.unpack)"
+            f"sparse_attention has no gradient where the entries are {type(entries_BCH).__name__}; "
+            "hand it rows [B,C,H] (entries.expanded)"
         )
     delta = products.over_channels(dout, out)
     dsink = -jnp.sum(jnp.exp(sink_N[None, None] - lse) * delta, axis=(0, 1))
@@ -134,4 +150,5 @@ def _bind(functions, plan):
 
 
 def _refusal(plan, q_BTNH, window_BSH, entries_BCH):
-    return lambda name, *_: REFUSE[name](plan, q_BTNH, window_BSH, entries_BCH)
+    form = jax.eval_shape(for_kernels, entries_BCH)
+    return lambda name, *_: REFUSE[name](plan, q_BTNH, window_BSH, form)

@@ -1,12 +1,14 @@
 """The forms in which a list of entries may come.
 
 Rows [B,C,H]; the same rows in lanes, [B,C,H/128,128], single rows of which a TPU's DMA can address,
-so that a decode step fetches them from the cache as it lies; or `stored.StoredRows`.
+so that a decode step fetches them from the cache as it lies; `stored.StoredRows`; or
+`compact.CompactRows`, of which kernels get `StoredRows`.
 """
 
 import jax.numpy as jnp
 
-from v4jax.kernels.sparse_attention import stored
+from v4jax.kernels.sparse_attention import compact, stored
+from v4jax.kernels.sparse_attention.compact import CompactRows
 from v4jax.kernels.sparse_attention.stored import LANES, StoredRows
 
 
@@ -30,19 +32,36 @@ def as_rows(entries):
     return entries.reshape(*entries.shape[:2], -1)
 
 
+def expanded(entries):
+    """Entries of any form as rows [B,C,H]."""
+    if isinstance(entries, CompactRows):
+        return compact.unpack(entries)
+    if isinstance(entries, StoredRows):
+        return stored.unpack(entries)
+    return as_rows(entries)
+
+
+def for_kernels(entries):
+    """Entries in a form that TPU and GPU kernels take."""
+    return compact.for_kernels(entries) if isinstance(entries, CompactRows) else entries
+
+
 def take(entries, index):
     """Rows [B, ..., H] of a list of rows at index [B, ...]."""
     if isinstance(entries, StoredRows):
         return stored.take(entries, index)
+    if isinstance(entries, CompactRows):
+        return compact.take(entries, index)
     batch = jnp.arange(index.shape[0], dtype=jnp.int32).reshape(-1, *(1 for _ in index.shape[1:]))
     return entries[batch, index]
 
 
 def check(entries, width):
     """Refuses a list whose rows are no keys of queries `width` wide."""
-    if isinstance(entries, StoredRows) and width != stored.WIDTH:
+    if isinstance(entries, StoredRows | CompactRows) and width != entries.shape[-1]:
         raise NotImplementedError(
-            f"sparse_attention: q's head width (h) is {width}; StoredRows have {stored.WIDTH}"
+            f"sparse_attention: q's head width (h) is {width}; {type(entries).__name__} have "
+            f"{entries.shape[-1]}"
         )
     if entries is None or entries.ndim != 4:
         return

@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.kernels import membership
-from v4jax.kernels.sparse_attention import stored
-from v4jax.kernels.sparse_attention.entries import as_rows
-from v4jax.kernels.sparse_attention.stored import StoredRows
+from v4jax.kernels.sparse_attention.entries import expanded
 
 
 def sparse_attention(plan, q_BTNH, sink_N, window_BSH, entries_BCH, visible):
@@ -16,8 +14,7 @@ def sparse_attention(plan, q_BTNH, sink_N, window_BSH, entries_BCH, visible):
         keys.append(window_BSH)
         masks.append(window_mask(visible.first, window_BSH.shape[1], plan.window))
     if entries_BCH is not None:
-        is_stored = isinstance(entries_BCH, StoredRows)
-        keys.append(stored.unpack(entries_BCH) if is_stored else as_rows(entries_BCH))
+        keys.append(expanded(entries_BCH))
         masks.append(entry_mask(entries_BCH.shape[1], visible))
     kv_BKH = jnp.concatenate(keys, axis=1).astype(jnp.float32)
     mask_BTK = jnp.concatenate(masks, axis=2)

@@ -74,9 +74,13 @@ def pack(rows_BCH: Inexact[Array, "b c h"]) -> StoredRows:
         raise NotImplementedError(
             f"rows are {rows_BCH.shape[2]} channels wide (h); stored rows have {WIDTH}"
         )
-    words, tails = _pack(rows_BCH)
-    missing = -words.shape[1] % SET
-    tails = jnp.pad(tails, ((0, 0), (0, missing), (0, 0)))
+    return of_words(*_pack(rows_BCH))
+
+
+def of_words(words: Int[Array, "b c 128"], tails: Int[Array, "b c w"]) -> StoredRows:
+    """From the words of each entry and those of its tail, of which zeros may be left out."""
+    missing = (-words.shape[1] % SET, TAIL - tails.shape[2])
+    tails = jnp.pad(tails, ((0, 0), *((0, count) for count in missing)))
     tails = einops.rearrange(tails, "b (s k r) w -> b (s r) (k w)", k=PLANES, r=TAIL)
     return StoredRows(words, tails)
 
@@ -103,7 +107,7 @@ def _pack(rows_BCH):
     batch, count, _ = rows_BCH.shape
     kept = quant.fake_quant_e4m3(rows_BCH[..., :KEPT], GROUP).astype(jnp.float32)
     kept = kept.reshape(batch, count, -1, GROUP)
-    scale = _scale_byte(jnp.max(jnp.abs(kept), axis=-1))
+    scale = scale_byte(jnp.max(jnp.abs(kept), axis=-1))
     # On the grid of E4M3 already, so that no backend's cast rounds.
     codes = (kept * exp2(254 - scale)[..., None]).astype(jnp.float8_e4m3fn)
     codes = jax.lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.int32)
@@ -120,14 +124,6 @@ def _pack(rows_BCH):
 def _join_bytes(x_BCIJ):
     """[B,C,4,J] bytes to words [B,C,J], the first the lowest."""
     return sum(x_BCIJ[:, :, i] << (8 * i) for i in range(4))
-
-
-def _scale_byte(amax):
-    """E8M0 of 2^ceil(log2(max(amax, 1e-4) / 448)), without a logarithm or a division."""
-    amax = jnp.maximum(amax, 1e-4)
-    power = jnp.minimum(quant.pow2_ceil(amax), 2.0**127)
-    scale = power * jnp.where(amax <= 0.875 * power, 2.0**-9, 2.0**-8)
-    return jax.lax.bitcast_convert_type(scale, jnp.int32) >> 23
 
 
 @functools.partial(jax.jit, inline=True)
@@ -183,6 +179,14 @@ def tail_row(index):
 def quarter(index):
     """Which quarter of that row they are."""
     return (index >> 5) & (PLANES - 1)
+
+
+def scale_byte(amax):
+    """E8M0 of 2^ceil(log2(max(amax, 1e-4) / 448)), without a logarithm or a division."""
+    amax = jnp.maximum(amax, 1e-4)
+    power = jnp.minimum(quant.pow2_ceil(amax), 2.0**127)
+    scale = power * jnp.where(amax <= 0.875 * power, 2.0**-9, 2.0**-8)
+    return jax.lax.bitcast_convert_type(scale, jnp.int32) >> 23
 
 
 def byte(words, i):

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from v4jax import quant
 from v4jax.kernels import membership
-from v4jax.kernels.sparse_attention import query_blocks, stored
+from v4jax.kernels.sparse_attention import compact, query_blocks, stored
+from v4jax.kernels.sparse_attention.compact import CompactRows
 from v4jax.kernels.sparse_attention.entries import as_rows, take
 from v4jax.kernels.sparse_attention.stored import StoredRows
 from v4jax.ops import varying
@@ -30,7 +31,8 @@ GATHERED_ELEMENTS = 1 << 22
 def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, visible):
     """See api.sparse_attention: out [B,T,N,H] of q's dtype and log-sum-exp [B,T,N]."""
     length = q_BTNH.shape[1]
-    q, window, entries, visible = _pad(plan, q_BTNH, window_BSH, as_rows(entries_BCH), visible)
+    entries = _expanded(plan, as_rows(entries_BCH), length)
+    q, window, entries, visible = _pad(plan, q_BTNH, window_BSH, entries, visible)
     block = _block(plan, length)
 
     def run(index):
@@ -53,6 +55,19 @@ def forward(plan, q_BTNH, sink_N, window_BSH, entries_BCH, visible):
     return out[:, :length], lse[:, :length]
 
 
+def _expanded(plan, entries_BCH, length):
+    """Compact rows as rows, if more are read than there are: each would be expanded several times.
+
+    A call of few queries expands those that it reads, however long the list is.
+    """
+    if not isinstance(entries_BCH, CompactRows):
+        return entries_BCH
+    count = entries_BCH.shape[1]
+    gathers = _gathers(plan, entries_BCH)
+    read = length * plan.topk if gathers else -(-length // _block(plan, length)) * count
+    return compact.unpack(entries_BCH) if read > count else entries_BCH
+
+
 def _block(plan, length):
     """How many queries there are in a block; without a window, the most."""
     smallest, largest = QUERY_BLOCKS
@@ -73,6 +88,8 @@ def _pad(plan, q_BTNH, window_BSH, entries_BCH, visible):
     if isinstance(entries_BCH, StoredRows):
         sets = -(-entries_BCH.shape[1] // stored.SET)
         entries_BCH = stored.pad(entries_BCH, _tile_size(sets * stored.SET))
+    elif isinstance(entries_BCH, CompactRows):
+        entries_BCH = compact.pad(entries_BCH, _tile_size(entries_BCH.shape[1]))
     elif entries_BCH is not None:
         tile = _tile_size(entries_BCH.shape[1])
         entries_BCH = query_blocks.pad(entries_BCH, after=-entries_BCH.shape[1] % tile)
@@ -192,6 +209,8 @@ def _entry_tile(index, entries_BCH, low, high, picked):
     begin = index * size
     if isinstance(entries_BCH, StoredRows):
         kv = stored.block(entries_BCH, begin, size)
+    elif isinstance(entries_BCH, CompactRows):
+        kv = compact.block(entries_BCH, begin, size)
     else:
         kv = jax.lax.dynamic_slice_in_dim(entries_BCH, begin, size, axis=1)
     entry = (begin + jnp.arange(size))[None, None]
