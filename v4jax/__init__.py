@@ -16,6 +16,7 @@ _MODULES = {
     "LayerSpec": "v4jax.config",
     "ModelConfig": "v4jax.config",
     "Output": "v4jax.model.output",
+    "PrefixCache": "v4jax.engine.prefix_cache",
     "QTensor": "v4jax.quant",
     "Request": "v4jax.engine.request",
     "Tokenizer": "v4jax.infer.tokenizer",

@@ -102,8 +102,12 @@ def test_a_rejected_draft_leaves_no_trace(engine, monkeypatch):
         engine._programs, "propose", lambda lane, draws: (np.zeros((4, GAMMA), np.int32), None)
     )
     rejected = engine.submit(request).result()
-    garbage = lambda lane, draws: (np.full((4, GAMMA), 300, np.int32), None)  # noqa: E731
-    monkeypatch.setattr(engine._programs, "propose", garbage)
+    wrong = min(set(range(1, 331)) - set(rejected.tokens))
+    monkeypatch.setattr(
+        engine._programs,
+        "propose",
+        lambda lane, draws: (np.full((4, GAMMA), wrong, np.int32), None),
+    )
     other = engine.submit(request).result()
     assert rejected.accepted == other.accepted == 0
     assert rejected.logprobs == other.logprobs

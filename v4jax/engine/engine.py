@@ -17,9 +17,12 @@ import numpy as np
 
 from v4jax.engine.answer import Answer
 from v4jax.engine.choice import ALL, Draws, words
+from v4jax.engine.prefix_cache import PrefixCache
+from v4jax.engine.prefixes import Prefixes, Taken
 from v4jax.engine.programs import Programs, Row
 from v4jax.engine.request import Checked, Event, Request, TokenLogprob, check
 from v4jax.engine.scheduler import Scheduler
+from v4jax.engine.slots import page_tokens
 from v4jax.engine.stream import Stream
 from v4jax.errors import InputError
 from v4jax.infer.arguments import whole_number
@@ -29,7 +32,6 @@ from v4jax.infer.placement import Placement
 from v4jax.model import draft as draft_lib
 
 MTP_TOKENS = 2  # a chain of more seldom has its last ones accepted
-PAGE = 128  # chunks end at multiples of it, and prefixes are stored by it
 
 
 @dataclasses.dataclass(eq=False)
@@ -42,6 +44,9 @@ class _Job:
       read: tokens of the prompt that the model has seen.
       asked: new tokens that were asked of the device, known or not.
       scores: log-probabilities of the prompt's tokens, chunk by chunk.
+      units: where the prompt's units are taken. on_grid: see `Hit`.
+      made: the new tokens, also those that are held back.
+      newest: the unit of the last whole page of prompt and answer.
     """
 
     request: Checked
@@ -52,6 +57,15 @@ class _Job:
     read: int = 0
     asked: int = 0
     scores: list = dataclasses.field(default_factory=list)
+    units: frozenset[int] = frozenset()
+    on_grid: bool = True
+    made: list[int] = dataclasses.field(default_factory=list)
+    newest: Taken | None = None
+
+    @property
+    def held(self) -> int:
+        """Tokens that the slot's cache holds while the request decodes."""
+        return len(self.request.tokens) + self.asked - 1
 
     @property
     def wants_more(self) -> bool:
@@ -79,6 +93,7 @@ class Engine:
       draft: "mtp" or "dspark", which the model must have; None for none; "auto" for the one that
         the model has, if any.
       draft_tokens: how many tokens it proposes a round; by default all of a DSpark block, or 2.
+      prefix_cache: where prefixes of prompts and answers are kept; None: nowhere.
       seed: of requests without one.
       tokenizer: for texts in events and for `Request.stop`.
       programs: a directory in which compiled programs are kept for other processes.
@@ -98,6 +113,7 @@ class Engine:
         exact: bool = False,
         draft: str | None = "auto",
         draft_tokens: int | None = None,
+        prefix_cache: PrefixCache | None = None,
         seed: int = 0,
         tokenizer=None,
         programs=None,
@@ -105,7 +121,7 @@ class Engine:
         slots = whole_number("slots", slots, 1)
         limit = model.config.max_position_embeddings
         self._max_length = whole_number("max_length", max_length, 1, limit)
-        self._config, self._chunk = model.config, _chunk(prefill_chunk, max_length)
+        self._config, self._chunk = model.config, _chunk(model.config, prefill_chunk, max_length)
         self._seed = whole_number("seed", seed, 0, 2**32 - 1)
         self._tokenizer = tokenizer
         kind, self._drafted = _draft(model.config, draft, draft_tokens)
@@ -119,8 +135,15 @@ class Engine:
             exact=exact,
             kind=kind,
             drafted=self._drafted,
+            pages=prefix_cache is not None,
             executables=None if programs is None else executables_of(os.fspath(programs)),
         )
+        self._prefixes = None
+        if prefix_cache is not None:
+            self._prefixes = Prefixes(
+                prefix_cache, self._programs, model, params, self._chunk, exact, kind
+            )
+        self._exact = exact
         self._scheduler: Scheduler[_Job] = Scheduler(slots)
         self._lane = self._programs.fresh_lane()
         self._row: Row | None = None  # of the prompt that is being read
@@ -214,7 +237,8 @@ class Engine:
                 "compilations": self._programs.compiled,
             }
             acceptance = self._accepted_at / np.maximum(self._verified_at, 1)
-            return self._counts | now | {"acceptance": acceptance.round(4).tolist()}
+            now["acceptance"] = acceptance.round(4).tolist()
+            return self._counts | now | ({} if self._prefixes is None else self._prefixes.stats())
 
     def start(self) -> None:
         """Runs the loop in a thread, until `close`."""
@@ -230,6 +254,8 @@ class Engine:
             for job in self._scheduler.jobs():
                 self._finish(job, job.answer.end("cancelled"))
             self._pending.clear()
+            if self._prefixes is not None:
+                self._prefixes.close()
             self._news.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -246,6 +272,8 @@ class Engine:
         """One chunk of a prompt and one decode round, at most; whether there was anything to do."""
         with self._lock:
             self._end_cancelled()
+            if self._prefixes is not None:
+                self._prefixes.store_due()
             self._admit()
             reads = self._scheduler.reading is not None
             if reads:
@@ -308,6 +336,14 @@ class Engine:
         if admitted is not None:
             _, job = admitted
             self._row = self._programs.fresh_row()
+            # Scores are asked of every token of the prompt: none can be left out.
+            if self._prefixes is not None and job.request.prompt_logprobs is None:
+                prompt, salt = job.request.tokens, job.request.salt
+                self._row, hit = self._prefixes.restore(prompt, salt, self._row)
+                job.read, job.on_grid = hit.length, hit.on_grid
+                wanted = job.request.keep_at
+                job.units = self._prefixes.places(len(prompt), job.read, hit.shared, wanted)
+                self._counts["cached_tokens"] += job.read
             job.stream.begun(job.read)
 
     def _read_chunk(self):
@@ -316,6 +352,7 @@ class Engine:
         prompt = job.request.tokens
         # Chunks end at multiples of the chunk, wherever the first one began.
         end = min((job.read // self._chunk + 1) * self._chunk, len(prompt))
+        end = min([place for place in job.units if place > job.read] + [end])
         tokens = prompt[job.read : end]
         if job.request.prompt_logprobs is None:
             logits_1V, self._row = self._programs.read(tokens, self._row)
@@ -324,7 +361,11 @@ class Engine:
             logits_1V, self._row, scores = self._programs.read_scored(tokens, following, self._row)
             job.scores += _logprobs(following, scores, job.request.prompt_logprobs)
         self._counts["prompt_tokens"] += end - job.read
+        job.on_grid &= job.read % self._chunk == 0 and end - job.read == self._chunk
         job.read = end
+        if end in job.units:
+            salt, known = job.request.salt, prompt[:end]
+            self._prefixes.add(self._prefixes.take(self._row, 0, known, salt, job.on_grid))
         if end == len(prompt):
             self._begin_answer(slot, job, logits_1V)
 
@@ -355,6 +396,7 @@ class Engine:
         jobs = {slot: job for slot, job in self._scheduler.decoding.items() if job.wants_more}
         if not jobs:
             return False
+        self._take_units(jobs)
         drafts_SP, limit_S = self._programs.no_drafts()
         self._draws.active[:] = False
         for slot, job in jobs.items():
@@ -364,6 +406,9 @@ class Engine:
             # Of an answer with a constraint only the next token's permissions are known.
             drafted = 0 if job.request.constraint is not None else self._drafted
             limit_S[slot] = min(drafted, job.request.max_new_tokens - job.asked - 1)
+            if self._stores_answers:
+                # A round ends where a unit can be taken.
+                limit_S[slot] = min(limit_S[slot], -(job.held + 1) % self._prefixes.page)
             job.asked += 1
         scored = any(job.request.logprobs is not None for job in jobs.values())
         # The arrays are changed while the round may not have read them yet.
@@ -376,6 +421,22 @@ class Engine:
         self._counts["rounds"] += 1
         self._counts["row_rounds"] += len(jobs)
         return True
+
+    @property
+    def _stores_answers(self):
+        # What decoding made is not to the bit what reading it would make.
+        return self._prefixes is not None and not self._exact
+
+    def _take_units(self, jobs):
+        """Of slots whose prompt and answer fill whole pages."""
+        if not self._stores_answers:
+            return
+        for slot, job in jobs.items():
+            if job.held % self._prefixes.page == 0 and job.held >= len(job.request.tokens):
+                self._hand_out(0)
+                tokens = np.array([*job.request.tokens, *job.made[: job.asked - 1]], np.int32)
+                salt = job.request.salt
+                job.newest = self._prefixes.take(self._lane, slot, tokens, salt, False)
 
     def _needs_tokens(self):
         """Whether the next round can only be asked for once the tokens before it are known."""
@@ -422,6 +483,7 @@ class Engine:
 
     def _take_one(self, job, scores, token):
         token = int(token)
+        job.made.append(token)
         if token < 0:
             self._finish(job, _not_finite(job))
             return
@@ -442,6 +504,8 @@ class Engine:
         if self._scheduler.reading is not None and self._scheduler.reading[1] is job:
             self._row = None
         slot = self._scheduler.remove(job)
+        if job.newest is not None and event.finish in ("stop", "length"):
+            self._prefixes.add(job.newest)
         if event.finish == "error" and slot is not None and not self._closed:
             self._clear(slot)
         self._counts[f"finished_{event.finish}"] += 1
@@ -455,19 +519,20 @@ class Engine:
 
 _COUNTS = (
     *("requests", "cancelled", "prompt_tokens", "output_tokens", "rounds", "row_rounds"),
-    *("drafted", "accepted"),
+    *("drafted", "accepted", "cached_tokens"),
     *("finished_stop", "finished_length", "finished_cancelled", "finished_error"),
 )
 
 
-def _chunk(prefill_chunk, max_length):
+def _chunk(config, prefill_chunk, max_length):
     """Tokens of a chunk: as given, else as `generate`, no more than a slot needs."""
-    whole = -(-max_length // PAGE) * PAGE
+    page = page_tokens(config)
+    whole = -(-max_length // page) * page
     if prefill_chunk is None:
-        return min(PREFILL_CHUNK, whole)
-    chunk = whole_number("prefill_chunk", prefill_chunk, PAGE)
-    if chunk % PAGE:
-        raise InputError(f"prefill_chunk is {chunk}; expected a multiple of {PAGE}")
+        return min(PREFILL_CHUNK // page * page or page, whole)
+    chunk = whole_number("prefill_chunk", prefill_chunk, page)
+    if chunk % page:
+        raise InputError(f"prefill_chunk is {chunk}; expected a multiple of {page}")
     return min(chunk, whole)
 
 

@@ -4,6 +4,7 @@ Their shapes are few and known before the first request, so that none is compile
 run: `warm_up` compiles all of them.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ class Programs:
       placement: the models that read prompts and that decode. variables: as both take them.
       chunk: tokens of a prompt that are read at once; exact: in no other width.
       kind, drafted: of the draft and how many tokens it proposes; None and 0 without one.
+      pages: whether rows are stored and restored.
       executables: where compiled programs are kept for other processes, if anywhere.
     """
 
@@ -60,12 +62,13 @@ class Programs:
         exact: bool,
         kind: str | None = None,
         drafted: int = 0,
+        pages: bool = False,
         executables: Executables | None = None,
     ):
         self._placement, self._variables = placement, variables
         self._slots, self._vocab = slots, placement.decode.config.vocab_size
         self._chunk, self.widths = chunk, (chunk,) if exact else widths(chunk)
-        self._drafted, self._kind = drafted, kind
+        self._drafted, self._kind, self._pages = drafted, kind, pages
         self._programs = CompiledPrograms(executables)
         self._functions = _functions(placement.decode, kind, drafted)
         self._fresh_row = jax.jit(
@@ -129,6 +132,30 @@ class Programs:
         """The round's choice, and the lane; see `speculate.verify`."""
         return self._programs.run(self._verifying(lane, drafts_SP, limit_S, draws, scored))
 
+    def read_page(self, state: Row | Lane, slot: int, number: int):
+        """The entries of a page of a slot, or of a row (slot 0); see `slots`."""
+        return self._programs.run(self._paging(state, slot, number))
+
+    def write_page(self, row: Row, number: int, page) -> Row:
+        """The row with a page in its place."""
+        return self._programs.run(self._page_into(row, number, page))
+
+    def read_rest(self, state: Row | Lane, slot: int):
+        """What a slot at the end of a page keeps beside its pages; see `slots`."""
+        return self._programs.run(self._resting(state, slot))
+
+    def write_rest(self, row: Row, rest, length: int) -> Row:
+        """A fresh row that goes on behind `length` tokens, whose pages it has."""
+        return self._programs.run(self._rest_into(row, rest, length))
+
+    @functools.cached_property
+    def described(self):
+        """Shapes of a page and of a rest."""
+        row = jax.eval_shape(self._fresh_row)
+        model = self._placement.decode
+        page = jax.eval_shape(functools.partial(_read_page, model), row, 0, 0)
+        return page, jax.eval_shape(functools.partial(_read_rest, model), row, 0)
+
     def no_drafts(self):
         """Proposals and limits of a round without a draft."""
         return np.zeros((self._slots, self._drafted), np.int32), np.zeros(self._slots, np.int32)
@@ -168,6 +195,13 @@ class Programs:
         yield self._putting(lane, 0, row, token_11)
         if self._drafted:
             yield self._proposing(lane, self.no_draws())
+        if self._pages:
+            page, rest = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.described)
+            for state in (row, lane):
+                yield self._paging(state, 0, 0)
+                yield self._resting(state, 0)
+            yield self._page_into(row, 0, page)
+            yield self._rest_into(row, rest, 0)
 
     def _reading(self, tokens_1T, lengths_1, row):
         name = f"prefill of {tokens_1T.shape[1]} tokens of a request"
@@ -196,6 +230,21 @@ class Programs:
         name += ", scored" if scored else ""
         arguments = (self._variables, lane, drafts_SP, limit_S, draws)
         return self._of_lane(name, "verify", arguments, (_like(scored), lane), scored)
+
+    def _paging(self, state, slot, number):
+        name = f"page of a {type(state).__name__.lower()}"
+        arguments = (state, np.int32(slot), np.int32(number))
+        return self._of_lane(name, "read_page", arguments, self.described[0])
+
+    def _page_into(self, row, number, page):
+        return self._of_lane("page into a row", "write_page", (row, np.int32(number), page), row)
+
+    def _resting(self, state, slot):
+        name = f"rest of a {type(state).__name__.lower()}"
+        return self._of_lane(name, "read_rest", (state, np.int32(slot)), self.described[1])
+
+    def _rest_into(self, row, rest, length):
+        return self._of_lane("rest into a row", "write_rest", (row, rest, np.int32(length)), row)
 
     def _of_prompt(self, name, function, arguments, like):
         model = self._placement.prefill
@@ -231,6 +280,10 @@ def _functions(decoder, kind, drafted):
         ("read_scored", False): of(_read_scored, "row", **drafting),
         ("put", False): of(_put, "lane"),
         ("propose", False): of(speculate.propose, (), width=drafted),
+        ("read_page", False): of(_read_page, ()),
+        ("write_page", False): of(_write_page, "row"),
+        ("read_rest", False): of(_read_rest, ()),
+        ("write_rest", False): of(_write_rest, "row"),
     }
     for scored in (False, True):
         functions["first", scored] = of(_first, (), scored=scored)
@@ -294,3 +347,39 @@ def _put(model, variables, lane: Lane, slot, row: Row, token_11):
         places = sharded.cache_shardings(model.sharding, cache)
         cache = jax.lax.with_sharding_constraint(cache, places)
     return Lane(cache, replicated(model, slots_lib.put_row(lane.anchor_S, slot, token_1)), state)
+
+
+def _read_page(model, state: Row | Lane, slot, number):
+    page = slots_lib.read_page(model.config, model.min_repeats, state.cache, slot, number)
+    return jax.tree.map(functools.partial(replicated, model), page)
+
+
+def _write_page(model, row: Row, number, page):
+    cache = slots_lib.write_page(model.config, model.min_repeats, row.cache, number, page)
+    return row._replace(cache=cache)
+
+
+def _read_rest(model, state: Row | Lane, slot):
+    rest = {
+        "cache": slots_lib.read_rest(model.config, model.min_repeats, state.cache, slot),
+        "draft": {
+            name: jax.lax.dynamic_slice_in_dim(getattr(state.draft, name), slot, 1, 0)
+            for name in _kept(state.draft)
+        },
+    }
+    return jax.tree.map(functools.partial(replicated, model), rest)
+
+
+def _write_rest(model, row: Row, rest, length):
+    cache = slots_lib.write_rest(model.config, model.min_repeats, row.cache, rest["cache"], length)
+    state = row.draft
+    if state is not None:
+        lengths = jnp.full_like(state.lengths, length)
+        state = state.replace(**rest["draft"], lengths=lengths)
+    return Row(cache, state)
+
+
+def _kept(state):
+    """Names of a draft's arrays that a prefix keeps: its logits are made anew."""
+    names = [] if state is None else [field.name for field in dataclasses.fields(state)]
+    return [name for name in names if name not in ("lengths", "logits")]

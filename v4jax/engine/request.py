@@ -39,6 +39,8 @@ class Request:
       salt: tells tenants apart whose stored prefixes must not be shared.
       request_id: the caller's own name for it.
       row: which of the seed's draws these are; `Engine.generate` numbers its prompts by it.
+      keep_at: numbers of tokens after which the prompt is worth storing, such as where its last
+        user turn begins; see `PrefixCache`.
     """
 
     tokens: Sequence[int]
@@ -57,6 +59,7 @@ class Request:
     salt: str = ""
     request_id: str | None = None
     row: int = 0
+    keep_at: Sequence[int] = ()
 
 
 class TokenLogprob(NamedTuple):
@@ -128,6 +131,7 @@ class Checked(NamedTuple):
     constraint: Any
     priority: int
     salt: str
+    keep_at: tuple[int, ...]
 
 
 def check(request: Request, config: ModelConfig, max_length: int, has_text: bool) -> Checked:
@@ -164,6 +168,7 @@ def check(request: Request, config: ModelConfig, max_length: int, has_text: bool
         constraint=request.constraint,
         priority=_priority(request.priority),
         salt=_text("salt", request.salt),
+        keep_at=tuple(whole_number("keep_at", n, 0) for n in request.keep_at),
     )
 
 

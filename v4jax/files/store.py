@@ -45,6 +45,10 @@ class Store:
         content = entry[_HEAD:]
         return content if entry[:_HEAD] == _head(key, content) else None
 
+    def has(self, key: str) -> bool:
+        """Whether there is an entry of that name, to be trusted or not."""
+        return self._file(key).exists()
+
     def write(self, key: str, content: bytes) -> bool:
         """Keeps the content; False where the system does not let it, which costs only time."""
         try:

@@ -63,7 +63,7 @@ def save_cache(
         "max_length": str(cache.max_length),
         "max_rollback": str(cache.max_rollback),
         "store": cache.store,
-        "model": json.dumps(_identity(model)),
+        "model": json.dumps(identity(model)),
         "weights": fingerprint(params),
     }
     data = save(_leaves(cache), metadata=about)
@@ -98,7 +98,7 @@ def load_cache(
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"cannot read a cache from {path}: {reason}") from error
     _check_format(path, about)
-    _check_identity(path, about, _identity(model))
+    _check_identity(path, about, identity(model))
     for name in ("max_length", "max_rollback"):
         made = str(about.get(name, "unknown"))[:60]
         if made != str(getattr(like, name)):
@@ -142,7 +142,7 @@ def _samples(leaf):
     return leaf[np.unravel_index(place, leaf.shape)]
 
 
-def _identity(model):
+def identity(model):
     """What a cached number depends on beside weights and tokens, as JSON has it."""
     config = dataclasses.asdict(model.config)
     execution = model.execution()
