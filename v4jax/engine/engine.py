@@ -17,6 +17,7 @@ import numpy as np
 
 from v4jax.engine.answer import Answer
 from v4jax.engine.choice import ALL, Draws, words
+from v4jax.engine.constraint import Matcher, fitted
 from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.engine.prefixes import Prefixes, Taken
 from v4jax.engine.programs import Programs, Row
@@ -41,6 +42,7 @@ class _Job:
     Attributes:
       request, stream, answer: what was asked, the caller's end, the answer so far.
       seed, row: what its tokens are drawn with; see `Request.seed`.
+      matcher: where the answer stands in its grammar, or None.
       read: tokens of the prompt that the model has seen.
       asked: new tokens that were asked of the device, known or not.
       scores: log-probabilities of the prompt's tokens, chunk by chunk.
@@ -54,6 +56,7 @@ class _Job:
     answer: Answer
     seed: int
     row: int
+    matcher: Matcher | None = None
     read: int = 0
     asked: int = 0
     scores: list = dataclasses.field(default_factory=list)
@@ -170,14 +173,19 @@ class Engine:
         checked = check(request, self._config, self._max_length, self._tokenizer is not None)
         stream = Stream(len(checked.tokens), self._wait, self._cancel)
         text = None if self._tokenizer is None else self._tokenizer.stream()
-        answer = Answer(checked.stop_ids, checked.stop, checked.max_new_tokens, text)
+        matcher, stop_ids = None, checked.stop_ids
+        if checked.constraint is not None:
+            eos = self._config.eos_token_id
+            matcher = checked.constraint.matcher(self._tokenizer, eos)
+            stop_ids |= frozenset() if eos is None else {eos}
+        answer = Answer(stop_ids, checked.stop, checked.max_new_tokens, text)
         with self._news:
             if self._closed:
                 raise InputError("the engine is closed; make another one for further requests")
             number = next(self._arrivals)
             own = checked.seed is not None
             seed, row = (checked.seed, checked.row) if own else (self._seed, number)
-            job = _Job(checked, stream, answer, seed, row)
+            job = _Job(checked, stream, answer, seed, row, matcher)
             self._scheduler.submit(job, checked.priority)
             self._counts["requests"] += 1
             self._news.notify_all()
@@ -381,7 +389,9 @@ class Engine:
             return
         self._scheduler.start_decoding()
         _set_draw(self._draws, slot, job)
-        self._permit(slot, job)
+        if not self._permitted(slot, job):
+            self._row = None
+            return
         draws = jax.tree.map(lambda x: x[slot : slot + 1], self._draws)
         draws = draws._replace(active=np.ones(1, bool), allowed_SPW=draws.allowed_SPW[:, :1])
         choice = self._programs.first(logits_1V, draws, job.request.logprobs is not None)
@@ -393,7 +403,11 @@ class Engine:
         """Asks for the next tokens of every slot that wants some."""
         if self._needs_tokens():
             self._hand_out(0)
-        jobs = {slot: job for slot, job in self._scheduler.decoding.items() if job.wants_more}
+        jobs = {
+            slot: job
+            for slot, job in self._scheduler.decoding.items()
+            if job.wants_more and self._permitted(slot, job)
+        }
         if not jobs:
             return False
         self._take_units(jobs)
@@ -402,10 +416,7 @@ class Engine:
         for slot, job in jobs.items():
             self._draws.active[slot] = True
             self._draws.step[slot] = job.asked
-            self._permit(slot, job)
-            # Of an answer with a constraint only the next token's permissions are known.
-            drafted = 0 if job.request.constraint is not None else self._drafted
-            limit_S[slot] = min(drafted, job.request.max_new_tokens - job.asked - 1)
+            limit_S[slot] = min(self._drafted, job.request.max_new_tokens - job.asked - 1)
             if self._stores_answers:
                 # A round ends where a unit can be taken.
                 limit_S[slot] = min(limit_S[slot], -(job.held + 1) % self._prefixes.page)
@@ -415,6 +426,7 @@ class Engine:
         draws = jax.tree.map(np.copy, self._draws)
         if self._drafted:
             drafts_SP, _ = self._programs.propose(self._lane, draws)
+            self._permit_behind(jobs, drafts_SP, draws, limit_S)
         verified = self._programs.verify(self._lane, drafts_SP, limit_S, draws, scored)
         choice, self._lane = verified
         self._pending.append(_Pending(choice, jobs, limit_S))
@@ -440,16 +452,36 @@ class Engine:
 
     def _needs_tokens(self):
         """Whether the next round can only be asked for once the tokens before it are known."""
-        return self._drafted > 0 or any(
-            job.request.constraint is not None for job in self._scheduler.decoding.values()
-        )
+        jobs = self._scheduler.decoding.values()
+        return self._drafted > 0 or any(job.matcher is not None for job in jobs)
+
+    def _permitted(self, slot, job):
+        """Whether the answer can go on; one whose grammar permits nothing ends."""
+        if self._permit(slot, job):
+            return True
+        message = "the grammar permits no token here that the model has; correct the grammar"
+        self._finish(job, job.answer.end("error", message))
+        return False
 
     def _permit(self, slot, job):
-        """Which tokens the slot may choose next."""
+        """Which tokens the slot may choose next; whether there are any."""
         self._draws.allowed_SPW[slot] = ALL
-        if job.request.constraint is not None:
-            allowed_W = job.request.constraint.allowed(words(self._config.vocab_size))
-            self._draws.allowed_SPW[slot, 0] = allowed_W
+        if job.matcher is None:
+            return True
+        allowed_W = fitted(job.matcher.allowed(), words(self._config.vocab_size))
+        self._draws.allowed_SPW[slot, 0] = allowed_W
+        return bool(allowed_W.any())
+
+    def _permit_behind(self, jobs, drafts_SP, draws, limit_S):
+        """Which tokens may come behind each draft; drafts that a grammar forbids are cut off."""
+        for slot, job in jobs.items():
+            if job.matcher is not None:
+                drafts = np.asarray(drafts_SP)[slot, : limit_S[slot]].tolist()
+                masks = job.matcher.walk(drafts)
+                limit_S[slot] = len(masks) - 1
+                for place, mask in enumerate(masks):
+                    fit = fitted(mask, words(self._config.vocab_size))
+                    draws.allowed_SPW[slot, place] = fit
 
     def _hand_out(self, keep):
         """Reads the choices that are under way, but the newest `keep`, and hands tokens out."""
@@ -490,9 +522,12 @@ class Engine:
         logprob = None
         if job.request.logprobs is not None:
             logprob = _logprobs([token], [x[None] for x in scores], job.request.logprobs)[0]
-        if job.request.constraint is not None:
-            job.request.constraint.advance(token)
         event = job.answer.add(token, logprob)
+        if job.matcher is not None and job.answer.finish is None:
+            job.matcher.advance(token)
+            if job.matcher.done():
+                rest = job.answer.end("stop")
+                event = rest if event is None else _joined(event, rest)
         self._counts["output_tokens"] += 1
         if event is not None and event.finish is not None:
             self._finish(job, event)
@@ -572,6 +607,17 @@ def _logprobs(tokens, scores, count) -> list[TokenLogprob]:
         )
         for i, token in enumerate(tokens)
     ]
+
+
+def _joined(event: Event, rest: Event) -> Event:
+    """Two events as one."""
+    return Event(
+        event.tokens + rest.tokens,
+        event.text + rest.text,
+        event.logprobs + rest.logprobs,
+        rest.finish,
+        rest.error,
+    )
 
 
 def _not_finite(job) -> Event:

@@ -34,7 +34,7 @@ class Request:
       logprobs: None, or how many of the likeliest tokens to name beside each new token's own
         log-probability, 0 to 20. They are of the model's distribution, before any filter.
       prompt_logprobs: the same for the tokens of the prompt, but the first.
-      constraint: an object with the methods of `constraint.Constraint`, or None.
+      constraint: what the answer has to obey, such as a `constraint.Grammar`, or None.
       priority: requests with a larger number leave the queue first.
       salt: tells tenants apart whose stored prefixes must not be shared.
       request_id: the caller's own name for it.

@@ -1,6 +1,7 @@
 """Text to token ids and back, with the tokenizer.json that lies beside a checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 from v4jax.checkpoints.load import locate
 from v4jax.errors import InputError
@@ -29,6 +30,8 @@ class Tokenizer:
                 "give token ids with --prompt_ids"
             )
         cure = "fetch the file again, or give token ids with --prompt_ids"
+        self._path = path
+        self._guidance: dict[int, Any] = {}
         self._tokenizer = read_tokenizer(path, cure)
         self._of_text = of_text(self._tokenizer)
         self._first_ids = self._read_first_ids(directory / "tokenizer_config.json")
@@ -60,6 +63,14 @@ class Tokenizer:
 
     def stream(self) -> "TextStream":
         return TextStream(self)
+
+    def guidance(self, eos: int) -> Any:
+        """The same tokenizer as llguidance has it; made once, which takes a second for 129,280."""
+        if eos not in self._guidance:
+            from llguidance import LLTokenizer
+
+            self._guidance[eos] = LLTokenizer(self._path.read_text(), eos_token=eos)
+        return self._guidance[eos]
 
     def _read_first_ids(self, path):
         if not path.exists():
