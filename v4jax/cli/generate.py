@@ -18,6 +18,8 @@ from absl import flags
 from v4jax.accounting import count_parameters
 from v4jax.checkpoints import load as checkpoint
 from v4jax.cli import compilation_cache, process_flags
+from v4jax.engine.engine import Engine, draft_of
+from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.errors import InputError
 from v4jax.hf.config import read_config
 from v4jax.infer.generate import Generation, check_request, generate
@@ -72,6 +74,15 @@ def define_flags():
     flags.DEFINE_string(
         "mesh", None, "Run on many devices, as expert=4,sequence=2 (axes: data, fsdp, tensor too)"
     )
+    flags.DEFINE_enum(
+        "draft",
+        "auto",
+        ["auto", "mtp", "dspark", "none"],
+        "Draft of speculative decoding, which changes no token (auto: where it is faster)",
+    )
+    flags.DEFINE_string(
+        "prefix_cache", None, "Directory in which prefixes of prompts and answers are kept"
+    )
     process_flags.define_flags()
     compilation_cache.define_flag()
     flags.DEFINE_enum("format", "text", ["text", "json"], "json: one object on stdout")
@@ -104,20 +115,32 @@ def _run(texts):
     _say(_describe(FLAGS.checkpoint, model, params))
     report = _Report(tokenizer, prompts, FLAGS.format)
     try:
-        result = generate(
-            model,
-            params,
-            prompts,
-            on_token=report.add,
-            on_compile=_tell_compiling,
-            programs=compilation_cache.programs(),
-            **settings,
-        )
+        result = _generate(model, params, prompts, report.add, settings)
     except KeyboardInterrupt:
         report.finish(report.so_far())
         raise
     report.finish(result)
     return 0
+
+
+def _generate(model, params, prompts, on_token, settings) -> Generation:
+    """By the engine where a draft or a prefix cache is asked for."""
+    options = {"on_compile": _tell_compiling, "programs": compilation_cache.programs()}
+    draft = draft_of(model.config, None if FLAGS.draft == "none" else FLAGS.draft)
+    if draft is None and FLAGS.prefix_cache is None:
+        return generate(model, params, prompts, on_token=on_token, **options, **settings)
+    engine = Engine(
+        model,
+        params,
+        slots=len(prompts),
+        max_length=_check(model.config, prompts, settings).capacity,
+        draft=draft,
+        prefix_cache=FLAGS.prefix_cache and PrefixCache(directory=FLAGS.prefix_cache),
+        **options,
+    )
+    with engine:
+        del settings["max_length"]
+        return engine.generate(prompts, on_token=on_token, **settings)
 
 
 def _layout():
@@ -149,7 +172,7 @@ def _settings(directory, config, demo):
 def _check(config, prompts, settings):
     settings = dict(settings)
     sampling = Sampling(*(settings.pop(name) for name in Sampling._fields))
-    check_request(config, prompts, setting=sampling, **settings)
+    return check_request(config, prompts, setting=sampling, **settings)
 
 
 class _Report:
@@ -217,6 +240,8 @@ class _Report:
             "compile_seconds": result.compile_seconds,
             "time_to_first_token": result.time_to_first_token,
             "tokens_per_second": result.tokens_per_second,
+            "cached_tokens": result.cached_tokens or [0] * len(self._prompts),
+            "draft_acceptance": _acceptance(result),
         }
 
 
@@ -236,7 +261,24 @@ def _summary(result: Generation) -> str:
         f"{waited:.2f} s ({result.compile_seconds:.2f} s compiling, "
         f"{result.time_to_first_token:.3f} s reading the prompt), "
         f"{result.tokens_per_second:.1f} tokens/s, finished: {', '.join(result.finish_reason)}"
+        f"{_of_engine(result)}"
     )
+
+
+def _of_engine(result: Generation) -> str:
+    """What a prefix cache and a draft spared."""
+    said = ""
+    if sum(result.cached_tokens or []):
+        said += f", {sum(result.cached_tokens)} prompt tokens from the prefix cache"
+    if (acceptance := _acceptance(result)) is not None:
+        said += f", {acceptance:.0%} of {sum(result.drafted)} drafts accepted"
+    return said
+
+
+def _acceptance(result: Generation) -> float | None:
+    """The share of a draft's tokens that the model took; None without drafts."""
+    drafted = sum(result.drafted or [])
+    return sum(result.accepted or []) / drafted if drafted else None
 
 
 def _describe(name, model, params) -> str:

@@ -53,6 +53,12 @@ SUBCOMMANDS = {
         ("[TEXT...]",),
         huge_pages=True,
     ),
+    "bench": Subcommand(
+        "v4jax.cli.bench",
+        "Measure the engine on a described load: tokens per second and both waits.",
+        "v4jax bench --concurrency 8 --requests 64 --prompt_tokens 512 --new_tokens 128",
+        huge_pages=True,
+    ),
     "inspect": Subcommand(
         "v4jax.cli.inspect",
         "Show a model's layers, parameters, bytes, KV cache and FLOPs; check a checkpoint.",

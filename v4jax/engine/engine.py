@@ -93,13 +93,13 @@ class Engine:
       max_length: tokens of prompt and answer that a slot holds.
       prefill_chunk: tokens of a prompt that are read between two decode rounds, a multiple of 128.
       exact: read every chunk in the same width, so that restored prefixes are exact to the bit.
-      draft: "mtp" or "dspark", which the model must have; None for none; "auto" for the one that
-        the model has, if any.
+      draft: "mtp" or "dspark", which the model must have; None for none; "auto": see `draft_of`.
       draft_tokens: how many tokens it proposes a round; by default all of a DSpark block, or 2.
       prefix_cache: where prefixes of prompts and answers are kept; None: nowhere.
       seed: of requests without one.
       tokenizer: for texts in events and for `Request.stop`.
       programs: a directory in which compiled programs are kept for other processes.
+      on_compile: as of `v4jax.generate`.
 
     Raises:
       InputError: a number out of range.
@@ -120,6 +120,7 @@ class Engine:
         seed: int = 0,
         tokenizer=None,
         programs=None,
+        on_compile=None,
     ):
         slots = whole_number("slots", slots, 1)
         limit = model.config.max_position_embeddings
@@ -140,6 +141,7 @@ class Engine:
             drafted=self._drafted,
             pages=prefix_cache is not None,
             executables=None if programs is None else executables_of(os.fspath(programs)),
+            on_compile=on_compile,
         )
         self._prefixes = None
         if prefix_cache is not None:
@@ -161,6 +163,11 @@ class Engine:
         self._news = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._closed = False
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the model."""
+        return self._config.vocab_size
 
     # What callers use.
 
@@ -191,34 +198,36 @@ class Engine:
             self._news.notify_all()
         return stream
 
-    def generate(self, prompts, max_new_tokens=64, seed=0, **options) -> Generation:
+    def generate(self, prompts, max_new_tokens=64, seed=0, on_token=None, **options) -> Generation:
         """As `v4jax.generate`: the same tokens for the same prompts, settings and seed.
 
-        options: further fields of `Request`.
+        Args:
+          on_token: called with (row, token) as soon as a token is known.
+          options: further fields of `Request`.
         """
-        started, compiled = time.perf_counter(), self._programs.compiled
+        started, compiled = time.perf_counter(), self._programs.compile_seconds
         streams = [
             self.submit(
                 Request(prompt, max_new_tokens=max_new_tokens, seed=seed, row=row, **options)
             )
             for row, prompt in enumerate(_as_rows(prompts))
         ]
+        reading = None  # time that compiling took until the last first token
+        while not all(stream.finished for stream in streams):
+            self._wait()
+            if reading is None and all(stream.begun_answer for stream in streams):
+                reading = self._programs.compile_seconds - compiled
+            for row, stream in enumerate(streams if on_token is not None else ()):
+                for event in stream.ready():
+                    for token in event.tokens:
+                        on_token(row, token)
         results = [stream.result() for stream in streams]
         for row, result in enumerate(results):
             if result.error is not None:
                 raise InputError(f"prompt {row}: {result.error}")
+        compiled = self._programs.compile_seconds - compiled
         seconds = time.perf_counter() - started
-        first = max((each.first_token_seconds or 0.0) for each in results)
-        later = sum(max(len(each.tokens) - 1, 0) for each in results)
-        del compiled
-        return Generation(
-            tokens=[each.tokens for each in results],
-            finish_reason=[str(each.finish) for each in results],
-            prompt_tokens=[each.prompt_tokens for each in results],
-            compile_seconds=0.0,
-            time_to_first_token=first,
-            tokens_per_second=later / max(seconds - first, 1e-9) if later else 0.0,
-        )
+        return _generation(results, seconds, compiled, compiled if reading is None else reading)
 
     def score(self, tokens) -> list[float]:
         """The log-probability of each token but the first, given those before it."""
@@ -228,13 +237,10 @@ class Engine:
             raise InputError(result.error)
         return [each.logprob for each in result.prompt_logprobs[1:]]
 
-    def warm_up(self, on_compile=None) -> float:
-        """Compiles every program, so that no request waits for one; the seconds that it took.
-
-        on_compile: as of `v4jax.generate`.
-        """
+    def warm_up(self) -> float:
+        """Compiles every program, so that no request waits for one; the seconds that it took."""
         with self._lock:
-            return self._programs.warm_up(on_compile)
+            return self._programs.warm_up()
 
     def stats(self) -> dict[str, Any]:
         """Counters since the engine was made, and how many requests wait and run now."""
@@ -571,10 +577,23 @@ def _chunk(config, prefill_chunk, max_length):
     return min(chunk, whole)
 
 
+def draft_of(config, draft: str | None) -> str | None:
+    """The kind of draft that is used; "auto": that of the model which makes it faster, if any.
+
+    On a CPU a round of one row costs nearly twice a step of one row with two tokens, since it is
+    bound by the number of operations: an MTP block wins there what it costs, and no more.
+    """
+    if draft != "auto":
+        return draft
+    kinds = draft_lib.kinds(config)
+    if jax.default_backend() == "cpu":
+        kinds = tuple(kind for kind in kinds if kind != "mtp")
+    return next(iter(kinds), None)
+
+
 def _draft(config, draft, tokens):
     """The kind of draft and how many tokens it proposes."""
-    if draft == "auto":
-        draft = next(iter(draft_lib.kinds(config)), None)
+    draft = draft_of(config, draft)
     if draft is None:
         return None, 0
     draft_lib.check_kind(config, draft)
@@ -582,6 +601,24 @@ def _draft(config, draft, tokens):
     if tokens is None:
         return draft, block or MTP_TOKENS
     return draft, whole_number("draft_tokens", tokens, 1, block)
+
+
+def _generation(results, seconds, compiled, reading) -> Generation:
+    """Results of one call; the time that compiling took, `reading` until then, is taken out."""
+    first = max((each.first_token_seconds or 0.0) for each in results)
+    first = max(first - reading, 0.0)
+    later = sum(max(len(each.tokens) - 1, 0) for each in results)
+    return Generation(
+        tokens=[each.tokens for each in results],
+        finish_reason=[str(each.finish) for each in results],
+        prompt_tokens=[each.prompt_tokens for each in results],
+        compile_seconds=compiled,
+        time_to_first_token=first,
+        tokens_per_second=later / max(seconds - compiled - first, 1e-9) if later else 0.0,
+        cached_tokens=[each.cached_tokens for each in results],
+        drafted=[each.drafted for each in results],
+        accepted=[each.accepted for each in results],
+    )
 
 
 def _as_rows(prompts):

@@ -22,6 +22,7 @@ from v4jax.infer.executables import Executables, Program
 from v4jax.infer.placement import Placement, replicated
 from v4jax.model import draft as draft_lib
 from v4jax.model import sharded
+from v4jax.model.mtp_draft import MTPState
 
 SMALLEST_WIDTH = 16
 _SCORED_AT_ONCE = 128  # tokens whose logits stand in memory together
@@ -48,7 +49,7 @@ class Programs:
       chunk: tokens of a prompt that are read at once; exact: in no other width.
       kind, drafted: of the draft and how many tokens it proposes; None and 0 without one.
       pages: whether rows are stored and restored.
-      executables: where compiled programs are kept for other processes, if anywhere.
+      executables, on_compile: see `CompiledPrograms`.
     """
 
     def __init__(
@@ -64,12 +65,13 @@ class Programs:
         drafted: int = 0,
         pages: bool = False,
         executables: Executables | None = None,
+        on_compile: OnCompile | None = None,
     ):
         self._placement, self._variables = placement, variables
         self._slots, self._vocab = slots, placement.decode.config.vocab_size
         self._chunk, self.widths = chunk, (chunk,) if exact else widths(chunk)
         self._drafted, self._kind, self._pages = drafted, kind, pages
-        self._programs = CompiledPrograms(executables)
+        self._programs = CompiledPrograms(executables, on_compile)
         self._functions = _functions(placement.decode, kind, drafted)
         self._fresh_row = jax.jit(
             lambda: Row(placement.prefill.init_cache(1, max_length, drafted), _state(1))
@@ -90,9 +92,14 @@ class Programs:
         """Programs that were compiled, not read from disk."""
         return self._programs.compiled
 
-    def warm_up(self, on_compile: OnCompile | None = None) -> float:
+    @property
+    def compile_seconds(self) -> float:
+        """How long making programs ready has taken."""
+        return self._programs.seconds
+
+    def warm_up(self) -> float:
         """Compiles everything; the seconds that it took."""
-        return self._programs.prepare(list(self._all()), on_compile)
+        return self._programs.prepare(list(self._all()))
 
     def fresh_row(self) -> Row:
         """An empty row, to read a prompt into."""
@@ -360,13 +367,16 @@ def _write_page(model, row: Row, number, page):
 
 
 def _read_rest(model, state: Row | Lane, slot):
-    rest = {
-        "cache": slots_lib.read_rest(model.config, model.min_repeats, state.cache, slot),
-        "draft": {
-            name: jax.lax.dynamic_slice_in_dim(getattr(state.draft, name), slot, 1, 0)
-            for name in _kept(state.draft)
-        },
+    draft = {
+        name: jax.lax.dynamic_slice_in_dim(getattr(state.draft, name), slot, 1, 0)
+        for name in _kept(state.draft)
     }
+    if isinstance(state, Lane) and isinstance(state.draft, MTPState):
+        # A slot has the row of its last position, which reading would make with the next token;
+        # the streams that it is made of are gone, and the block's own stand in for them.
+        draft["window"] = jnp.roll(draft["window"], 1, axis=1)
+    cache = slots_lib.read_rest(model.config, model.min_repeats, state.cache, slot)
+    rest = {"cache": cache, "draft": draft}
     return jax.tree.map(functools.partial(replicated, model), rest)
 
 

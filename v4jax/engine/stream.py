@@ -30,13 +30,24 @@ class Stream:
         """Whether the request has ended, whoever has read its events."""
         return self._result.finish is not None
 
+    @property
+    def begun_answer(self) -> bool:
+        """Whether a token has come, or the request has ended without one."""
+        return self._result.first_token_seconds is not None or self.finished
+
     def __iter__(self) -> Iterator[Event]:
+        while not self._over:
+            yield from self.ready()
+            if not self._over:
+                self._work()
+
+    def ready(self) -> Iterator[Event]:
+        """The events that are there already; waits for none."""
         while not self._over:
             try:
                 event = self._events.get_nowait()
             except queue.Empty:
-                self._work()
-                continue
+                return
             self._over = event.finish is not None
             yield event
 

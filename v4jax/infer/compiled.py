@@ -20,33 +20,33 @@ class CompiledPrograms:
 
     Args:
       executables: where compiled programs are kept for other processes, if anywhere.
+      on_compile: called with the names of the programs that are about to be compiled and None, and
+        again with the seconds that it took.
 
     Attributes:
-      compiled: how many programs were compiled here so far.
+      compiled: how many programs were compiled here so far. seconds: how long making programs
+        ready has taken.
     """
 
-    def __init__(self, executables: Executables | None = None):
-        self._executables = executables
+    def __init__(self, executables: Executables | None = None, on_compile: OnCompile | None = None):
+        self._executables, self._on_compile = executables, on_compile
         self._ready: dict[str, Any] = {}
-        self.compiled = 0
+        self.compiled, self.seconds = 0, 0.0
 
-    def prepare(self, programs: Sequence[Program], on_compile: OnCompile | None = None) -> float:
-        """Makes all of them ready; the seconds that it took.
-
-        Args:
-          on_compile: called with the names of the programs that are about to be compiled and None,
-            and again with the seconds that it took.
-        """
+    def prepare(self, programs: Sequence[Program]) -> float:
+        """Makes all of them ready; the seconds that it took."""
         started = time.perf_counter()
         missing = self._missing([each for each in programs if each.name not in self._ready])
         if missing:
             names = ", ".join(program.name for program in missing)
-            tell = on_compile or (lambda names, seconds: None)
+            tell = self._on_compile or (lambda names, seconds: None)
             tell(names, None)
             self._compile_all(missing)
             tell(names, time.perf_counter() - started)
         processes.compiled()
-        return time.perf_counter() - started
+        took = time.perf_counter() - started
+        self.seconds += took
+        return took
 
     def run(self, program: Program) -> Any:
         """What the program returns; it is compiled first where it is not ready."""

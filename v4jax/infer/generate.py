@@ -35,6 +35,8 @@ class Generation:
       time_to_first_token: seconds from the start of the prefill to the first token of every row.
       tokens_per_second: tokens of all rows after their first, over the time after the first; 0.0
         when there are none.
+      cached_tokens: tokens of each prompt that an engine found stored; None without an engine.
+      drafted, accepted: tokens that a draft proposed for each row, and that the model took.
     """
 
     tokens: list[list[int]]
@@ -43,6 +45,9 @@ class Generation:
     compile_seconds: float
     time_to_first_token: float
     tokens_per_second: float
+    cached_tokens: list[int] | None = None
+    drafted: list[int] | None = None
+    accepted: list[int] | None = None
 
 
 def generate(
@@ -108,11 +113,11 @@ def generate(
     placement = Placement.of(model, len(prompts))
     variables, key = placement.variables(params), placement.replicate(jax.random.key(request.seed))
     executables = None if programs is None else executables_of(os.fspath(programs))
-    decoder = Decoder(placement, variables, request.setting, key, executables)
+    decoder = Decoder(placement, variables, request.setting, key, executables, on_compile)
     answers = _Answers(prompts, request.stop_ids, on_token)
     cache = placement.prefill.init_cache(len(prompts), capacity)
     chunks = _prefill_chunks(prompts, request.prefill_chunk, capacity)
-    compile_seconds = decoder.compile(chunks, cache, request.max_new_tokens > 1, on_compile)
+    compile_seconds = decoder.compile(chunks, cache, request.max_new_tokens > 1)
     return _run(decoder, chunks, cache, answers, request.max_new_tokens, compile_seconds)
 
 

@@ -25,6 +25,7 @@ class Decoder:
       placement: the models that read prompts and that decode.
       variables, setting, key: as the programs take them.
       executables: where compiled programs are kept for other processes, if anywhere.
+      on_compile: see `generate`.
     """
 
     def __init__(
@@ -34,12 +35,13 @@ class Decoder:
         setting: sampling_lib.Sampling,
         key: jax.Array,
         executables: Executables | None = None,
+        on_compile: OnCompile | None = None,
     ):
         self._placement = placement
         self._variables = variables
         self._setting = setting
         self._key = key
-        self._programs = CompiledPrograms(executables)
+        self._programs = CompiledPrograms(executables, on_compile)
 
     def prefill(self, chunks, cache):
         """The first token of each row, [B], and the cache that holds the prompts."""
@@ -53,12 +55,9 @@ class Decoder:
         """The token after `tokens_B` in each row, and the cache that holds `tokens_B` too."""
         return self._programs.run(self._step(tokens_B, cache, step))
 
-    def compile(self, chunks, cache, decode, on_compile: OnCompile | None = None) -> float:
-        """Compiles what is needed, to keep it out of the other timings; the seconds it took.
-
-        on_compile: see `generate`.
-        """
-        return self._programs.prepare(list(self._needed(chunks, cache, decode)), on_compile)
+    def compile(self, chunks, cache, decode) -> float:
+        """Compiles what is needed, to keep it out of the other timings; the seconds it took."""
+        return self._programs.prepare(list(self._needed(chunks, cache, decode)))
 
     def _needed(self, chunks, cache, decode) -> Iterator[Program]:
         logits_BV = self._no_logits(chunks)
