@@ -12,6 +12,8 @@ from tests.support.tiny import drawn, tiny_config
 from v4jax.config import CSA, HCA
 from v4jax.model import draft
 from v4jax.model.transformer import Transformer
+from v4jax.sharding.mesh import make_mesh
+from v4jax.sharding.rules import ONE_DEVICE, STRATEGIES, Layout
 
 W = 8
 LENGTH = 150
@@ -182,3 +184,39 @@ def test_a_model_without_a_draft_says_so(lane):
         draft.init_state(model, 1, "eagle")
     with pytest.raises(v4jax.InputError, match="aux names features and the model has no DSpark"):
         model.apply(lane[0].variables, lane[1][:, :2], aux=("features",))
+
+
+@pytest.mark.slow
+def test_the_chain_on_a_mesh_is_that_of_one_device():
+    mesh = make_mesh(jax.devices()[:4], data=2, tensor=2)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 332, (2, 6), np.int32)
+    found = []
+    for layout in (ONE_DEVICE, Layout(mesh, STRATEGIES["decode"])):
+        config = tiny_config(layers=(CSA,), sliding_window=W, vocab_size=332)
+        model = Transformer(config, sharding=layout)
+        variables = drawn(model.clone(sharding=ONE_DEVICE))
+
+        @jax.jit
+        def both(variables, model=model):
+            cache, state = model.init_cache(2, 16), draft.init_state(model, 2, "mtp")
+            counts = jnp.array([6, 3], jnp.int32)
+            out = model.apply(variables, tokens, cache=cache, lengths=counts, aux=draft.aux("mtp"))
+            state = draft.seed(model, variables, state, taps(out), tokens, counts)
+            first = draft.begin(model, variables, state, tokens[:, 0], counts > 0)
+            pick = functools.partial(jnp.argmax, axis=-1)
+            drafts, _ = draft.propose(
+                model, variables, first, tokens[:, 0], GAMMA, lambda i, logits: pick(logits)
+            )
+            return drafts, first
+
+        found.append(both(variables))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *found)
+
+
+def test_a_strategy_that_cuts_rows_is_refused():
+    mesh = make_mesh(jax.devices()[:2], sequence=2)
+    model = Transformer(tiny_config(), sharding=Layout(mesh, STRATEGIES["prefill"]))
+    state = draft.init_state(model, 2, "mtp")
+    with pytest.raises(v4jax.InputError, match="came with strategy 'prefill', which cuts rows"):
+        draft.begin(model, {}, state, np.zeros(2, np.int32), np.ones(2, bool))

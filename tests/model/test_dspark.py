@@ -1,5 +1,6 @@
 """DSpark drafts against a second implementation in numpy, and the mistakes that it would show."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,8 @@ from tests.support.tiny import drawn, tiny_config
 from v4jax.config import CSA, HCA, WINDOW, DSpark, with_hash_routing
 from v4jax.model import draft
 from v4jax.model.transformer import Transformer
+from v4jax.sharding.mesh import make_mesh
+from v4jax.sharding.rules import ONE_DEVICE, STRATEGIES, Layout
 
 W = 8
 GAMMA = 5
@@ -180,6 +183,18 @@ def test_a_row_is_taken_out_and_put_in(lane, states):
     )
 
 
+def test_features_are_summed_in_float32_and_rounded_once():
+    sizes = dataclasses.replace(SIZES, target_layer_ids=(0,))
+    config = dspark_config(layers=(WINDOW,), dspark=sizes, draft_layers=1)
+    model = Transformer(config, dtype="bfloat16")
+    call = functools.partial(model.apply, aux=("streams", "features"), logits="none")
+    out = jax.jit(call)(drawn(model, moved=1.0), np.arange(30, dtype=np.int32)[None])
+    streams = np.asarray(out.aux["streams"][0], np.float64)
+    assert out.aux["features"].dtype == jnp.bfloat16
+    found = np.asarray(out.aux["features"], np.float64)
+    np.testing.assert_array_equal(found, (streams.sum(2) / 4).astype(jnp.bfloat16))
+
+
 def test_a_fresh_model_has_the_declared_variables(lane):
     shapes = jax.eval_shape(lane.model.init, jax.random.key(0))
     declared = lane.model.abstract_variables()
@@ -207,3 +222,26 @@ def test_a_model_without_a_draft_says_so(lane):
 def test_sizes_that_no_model_has(sizes, message):
     with pytest.raises(v4jax.InputError, match=message):
         dspark_config(dspark=DSpark(**({"target_layer_ids": (0,), "noise_token_id": 1} | sizes)))
+
+
+@pytest.mark.slow
+def test_drafts_on_a_mesh_are_those_of_one_device(lane, states):
+    """Rows over data, heads, experts' widths and the vocabulary over tensor."""
+    mesh = make_mesh(jax.devices()[:4], data=2, tensor=2)
+    state = jax.tree.map(lambda x: x[1:], states[0][-1])
+    anchor = lane.anchor(states[0][-1].lengths)[1:]
+    features = jnp.asarray(lane.features[1:, :6])
+    config = dspark_config(vocab_size=332, hidden_size=48)
+    found = []
+    for layout in (ONE_DEVICE, Layout(mesh, STRATEGIES["decode"])):
+        model = lane.model.clone(config=config, sharding=layout)
+        variables = drawn(model.clone(sharding=ONE_DEVICE))
+
+        @jax.jit
+        def both(variables, state, model=model):
+            counts = jnp.array([3, 0], jnp.int32)
+            state = draft.commit(model, variables, state, features, features[:, :, 0], counts)
+            return state, draft.propose(model, variables, state, anchor, GAMMA, greedy)
+
+        found.append(both(variables, state))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *found)
