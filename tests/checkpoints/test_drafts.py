@@ -18,6 +18,7 @@ from tests.support.checkpoints import (
     synthetic,
     tensors,
 )
+from tests.support.dspark_numpy import Reference
 from v4jax import quant
 from v4jax.checkpoints.convert import convert
 from v4jax.checkpoints.load import load, load_variables, save_official
@@ -120,9 +121,34 @@ def test_what_is_loaded_runs_and_is_saved_as_it_was(checkpoint, tmp_path):
     assert load_variables(tmp_path / "saved")[0] == model.config
 
 
-@pytest.mark.parametrize("numerics", [pytest.param(None, marks=pytest.mark.slow), "native"])
-def test_a_loaded_draft_proposes(checkpoint, numerics):
-    model, variables = load(checkpoint, numerics=numerics)
+def test_a_loaded_draft_uses_every_tensor_and_scale(checkpoint):
+    """FP8 and FP4 as stored, against numpy on the expanded weights."""
+    model, variables = load(checkpoint, dtype="float32")
+    _, expanded = load_variables(checkpoint, "float32")
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((1, 40, 2 * model.config.hidden_size), np.float32)
+    anchor, seen = jnp.array([7], jnp.int32), []
+
+    def pick(i, logits):
+        seen.append(logits)
+        return jnp.argmax(logits, axis=-1)
+
+    @jax.jit
+    def drafts(variables, features):
+        state = draft.init_state(model, 1, "dspark")
+        lengths = jnp.full((1,), 40, jnp.int32)
+        state = draft.seed(model, variables, state, features, features[:, :, 0], lengths)
+        return *draft.propose(model, variables, state, anchor, 5, pick), jnp.stack(seen, axis=1)
+
+    found = drafts(variables, features)
+    reference = Reference(model.config, jax.tree.map(np.asarray, expanded))
+    wanted = reference.propose(features[0], 7, lambda logits: int(np.argmax(logits)))
+    for ours, theirs in zip(found, (wanted[0], wanted[2], wanted[1]), strict=True):
+        np.testing.assert_allclose(ours[0], theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_loaded_draft_proposes_in_native_numerics(checkpoint):
+    model, variables = load(checkpoint, numerics="native")
     tokens = np.arange(12, dtype=np.int32)[None]
 
     @jax.jit
@@ -140,8 +166,7 @@ def test_a_loaded_draft_proposes(checkpoint, numerics):
     assert state.rings.dtype == jnp.bfloat16
     kept = model.config.head_dim - model.config.qk_rope_head_dim
     rows = state.rings[0, :, -12:, :kept]
-    rounded = quant.fake_quant_e4m3(rows, 64)
-    assert bool((rounded == rows).all()) == (numerics == "native")
+    assert bool((quant.fake_quant_e4m3(rows, 64) == rows).all())
 
 
 def test_expanded_weights_hold_the_draft_too(checkpoint):
