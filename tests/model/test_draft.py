@@ -164,6 +164,24 @@ def test_a_row_is_taken_out_and_put_in(lane):
     jax.tree.map(np.testing.assert_array_equal, fresh, lane.fresh()[1])
 
 
+def test_a_restored_row_makes_the_row_behind_the_cut_itself(lane):
+    """What a prefix cache keeps of a row is all that later calls read of it."""
+    lane, row, whole = lane
+    cut, step = np.full(3, CHUNK, np.int32), np.array([5, 16, 1], np.int32)
+    cache, state = lane.read(*lane.fresh(), row, cut)
+    garbage = jnp.full_like(state.logits, 1e9)
+    restored = lane.fresh()[1].replace(
+        window=state.window, streams=state.streams, lengths=state.lengths, logits=garbage
+    )
+    found = []
+    for each in (state, restored):
+        after, each = lane.read(cache, each, row, step)
+        token = token_after(row, after.lengths)
+        found.append(lane.begin(lane.variables, each, token, np.ones(3, bool)))
+    check(found[0], whole, after.lengths)
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 def test_the_last_streams_come_with_a_cache(lane):
     lane, row, whole = lane
     counts = np.array([CHUNK, 1, 7], np.int32)
