@@ -225,6 +225,56 @@ def test_sizes_that_no_model_has(sizes, message):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes, sizes, near",
+    [
+        ({"hc_mult": 1, "n_shared_experts": 0, "draft_layers": 1}, {"block_size": 1}, 1e-4),
+        ({"sliding_window": 1, "draft_layers": 2}, {"block_size": 7}, 1e-4),
+        ({"sliding_window": 128, "hc_mult": 2}, {"block_size": 3, "markov_rank": 1}, 1e-4),
+        # bf16 activations against float64.
+        ({"dtype": "bfloat16"}, {}, 5e-2),
+    ],
+)
+def test_any_sizes_and_chunks(changes, sizes, near):
+    """Random features in random chunks, ragged rows; the noise and the anchor at random too."""
+    rng = np.random.default_rng(len(changes))
+    sizes = dataclasses.replace(SIZES, **sizes, noise_token_id=int(rng.integers(331)))
+    config = dspark_config(layers=(WINDOW,) * 4, **changes, dspark=sizes)
+    model, width = Transformer(config), 3 * config.hidden_size
+    variables = drawn(model)
+    features = rng.standard_normal((3, 180, width), np.float32)
+    padded = jnp.asarray(np.pad(features, ((0, 0), (0, 32), (0, 0))), config.dtype)
+    seed = jax.jit(functools.partial(draft.seed, model))
+    commit = jax.jit(functools.partial(draft.commit, model))
+    state, seen = draft.init_state(model, 3, "dspark"), np.zeros(3, np.int32)
+    for step in range(14):
+        long = step < 5
+        counts = rng.integers(0, 33 if long else 4, 3).astype(np.int32)
+        taps = jnp.stack([padded[b, s : s + 32] for b, s in enumerate(seen)])
+        move = seed if long else commit
+        state = move(variables, state, taps, np.zeros((3, 32), np.int32), counts)
+        seen += counts
+    anchor, found = rng.integers(0, 331, 3, np.int32), []
+
+    def pick(i, logits):
+        found.append(logits)
+        return jnp.asarray(forced[:, i])  # near ties may fall either way
+
+    forced = rng.integers(0, 331, (3, sizes.block_size), np.int32)
+    given = draft.propose(model, variables, state, anchor, sizes.block_size, pick)
+    reference = Reference(config, jax.tree.map(np.asarray, variables))
+    for b, n in enumerate(seen):
+        left = iter(forced[b])
+        taps = np.asarray(padded[b, :n].astype(jnp.float32))
+        _, logits, confidences = reference.propose(
+            taps, int(anchor[b]), lambda _, left=left: next(left)
+        )
+        ours = np.stack([np.asarray(each[b]) for each in found])
+        np.testing.assert_allclose(ours, logits, rtol=near, atol=near)
+        np.testing.assert_allclose(given[1][b], confidences, rtol=near, atol=near)
+
+
+@pytest.mark.slow
 def test_drafts_on_a_mesh_are_those_of_one_device(lane, states):
     """Rows over data, heads, experts' widths and the vocabulary over tensor."""
     mesh = make_mesh(jax.devices()[:4], data=2, tensor=2)
