@@ -224,7 +224,8 @@ def test_configs_are_found_once_installed(tmp_path):
     package = Path(v4jax.config.__file__).parent
     installed = tmp_path / "v4jax"
     installed.mkdir()
-    for name in ("config.py", "errors.py", "named_configs.py"):
+    needed = ("config", "draft_sizes", "errors", "named_configs", "quantities")
+    for name in (f"{module}.py" for module in needed):
         shutil.copy(package / name, installed)
     shutil.copytree(package.parent / "configs", installed / "configs")
     code = (

@@ -32,7 +32,7 @@ KV_SCALE_ALIGNMENT = 8  # a main entry's scale bytes are padded to a multiple of
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """Parameters of the main model, of each layer and of each MTP block.
+    """Parameters of the main model, of each layer, of each MTP block and of a draft's stages.
 
     Active ones are those that one token's forward pass reads: its routed experts only, and of the
     embedding, a lookup, nothing. Router biases and hash tables are buffers and not counted.
@@ -43,6 +43,7 @@ class Parameters:
     layers: tuple[int, ...]
     active_layers: tuple[int, ...]
     mtp_blocks: tuple[int, ...]
+    draft_stages: tuple[int, ...] = ()
 
 
 def count_parameters(config: ModelConfig, table: list[TensorSpec] | None = None) -> Parameters:
@@ -55,6 +56,7 @@ def count_parameters(config: ModelConfig, table: list[TensorSpec] | None = None)
     active = {item: rest[item] + routed[item] * chosen // experts for item in rest}
     layers = [f"layer_{i:03d}" for i in range(len(config.layers))]
     mtp_blocks = [f"mtp_{k}" for k in range(len(config.mtp_layers))]
+    stages = [f"draft_{k}" for k in range(config.draft_layers if config.dspark else 0)]
     main = ["head", *layers]
     return Parameters(
         total=total["embed"] + sum(total[item] for item in main),
@@ -62,6 +64,7 @@ def count_parameters(config: ModelConfig, table: list[TensorSpec] | None = None)
         layers=tuple(total[item] for item in layers),
         active_layers=tuple(active[item] for item in layers),
         mtp_blocks=tuple(total[item] for item in mtp_blocks),
+        draft_stages=tuple(total[item] for item in stages),
     )
 
 

@@ -7,30 +7,16 @@ each layer, its compression ratio, overlap and routing, the residual streams, th
 
 import dataclasses
 import math
-import numbers
-import operator
 from collections.abc import Mapping
 from typing import Any
 
+from v4jax.draft_sizes import DSpark, check_draft
 from v4jax.errors import InputError
+from v4jax.quantities import check_whole, is_number
 
 ATTENTION_KINDS = ("window", "csa", "hca", "full")
 ROUTING_KINDS = ("hash", "score")
 SCORING_FUNCTIONS = ("sqrtsoftplus", "sigmoid", "softmax")
-
-
-def _is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _check_whole(name, value, least, or_else=""):
-    try:
-        wrong = isinstance(value, bool) or operator.index(value) < least
-    except TypeError:
-        wrong = True
-    if wrong:
-        expected = "0 or more" if least == 0 else "a positive number"
-        raise InputError(f"{name} is {value!r}; expected {expected}, a whole one{or_else}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +42,7 @@ class LayerSpec:
             raise InputError(f"attention is {self.attention!r}; expected one of {ATTENTION_KINDS}")
         if self.routing not in ROUTING_KINDS:
             raise InputError(f"routing is {self.routing!r}; expected one of {ROUTING_KINDS}")
-        _check_whole("a layer's ratio", self.ratio, 0)
+        check_whole("a layer's ratio", self.ratio, 0)
         if self.compresses and self.ratio < 2:
             raise InputError(f"a {self.attention} layer has ratio {self.ratio}; expected 2 or more")
         if not self.compresses and (self.ratio or self.overlap):
@@ -89,7 +75,7 @@ class Yarn:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not (_is_number(value) and value > 0 and math.isfinite(value)):
+            if not (is_number(value) and value > 0 and math.isfinite(value)):
                 raise InputError(
                     f"rope_scaling {field.name} is {value}; expected a positive number"
                 )
@@ -97,35 +83,6 @@ class Yarn:
             raise InputError(
                 f"rope_scaling beta_fast is {self.beta_fast}, below beta_slow {self.beta_slow}; "
                 "expected the rotations of the fast channels to be the larger"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class DSpark:
-    """The sizes of a DSpark draft, whose stages are window blocks behind the layers.
-
-    Attributes:
-      block_size: tokens that it proposes per round.
-      markov_rank: width of the table that makes a proposal depend on the one before.
-      noise_token_id: what stands in for the tokens that are not yet known.
-      target_layer_ids: the layers whose outputs it reads, ascending.
-    """
-
-    block_size: int = 5
-    markov_rank: int = 256
-    noise_token_id: int = 128799
-    target_layer_ids: tuple[int, ...] = (40, 41, 42)
-
-    def __post_init__(self):
-        _check_whole("dspark_block_size", self.block_size, 1)
-        _check_whole("dspark_markov_rank", self.markov_rank, 1)
-        _check_whole("dspark_noise_token_id", self.noise_token_id, 0)
-        ids = self.target_layer_ids
-        for layer in ids:
-            _check_whole("a layer of dspark_target_layer_ids", layer, 0)
-        if not ids or list(ids) != sorted(set(ids)):
-            raise InputError(
-                f"dspark_target_layer_ids is {list(ids)}; expected ascending numbers of layers"
             )
 
 
@@ -206,7 +163,7 @@ class ModelConfig:
         _check_rope(self)
         _check_experts(self)
         _check_hyper_connections(self)
-        _check_draft(self)
+        check_draft(self)
         _check_files(self)
 
     @property
@@ -322,18 +279,18 @@ def _check_layers(config):
 
 def _check_positive(config):
     for name, least in _COUNTS.items():
-        _check_whole(name, getattr(config, name), least)
+        check_whole(name, getattr(config, name), least)
     for name in _POSITIVE:
         value = getattr(config, name)
         # A SwiGLU limit of infinity is none at all; the rest would make zeros or NaN of it.
-        finite = name == "swiglu_limit" or (_is_number(value) and math.isfinite(value))
-        if not (_is_number(value) and value > 0 and finite):
+        finite = name == "swiglu_limit" or (is_number(value) and math.isfinite(value))
+        if not (is_number(value) and value > 0 and finite):
             raise InputError(f"{name} is {value}; expected a positive number")
     deviation = config.initializer_range
-    if not (_is_number(deviation) and 0 <= deviation < math.inf):
+    if not (is_number(deviation) and 0 <= deviation < math.inf):
         raise InputError(f"initializer_range is {deviation}; expected 0 or a positive number")
     if config.index_topk is not None:
-        _check_whole("index_topk", config.index_topk, 1, ", or None for all")
+        check_whole("index_topk", config.index_topk, 1, ", or None for all")
 
 
 def _check_rope(config):
@@ -387,26 +344,6 @@ def _check_experts(config):
 def _check_hyper_connections(config):
     if config.hc_mult > 8:
         raise InputError(f"hc_mult is {config.hc_mult}; expected 1 (plain residual) to 8")
-
-
-def _check_draft(config):
-    draft = config.dspark
-    if draft is None:
-        return
-    if not config.draft_layers:
-        raise InputError(
-            "dspark is set and draft_layers is 0; expected the number of its stages, or dspark None"
-        )
-    if draft.noise_token_id >= config.vocab_size:
-        raise InputError(
-            f"dspark_noise_token_id is {draft.noise_token_id}; expected a token id below "
-            f"vocab_size {config.vocab_size}"
-        )
-    if draft.target_layer_ids[-1] >= len(config.layers):
-        raise InputError(
-            f"dspark_target_layer_ids is {list(draft.target_layer_ids)}; expected layers below "
-            f"{len(config.layers)}, the model's"
-        )
 
 
 def _check_files(config):

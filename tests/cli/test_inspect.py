@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from v4jax.accounting import count_parameters
 from v4jax.cli import inspect
 from v4jax.cli.main import SUBCOMMANDS, main
+from v4jax.config import DSpark
 from v4jax.files.safetensors import NewTensor, SafetensorsFolder, write_index, write_safetensors
 from v4jax.hf.config import to_hf
 from v4jax.hf.tensors import tensor_table
@@ -217,6 +219,20 @@ def test_draft_blocks_are_shown_and_checked(run, tmp_path):
     assert status == 1
     assert "drafts       carried along, never run" in text
     assert "mtp.2.main_norm.weight: 1 NaN of 64 BF16 values, first at [5]" in text
+
+
+def test_the_stages_of_a_draft_are_shown(run, tmp_path):
+    sizes = DSpark(markov_rank=8, noise_token_id=9, target_layer_ids=(3,))
+    config = dataclasses.replace(get_config("flash_tiny"), mtp_layers=(), draft_layers=2)
+    config = dataclasses.replace(config, dspark=sizes)
+    _write_checkpoint(tmp_path, config)
+    status, text, _ = run("inspect", tmp_path)
+    assert status == 0 and "draft 0" in text and "draft 1" in text and "carried" not in text
+    report = json.loads(run("inspect", tmp_path, "--format=json")[1])
+    assert report["parameters"]["draft"] == list(count_parameters(config).draft_stages)
+    # The last has the norm, the streams' collapse and the heads; the first the context's matrix.
+    first, last = report["parameters"]["draft"]
+    assert last - first == 64 + (4 * 256 + 4 + 1) + 2 * 512 * 8 + (64 + 8) - (64 * 64 + 64)
 
 
 def _edit_config(directory, **changes):

@@ -24,6 +24,8 @@ FLOORS = (
     "ops",
     "sharding",
     "kernels",
+    "quantities",
+    "draft_sizes",
     "config",
     "named_configs",
     "weights",

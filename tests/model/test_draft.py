@@ -12,6 +12,8 @@ from tests.support.tiny import drawn, tiny_config
 from v4jax.config import CSA, HCA
 from v4jax.model import draft
 from v4jax.model.transformer import Transformer
+from v4jax.sharding.mesh import make_mesh
+from v4jax.sharding.rules import ONE_DEVICE, STRATEGIES, Layout
 
 W = 8
 LENGTH = 150
@@ -162,6 +164,24 @@ def test_a_row_is_taken_out_and_put_in(lane):
     jax.tree.map(np.testing.assert_array_equal, fresh, lane.fresh()[1])
 
 
+def test_a_restored_row_makes_the_row_behind_the_cut_itself(lane):
+    """What a prefix cache keeps of a row is all that later calls read of it."""
+    lane, row, whole = lane
+    cut, step = np.full(3, CHUNK, np.int32), np.array([5, 16, 1], np.int32)
+    cache, state = lane.read(*lane.fresh(), row, cut)
+    garbage = jnp.full_like(state.logits, 1e9)
+    restored = lane.fresh()[1].replace(
+        window=state.window, streams=state.streams, lengths=state.lengths, logits=garbage
+    )
+    found = []
+    for each in (state, restored):
+        after, each = lane.read(cache, each, row, step)
+        token = token_after(row, after.lengths)
+        found.append(lane.begin(lane.variables, each, token, np.ones(3, bool)))
+    check(found[0], whole, after.lengths)
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 def test_the_last_streams_come_with_a_cache(lane):
     lane, row, whole = lane
     counts = np.array([CHUNK, 1, 7], np.int32)
@@ -173,6 +193,18 @@ def test_the_last_streams_come_with_a_cache(lane):
         np.testing.assert_allclose(out.streams[b, :n], streams, rtol=1e-4, atol=1e-5)
 
 
+def test_a_prompt_is_read_without_queries_or_experts(lane):
+    """Window rows need neither, whatever the block computes when it proposes."""
+    lane, row, _ = lane
+    counts = jax.ShapeDtypeStruct((3,), jnp.int32)
+    streams = jax.ShapeDtypeStruct((3, CHUNK, 4, 48), jnp.float32)
+    state = jax.eval_shape(lambda: lane.fresh()[1])
+    arguments = (lane.variables, state, streams, row[:, :CHUNK], counts)
+    experts = "tensor<6x28x48xf32>"
+    assert experts not in lane.seed.lower(*arguments).as_text()
+    assert experts in lane.commit.lower(*arguments).as_text()
+
+
 def test_a_model_without_a_draft_says_so(lane):
     model = lane[0].model
     without = model.clone(config=tiny_config(mtp_layers=()))
@@ -182,3 +214,82 @@ def test_a_model_without_a_draft_says_so(lane):
         draft.init_state(model, 1, "eagle")
     with pytest.raises(v4jax.InputError, match="aux names features and the model has no DSpark"):
         model.apply(lane[0].variables, lane[1][:, :2], aux=("features",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes, options, near",
+    [
+        ({"hc_mult": 1, "n_shared_experts": 0, "scoring_func": "softmax"}, {}, 1e-4),
+        ({"sliding_window": 1}, {}, 1e-4),
+        ({"sliding_window": 128, "head_dim": 64}, {}, 1e-4),
+        # The window's rows and the head round alike; other widths sum in another order.
+        ({}, {"dtype": "bfloat16"}, 3e-2),
+        ({"head_dim": 72}, {"numerics": "native"}, 3e-2),
+    ],
+)
+def test_any_chunks_of_given_streams(changes, options, near):
+    """Seeds and commits of random widths over the streams of one call, ragged rows."""
+    config = tiny_config(**({"layers": (CSA,), "sliding_window": W} | changes))
+    model = Transformer(config, **options)
+    variables, rng = drawn(model), np.random.default_rng(5)
+    row = rng.integers(0, 331, (3, LENGTH), np.int32)
+    call = functools.partial(model.apply, mtp=True, aux=("last_streams",))
+    whole = jax.jit(call)(variables, row)
+    padded = jnp.pad(whole.streams, ((0, 0), (0, CHUNK), (0, 0), (0, 0)))
+    lane, state = Lane(model, variables), draft.init_state(model, 3, "mtp")
+    prompt = rng.integers(1, 60, 3)
+    seen = np.zeros(3, np.int32)
+
+    def cut(starts):
+        return jnp.stack([padded[b, s : s + CHUNK] for b, s in enumerate(starts)])
+
+    while (seen < prompt).any():
+        counts = np.minimum(rng.integers(0, CHUNK + 1, 3), prompt - seen).astype(np.int32)
+        tokens = lane.slices(row, seen, CHUNK)
+        state, seen = lane.seed(variables, state, cut(seen), tokens, counts), seen + counts
+    state = lane.begin(variables, state, token_after(row, seen), np.ones(3, bool))
+    largest = np.abs(whole.mtp_logits[0]).max()
+    while (seen < LENGTH - CHUNK).all():
+        for b, n in enumerate(seen):
+            expected = whole.mtp_logits[0][b, n - 1]
+            np.testing.assert_allclose(state.logits[b], expected, rtol=near, atol=near * largest)
+        counts = rng.integers(0, 6, 3).astype(np.int32)
+        following = lane.slices(row, seen + 1, CHUNK)
+        state, seen = lane.commit(variables, state, cut(seen), following, counts), seen + counts
+
+
+@pytest.mark.slow
+def test_the_chain_on_a_mesh_is_that_of_one_device():
+    mesh = make_mesh(jax.devices()[:4], data=2, tensor=2)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 332, (2, 6), np.int32)
+    found = []
+    for layout in (ONE_DEVICE, Layout(mesh, STRATEGIES["decode"])):
+        config = tiny_config(layers=(CSA,), sliding_window=W, vocab_size=332)
+        model = Transformer(config, sharding=layout)
+        variables = drawn(model.clone(sharding=ONE_DEVICE))
+
+        @jax.jit
+        def both(variables, model=model):
+            cache, state = model.init_cache(2, 16), draft.init_state(model, 2, "mtp")
+            counts = jnp.array([6, 3], jnp.int32)
+            out = model.apply(variables, tokens, cache=cache, lengths=counts, aux=draft.aux("mtp"))
+            state = draft.seed(model, variables, state, taps(out), tokens, counts)
+            first = draft.begin(model, variables, state, tokens[:, 0], counts > 0)
+            pick = functools.partial(jnp.argmax, axis=-1)
+            drafts, _ = draft.propose(
+                model, variables, first, tokens[:, 0], GAMMA, lambda i, logits: pick(logits)
+            )
+            return drafts, first
+
+        found.append(both(variables))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *found)
+
+
+def test_a_strategy_that_cuts_rows_is_refused():
+    mesh = make_mesh(jax.devices()[:2], sequence=2)
+    model = Transformer(tiny_config(), sharding=Layout(mesh, STRATEGIES["prefill"]))
+    state = draft.init_state(model, 2, "mtp")
+    with pytest.raises(v4jax.InputError, match="came with strategy 'prefill', which cuts rows"):
+        draft.begin(model, {}, state, np.zeros(2, np.int32), np.ones(2, bool))

@@ -1,5 +1,6 @@
 """DSpark drafts against a second implementation in numpy, and the mistakes that it would show."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,8 @@ from tests.support.tiny import drawn, tiny_config
 from v4jax.config import CSA, HCA, WINDOW, DSpark, with_hash_routing
 from v4jax.model import draft
 from v4jax.model.transformer import Transformer
+from v4jax.sharding.mesh import make_mesh
+from v4jax.sharding.rules import ONE_DEVICE, STRATEGIES, Layout
 
 W = 8
 GAMMA = 5
@@ -152,6 +155,12 @@ def test_rings_never_advance_over_rejected_tokens(lane, states):
         jax.tree.map(np.testing.assert_array_equal, *rows)
 
 
+def test_more_drafts_than_the_block_has_are_refused(lane, states):
+    with pytest.raises(v4jax.InputError, match="6 drafts were asked of a DSpark draft of 5"):
+        draft.propose(lane.model, lane.variables, states[0][0], np.zeros(3, np.int32), 6, greedy)
+
+
+@pytest.mark.slow
 def test_fewer_drafts_are_the_first_of_the_block(lane, states):
     state = states[0][-1]
     anchor = lane.anchor(state.lengths)
@@ -164,8 +173,6 @@ def test_fewer_drafts_are_the_first_of_the_block(lane, states):
     all_drafts, all_confidences, _ = lane.propose(lane.variables, state, anchor)
     np.testing.assert_array_equal(drafts, all_drafts[:, :2])
     np.testing.assert_allclose(confidences, all_confidences[:, :2], rtol=1e-5, atol=1e-5)
-    with pytest.raises(v4jax.InputError, match="6 drafts were asked of a DSpark draft of 5"):
-        draft.propose(lane.model, lane.variables, state, anchor, 6, greedy)
 
 
 def test_a_row_is_taken_out_and_put_in(lane, states):
@@ -180,9 +187,23 @@ def test_a_row_is_taken_out_and_put_in(lane, states):
     )
 
 
-def test_a_fresh_model_has_the_declared_variables(lane):
-    shapes = jax.eval_shape(lane.model.init, jax.random.key(0))
-    declared = lane.model.abstract_variables()
+def test_features_are_summed_in_float32_and_rounded_once():
+    sizes = dataclasses.replace(SIZES, target_layer_ids=(0,))
+    config = dspark_config(layers=(WINDOW,), dspark=sizes, draft_layers=1)
+    model = Transformer(config, dtype="bfloat16")
+    call = functools.partial(model.apply, aux=("streams", "features"), logits="none")
+    out = jax.jit(call)(drawn(model, moved=1.0), np.arange(30, dtype=np.int32)[None])
+    streams = np.asarray(out.aux["streams"][0], np.float64)
+    assert out.aux["features"].dtype == jnp.bfloat16
+    found = np.asarray(out.aux["features"], np.float64)
+    np.testing.assert_array_equal(found, (streams.sum(2) / 4).astype(jnp.bfloat16))
+
+
+def test_a_fresh_model_has_the_declared_variables():
+    sizes = dataclasses.replace(SIZES, target_layer_ids=(0,))
+    model = Transformer(dspark_config(layers=(WINDOW,), dspark=sizes, draft_layers=2))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    declared = model.abstract_variables()
     assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, declared)
 
 
@@ -207,3 +228,76 @@ def test_a_model_without_a_draft_says_so(lane):
 def test_sizes_that_no_model_has(sizes, message):
     with pytest.raises(v4jax.InputError, match=message):
         dspark_config(dspark=DSpark(**({"target_layer_ids": (0,), "noise_token_id": 1} | sizes)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes, sizes, near",
+    [
+        ({"hc_mult": 1, "n_shared_experts": 0, "draft_layers": 1}, {"block_size": 1}, 1e-4),
+        ({"sliding_window": 1, "draft_layers": 2}, {"block_size": 7}, 1e-4),
+        ({"sliding_window": 128, "hc_mult": 2}, {"block_size": 3, "markov_rank": 1}, 1e-4),
+        # bf16 activations against float64.
+        ({"dtype": "bfloat16"}, {}, 5e-2),
+    ],
+)
+def test_any_sizes_and_chunks(changes, sizes, near):
+    """Random features in random chunks, ragged rows; the noise and the anchor at random too."""
+    rng = np.random.default_rng(len(changes))
+    sizes = dataclasses.replace(SIZES, **sizes, noise_token_id=int(rng.integers(331)))
+    config = dspark_config(layers=(WINDOW,) * 4, **changes, dspark=sizes)
+    model, width = Transformer(config), 3 * config.hidden_size
+    variables = drawn(model)
+    features = rng.standard_normal((3, 180, width), np.float32)
+    padded = jnp.asarray(np.pad(features, ((0, 0), (0, 32), (0, 0))), config.dtype)
+    seed = jax.jit(functools.partial(draft.seed, model))
+    commit = jax.jit(functools.partial(draft.commit, model))
+    state, seen = draft.init_state(model, 3, "dspark"), np.zeros(3, np.int32)
+    for step in range(14):
+        long = step < 5
+        counts = rng.integers(0, 33 if long else 4, 3).astype(np.int32)
+        taps = jnp.stack([padded[b, s : s + 32] for b, s in enumerate(seen)])
+        move = seed if long else commit
+        state = move(variables, state, taps, np.zeros((3, 32), np.int32), counts)
+        seen += counts
+    anchor, found = rng.integers(0, 331, 3, np.int32), []
+
+    def pick(i, logits):
+        found.append(logits)
+        return jnp.asarray(forced[:, i])  # near ties may fall either way
+
+    forced = rng.integers(0, 331, (3, sizes.block_size), np.int32)
+    given = draft.propose(model, variables, state, anchor, sizes.block_size, pick)
+    reference = Reference(config, jax.tree.map(np.asarray, variables))
+    for b, n in enumerate(seen):
+        left = iter(forced[b])
+        taps = np.asarray(padded[b, :n].astype(jnp.float32))
+        _, logits, confidences = reference.propose(
+            taps, int(anchor[b]), lambda _, left=left: next(left)
+        )
+        ours = np.stack([np.asarray(each[b]) for each in found])
+        np.testing.assert_allclose(ours, logits, rtol=near, atol=near)
+        np.testing.assert_allclose(given[1][b], confidences, rtol=near, atol=near)
+
+
+@pytest.mark.slow
+def test_drafts_on_a_mesh_are_those_of_one_device(lane, states):
+    """Rows over data, heads, experts' widths and the vocabulary over tensor."""
+    mesh = make_mesh(jax.devices()[:4], data=2, tensor=2)
+    state = jax.tree.map(lambda x: x[1:], states[0][-1])
+    anchor = lane.anchor(states[0][-1].lengths)[1:]
+    features = jnp.asarray(lane.features[1:, :6])
+    config = dspark_config(vocab_size=332, hidden_size=48)
+    found = []
+    for layout in (ONE_DEVICE, Layout(mesh, STRATEGIES["decode"])):
+        model = lane.model.clone(config=config, sharding=layout)
+        variables = drawn(model.clone(sharding=ONE_DEVICE))
+
+        @jax.jit
+        def both(variables, state, model=model):
+            counts = jnp.array([3, 0], jnp.int32)
+            state = draft.commit(model, variables, state, features, features[:, :, 0], counts)
+            return state, draft.propose(model, variables, state, anchor, GAMMA, greedy)
+
+        found.append(both(variables, state))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *found)

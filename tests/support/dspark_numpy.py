@@ -59,7 +59,7 @@ class Reference:
                 self.params[name]["block"], self.buffers[name]["block"], x, ring, position
             )
         last = self.params[self.stages[-1]]
-        y = self.head(x, last["hc_head"])
+        y = self.head(x, last.get("hc_head"))
         normed = self.norm(y, last["norm"])
         base = normed @ self.params["head"]["weight"].T.astype(np.float64)
         return self.heads(
@@ -81,14 +81,14 @@ class Reference:
         return np.array(drafts), np.array(logits), np.array(confidences)
 
     def stage(self, block, buffers, x, ring, position):
-        u, post, mix = self.pre(x, block["hc_attn"])
+        u, post, mix = self.pre(x, block.get("hc_attn"))
         x = self.post(
             self.attention(block["attn"], self.norm(u, block["attn_norm"]), ring, position),
             x,
             post,
             mix,
         )
-        u, post, mix = self.pre(x, block["hc_ffn"])
+        u, post, mix = self.pre(x, block.get("hc_ffn"))
         return self.post(
             self.moe(block["ffn"], buffers["ffn"], self.norm(u, block["ffn_norm"])), x, post, mix
         )
@@ -146,6 +146,8 @@ class Reference:
             for w, e in zip(share, chosen, strict=True):
                 matrices = [ffn["experts"][name][e] for name in ("w1", "w2", "w3")]
                 out[t] += self.expert(v[t], *matrices, w)
+        if not config.n_shared_experts:
+            return out
         shared = [ffn["shared_experts"][name]["weight"] for name in ("w1", "w2", "w3")]
         return out if self.bug == "no shared expert" else out + self.expert(v, *shared, 1.0)
 
@@ -157,6 +159,8 @@ class Reference:
 
     def pre(self, x, hc):
         config, m = self.config, self.config.hc_mult
+        if m == 1:  # a plain residual
+            return x[:, 0], np.ones((len(x), 1)), np.ones((len(x), 1, 1))
         flat = x.reshape(len(x), -1)
         mix = flat @ hc["fn"].T.astype(np.float64)
         mix = mix / np.sqrt((flat**2).mean(-1, keepdims=True) + config.rms_norm_eps)
@@ -176,6 +180,8 @@ class Reference:
         return post[:, :, None] * y[:, None] + np.einsum("tij,tid->tjd", a, x)
 
     def head(self, x, hc):
+        if self.config.hc_mult == 1:
+            return x[:, 0]
         flat = x.reshape(len(x), -1)
         mix = flat @ hc["fn"].T.astype(np.float64)
         mix = mix / np.sqrt((flat**2).mean(-1, keepdims=True) + self.config.rms_norm_eps)

@@ -51,8 +51,8 @@ def fit(
       where: the checkpoint's name, for errors; file_key: what it calls a tensor.
 
     Returns:
-      The config with the blocks that are there, and the items. Draft blocks become items
-      `carried_0`, ..., whose tensors are passed on as they are.
+      The config with the blocks that are there, and the items. Draft blocks of a config that does
+      not say how they run become items `carried_0`, ..., whose tensors are passed on as they are.
 
     Raises:
       InputError: a missing, extra, misshapen or wrongly typed tensor.
@@ -61,7 +61,8 @@ def fit(
     found = without_buffers(found, notes, file_key)
     refuse_foreign(found, where, file_key)
     config = _count_blocks(config, found, where, notes)
-    carried = list(_carried(found, where)) if config.draft_layers else []
+    unknown = config.draft_layers and config.dspark is None
+    carried = list(_carried(found, where)) if unknown else []
     refuse_counts(config, found, where)
     config = _as_quantized(config, found, notes)
     table = tensor_table(config, form=stored_form(config, _scale_dtype(found)))
@@ -219,7 +220,10 @@ def says_the_same(announced: ModelConfig, config: ModelConfig) -> bool:
     blocks = (announced, config)
     counts = {len(each.mtp_layers) + each.draft_layers for each in blocks}
     alike = dataclasses.replace(
-        announced, mtp_layers=config.mtp_layers, draft_layers=config.draft_layers
+        announced,
+        mtp_layers=config.mtp_layers,
+        draft_layers=config.draft_layers,
+        dspark=config.dspark,
     )
     return len(counts) == 1 and alike == config
 
@@ -272,7 +276,8 @@ def _count_blocks(config, found, where, notes):
             )
         return dataclasses.replace(config, mtp_layers=(), draft_layers=count)
     if config.draft_layers:
-        return dataclasses.replace(config, mtp_layers=(WINDOW,) * count, draft_layers=0)
+        as_mtp = {"mtp_layers": (WINDOW,) * count, "draft_layers": 0, "dspark": None}
+        return dataclasses.replace(config, **as_mtp)
     if len(config.mtp_layers) != count:
         notes.append(
             f"config.json announces {len(config.mtp_layers)} MTP blocks and the files hold "

@@ -62,7 +62,7 @@ def load(
         "float32" expand them.
       numerics: None, or "native" for the official low-precision rounding.
       shards: a mesh and strategy for the model to run on. Each process then reads only the bytes
-        that its devices hold; draft blocks, which are only passed on, are left out.
+        that its devices hold; draft blocks that are only passed on are left out.
       verify: in our Orbax format, hold every tensor that is read whole against its checksum, which
         takes 0.3 s for each GB and core.
       **options: further fields of `Transformer`, such as `min_repeats`.

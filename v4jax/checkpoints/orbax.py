@@ -2,8 +2,9 @@
 
     config.json     the official config
     v4jax.json      the manifest, written last: without it the directory is no checkpoint
-    items/embed, items/layer_000, ..., items/head, items/mtp_0, ...    Orbax PyTree checkpoints
-    items/carried_0, ...    DSpark draft blocks, passed on as they came
+    items/embed, items/layer_000, ..., items/head, items/mtp_0, ... or items/draft_0, ...
+                            Orbax PyTree checkpoints
+    items/carried_0, ...    draft blocks of a config that does not describe them, as they came
     tokenizer.json, ...     companions, copied
 
 An item is the tree of one unstacked block, {"params": ..., "buffers": ...} with the paths of

@@ -46,8 +46,9 @@ class VariablesSource:
         repeats = {segment.name: segment.repeats for segment in cut}
         for spec in table:
             path, repeat = variable_place(cut, spec.item, spec.path)
-            # An MTP block may be left in bf16 where the model is quantised.
-            plain = spec.part == "array" or (spec.item.startswith("mtp") and path in leaves)
+            # MTP and draft blocks may be left in bf16 where the model is quantised.
+            behind = spec.item.startswith(("mtp_", "draft_"))
+            plain = spec.part == "array" or (behind and path in leaves)
             where = path if plain and spec.part != "scales" else (*path, spec.part)
             self._places[spec.key] = (where, repeat)
             if where in leaves:

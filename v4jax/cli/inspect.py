@@ -115,6 +115,7 @@ def describe(
             "total": parameters.total,
             "active": parameters.active,
             "mtp": list(parameters.mtp_blocks),
+            "draft": list(parameters.draft_stages),
         },
         "layers": _describe_layers(config, parameters),
         "tensors": len(table),

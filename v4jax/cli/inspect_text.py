@@ -49,7 +49,9 @@ def _layers(config, report):
     window = f"window {config.sliding_window}"
     for k, count in enumerate(report["parameters"]["mtp"]):
         rows.append((f"mtp {k}", window, "score", "1", parameters(count), "", ""))
-    if config.draft_layers:
+    for k, count in enumerate(report["parameters"]["draft"]):
+        rows.append((f"draft {k}", window, "score", "1", parameters(count), "", ""))
+    if config.draft_layers and config.dspark is None:
         drafts = str(config.draft_layers)
         rows.append(("drafts", "carried along, never run", "", drafts, "", "", ""))
     return "Layers\n" + table(header, rows, left=3)

@@ -20,9 +20,9 @@ from v4jax.config import CSA, HCA, WINDOW, LayerSpec, ModelConfig, Yarn, with_ha
 from v4jax.errors import InputError
 from v4jax.files.json_reader import parse_json
 from v4jax.files.regular import read_regular
+from v4jax.hf.draft import DRAFT_KEYS, DRAFT_PREFIX, read_draft, write_draft
 from v4jax.hf.keys import (
     CONSTANT_KEYS,
-    DRAFT_PREFIX,
     HARMLESS,
     IMPLEMENTED,
     IMPLEMENTED_QUANTIZATION,
@@ -96,7 +96,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     """The official config.json as a dict that `json.dump` takes."""
     keys = {name: getattr(config, name) for name in INTEGERS + NUMBERS}
     keys |= {"scoring_func": config.scoring_func, "index_topk": config.index_topk}
-    keys |= _layer_keys(config)
+    keys |= _layer_keys(config) | write_draft(config.dspark)
     keys |= {name: value for name, value in _optional_keys(config).items() if value is not None}
     keys["dtype" if "dtype" in config.extra else "torch_dtype"] = config.dtype
     others = {
@@ -112,12 +112,14 @@ def _from_official(keys):
     _check_constants(keys)
     layers = _layers(keys)
     mtp_blocks, draft_layers = _blocks_after(keys, len(layers))
+    dspark = read_draft(keys, draft_layers)
     fields = {name: integer(keys, name) for name in INTEGERS}
     fields |= {name: number(keys, name) for name in NUMBERS if name in keys}
     return ModelConfig(
         layers=layers,
         mtp_layers=(WINDOW,) * mtp_blocks,
         draft_layers=draft_layers,
+        dspark=dspark,
         scoring_func=string(keys, "scoring_func"),
         index_topk=None if keys["index_topk"] is None else integer(keys, "index_topk"),
         rope_scaling=_yarn(keys),
@@ -126,7 +128,7 @@ def _from_official(keys):
         dtype=_dtype(keys),
         quantization=_quantization(keys.get("quantization_config")),
         expert_dtype=_expert_dtype(keys),
-        extra=_extra(keys, draft_layers),
+        extra=_extra(keys, draft_layers, DRAFT_KEYS if dspark else ()),
         **fields,
     )
 
@@ -293,11 +295,12 @@ def _optional_keys(config):
     }
 
 
-def _extra(keys, draft_layers):
+def _extra(keys, draft_layers, draft_keys):
+    fields = FIELD_KEYS.union(draft_keys)
     extra = {
         name: copy.deepcopy(value)
         for name, value in keys.items()
-        if name not in FIELD_KEYS or (name in OPTIONAL and value in (None, "fp8"))
+        if name not in fields or (name in OPTIONAL and value in (None, "fp8"))
     }
     if draft_layers and "num_nextn_predict_layers" in keys:
         extra["num_nextn_predict_layers"] = keys["num_nextn_predict_layers"]

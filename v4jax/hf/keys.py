@@ -128,5 +128,3 @@ HARMLESS = _OF_OTHER_TOOLS | frozenset(
         "use_cache",
     }
 )
-# These describe draft blocks, which are carried along and never run.
-DRAFT_PREFIX = "dspark_"

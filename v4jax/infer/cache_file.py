@@ -31,6 +31,7 @@ _UNBOUND = "v4jax-cache-1"  # said nothing of its model
 _FREE = {
     "mtp_layers",
     "draft_layers",
+    "dspark",
     "max_position_embeddings",
     "initializer_range",
     "bos_token_id",

@@ -58,7 +58,7 @@ def passes(params: Any, trained: str | None, config: ModelConfig) -> Passes:
         _weight(path, math.prod(leaf.shape), trained, config)
         for path, leaf in by_path(params).items()
     ]
-    weights = [weight for weight in weights if not weight.name.startswith("mtp_")]
+    weights = [weight for weight in weights if not weight.name.startswith(("mtp_", "draft_"))]
     indexer = [weight for weight in weights if "/indexer/" in weight.name]
     rest = [weight for weight in weights if "/indexer/" not in weight.name]
     return Passes(_shares([weight._replace(depth=0) for weight in indexer]), _shares(rest))
