@@ -68,6 +68,7 @@ def ours(length, vocab):
     import jax
     import numpy as np
 
+    from v4jax import weights
     from v4jax.model.transformer import Transformer
     from v4jax.train import host_memory
     from v4jax.train.batch import make_batch
@@ -77,7 +78,8 @@ def ours(length, vocab):
 
     config = v4jax.read_config(CONFIG.value)
     model = Transformer(config, dtype="float32")
-    optimizer = make_optimizer(OptimizerConfig(matrices=MATRICES.value), config.o_groups)
+    declared = weights.parameters(config, model.min_repeats)
+    optimizer = make_optimizer(OptimizerConfig(matrices=MATRICES.value), declared)
     # What the rival trains: no MTP block, no loss of the indexer's own.
     fixed = StepConfig(losses=LossWeights(mtp=0.0, indexer=0.0))
     variables = jax.jit(model.init)(jax.random.key(0))

@@ -1,8 +1,8 @@
 """Every weight of the model, declared once: its shape, logical axes, role and initialiser.
 
 The modules of `model/` make their weights from these tables. The official names (`hf/tensors`),
-what a mesh must divide, shardings and abstract shapes are read off them. No JAX here: `v4jax
-inspect flash` answers without it.
+what a mesh must divide, shardings, groups of the optimiser and abstract shapes are read off them.
+No JAX here: `v4jax inspect flash` answers without it.
 
 Paths are relative to the module ("wq_a/weight" of an attention layer), to the item of a checkpoint
 in `items`, and to the variables in `variables`, where the repeats of a segment lie in one leaf.
@@ -43,6 +43,8 @@ class Weight(NamedTuple):
       role: what decides its stored type: "matrix", "expert", "plain", "norm", "control", "table".
       init: what it is in a fresh model.
       collection: "params" where it is trained, else "buffers".
+      matrices: how many maps of features lie one below the other in its last two axes, each of
+        which Muon makes orthogonal by itself; 0 where it is no such map (a table, a norm).
     """
 
     shape: tuple[int, ...]
@@ -50,6 +52,7 @@ class Weight(NamedTuple):
     role: str
     init: Initializer
     collection: str = "params"
+    matrices: int = 0
 
 
 Weights = dict[str, Weight]
@@ -86,6 +89,12 @@ def variables(config: ModelConfig, min_repeats: int) -> dict[tuple[str, ...], We
                 weight = weight._replace(shape=shape, axes=("layers", *weight.axes))
             found[path] = weight
     return found
+
+
+def parameters(config: ModelConfig, min_repeats: int) -> dict[str, Weight]:
+    """Those of `variables` that are trained, by "/"-joined path without the collection."""
+    declared = variables(config, min_repeats).items()
+    return {"/".join(path[1:]): weight for path, weight in declared if path[0] == "params"}
 
 
 def variable_place(
@@ -211,7 +220,7 @@ def _mixing(config, rows, scales, channels):
     if config.hc_mult == 1:
         return {}
     return {
-        "fn": Weight((rows, channels), ("hc", "hc_embed"), "control", _normal(config)),
+        "fn": Weight((rows, channels), ("hc", "hc_embed"), "control", _normal(config), matrices=1),
         "base": Weight((rows,), ("hc",), "control", ZEROS),
         "scale": Weight((scales,), (None,), "control", SMALL),
     }
@@ -229,7 +238,7 @@ def attention(config: ModelConfig, layer: LayerSpec) -> Weights:
         "wq_b/weight": _matrix(config, (heads * h, latent), ("heads", "q_latent")),
         "wkv/weight": _matrix(config, (h, d), ("kv", "embed")),
         "kv_norm/weight": norm(h),
-        "wo_a/weight": _matrix(config, (groups * o, group), ("heads", "head_group")),
+        "wo_a/weight": _matrix(config, (groups * o, group), ("heads", "head_group"), groups),
         "wo_b/weight": _matrix(config, (d, groups * o), ("embed", "heads")),
     }
     if layer.compresses:
@@ -246,8 +255,8 @@ def compressor(config: ModelConfig, layer: LayerSpec, width: int) -> Weights:
     ape = (layer.ratio, channels)
     return {
         "ape": Weight(ape, (None, "compressed"), "control", _normal(config)),
-        "wkv/weight": Weight(shape, axes, "plain", _normal(config)),
-        "wgate/weight": Weight(shape, axes, "plain", _normal(config)),
+        "wkv/weight": _plain(config, shape, axes),
+        "wgate/weight": _plain(config, shape, axes),
         "norm/weight": norm(width),
     }
 
@@ -259,7 +268,7 @@ def indexer(config: ModelConfig, layer: LayerSpec) -> Weights:
     axes = ("index_heads", "embed")
     return {
         "wq_b/weight": _matrix(config, (heads * width, latent), ("index_heads", "q_latent")),
-        "weights_proj/weight": Weight((heads, d), axes, "plain", _normal(config)),
+        "weights_proj/weight": _plain(config, (heads, d), axes),
         **_within("compressor", compressor(config, layer, width)),
     }
 
@@ -275,7 +284,7 @@ def moe(config: ModelConfig, layer: LayerSpec) -> Weights:
 def router(config: ModelConfig, layer: LayerSpec) -> Weights:
     """The scores of every expert, and a hash table or the bias that balances the choice."""
     d, count = config.hidden_size, config.n_routed_experts
-    weights = {"weight": Weight((count, d), ("router", "embed"), "plain", _normal(config))}
+    weights = {"weight": _plain(config, (count, d), ("router", "embed"))}
     if layer.routing == "hash":
         shape = (config.vocab_size, config.num_experts_per_tok)
         init = Initializer("even_table", count)
@@ -288,9 +297,9 @@ def experts(config: ModelConfig) -> Weights:
     e, f, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
     up, down = ("expert", "mlp", "embed"), ("expert", "embed", "mlp")
     return {
-        "w1": Weight((e, f, d), up, "expert", _normal(config)),
-        "w2": Weight((e, d, f), down, "expert", _normal(config)),
-        "w3": Weight((e, f, d), up, "expert", _normal(config)),
+        "w1": Weight((e, f, d), up, "expert", _normal(config), matrices=1),
+        "w2": Weight((e, d, f), down, "expert", _normal(config), matrices=1),
+        "w3": Weight((e, f, d), up, "expert", _normal(config), matrices=1),
     }
 
 
@@ -304,8 +313,13 @@ def shared_expert(config: ModelConfig) -> Weights:
     }
 
 
-def _matrix(config, shape, axes):
-    return Weight(shape, axes, "matrix", _normal(config))
+def _matrix(config, shape, axes, matrices=1):
+    return Weight(shape, axes, "matrix", _normal(config), matrices=matrices)
+
+
+def _plain(config, shape, axes):
+    """A matrix that checkpoints keep unquantised."""
+    return Weight(shape, axes, "plain", _normal(config), matrices=1)
 
 
 def _normal(config):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import v4jax
-from v4jax import accounting
+from v4jax import accounting, weights
 from v4jax.chips import CHIPS
 from v4jax.errors import InputError
 from v4jax.hf.tensors import tensor_table
@@ -25,9 +25,9 @@ def tiny():
     return config, _leaves(config, "stored")
 
 
-def _leaves(config, weights):
+def _leaves(config, form):
     axes = Transformer(config).logical_axes()
-    return variables.leaves(variables.stored_variables(config, weights, 4), axes)
+    return variables.leaves(variables.stored_variables(config, form, 4), axes)
 
 
 def _tables(config):
@@ -84,7 +84,8 @@ def test_held_in_training(tiny):
     held = memory.held(job, abstract_layout(job, {"data": 8}), leaves)
     trained = [leaf for leaf in leaves if leaf.path[0] == "params"]
     numbers = sum(np.prod(leaf.shape) for leaf in trained)
-    others = sum(np.prod(leaf.shape) for leaf in trained if memory.moments(leaf) == 2)
+    declared = weights.parameters(config, 4)
+    others = sum(np.prod(leaf.shape) for leaf in trained if memory.moments(leaf, declared) == 2)
     assert held.gradients == 4 * numbers
     assert held.optimizer == 4 * (numbers + others)
     assert held.gathered == numbers

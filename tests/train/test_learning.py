@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.tiny import drawn, tiny_config
 from tests.support.train_models import small_batch
+from v4jax import weights
 from v4jax.config import CSA
 from v4jax.model.transformer import Transformer
 from v4jax.train.loss import LossWeights
@@ -25,7 +26,9 @@ def trainer(config, **changes):
     """A state to begin with and a compiled step."""
     model = Transformer(tiny_config(**(SIZES | changes)))
     variables = drawn(model)
-    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.0), model.config.o_groups)
+    optimizer = make_optimizer(
+        OptimizerConfig(weight_decay=0.0), weights.parameters(model.config, model.min_repeats)
+    )
     step = jax.jit(functools.partial(train_step, model, optimizer, config))
     return new_state(variables["params"], variables["buffers"], optimizer), step
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from tests.support.tiny import VARIANTS, tiny_config
+from v4jax import weights
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
 from v4jax.train.optimizer import (
@@ -26,10 +27,14 @@ def abstract_params(variant):
     return model.abstract_variables()["params"]
 
 
+def declared(variant):
+    return weights.parameters(tiny_config(**VARIANTS[variant]), 2)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_parameter_is_in_one_group(variant, capsys):
     params = abstract_params(variant)
-    rows = table(params, OptimizerConfig(), o_groups=2)
+    rows = table(params, OptimizerConfig(), declared(variant))
     with capsys.disabled():
         if variant == "scanned":
             print()
@@ -46,7 +51,8 @@ def test_every_parameter_is_in_one_group(variant, capsys):
 
 
 def test_matrices_are_counted_one_by_one():
-    rows = {row.path: row for row in table(abstract_params("scanned"), OptimizerConfig(), 2)}
+    found = table(abstract_params("scanned"), OptimizerConfig(), declared("scanned"))
+    rows = {row.path: row for row in found}
     # Two repeats of six experts; two groups of wo_a in each of two repeats.
     assert rows["layers_1/block_0/ffn/experts/w1"].matrices == 12
     assert rows["layers_1/block_0/attn/wo_a/weight"].matrices == 4
@@ -55,7 +61,7 @@ def test_matrices_are_counted_one_by_one():
 
 def test_an_unknown_parameter_is_refused():
     with pytest.raises(InputError, match="layers_0/new_thing is of no known kind"):
-        group_of("layers_0/new_thing", OptimizerConfig())
+        group_of("layers_0/new_thing", declared("released"), OptimizerConfig())
 
 
 def random_like(params, seed):
@@ -68,14 +74,14 @@ def random_like(params, seed):
 @pytest.mark.slow  # quick are single matrices against optax, below, and two steps by hand
 def test_singular_values_and_rms_of_every_matrix():
     params = random_like(abstract_params("scanned"), 0)
-    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.0), o_groups=2)
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.0), declared("scanned"))
 
     @jax.jit
     def first_direction(gradients):
         return optimizer.update(gradients, optimizer.init(params), params)[0]
 
     directions = first_direction(random_like(params, 1))
-    for row in table(params, OptimizerConfig(), o_groups=2):
+    for row in table(params, OptimizerConfig(), declared("scanned")):
         if row.group != "muon":
             continue
         d = directions
@@ -114,11 +120,17 @@ def test_bfloat16_products_stay_near_one():
 
 SOME = {"embed": {"weight": jnp.ones((3, 4))}, "norm": {"weight": jnp.ones(4)}, "w": {}}
 SOME["w"] = {"wq_a": {"weight": jax.random.normal(jax.random.key(0), (6, 4))}}
+NORMAL = weights.Initializer("normal", 1.0)
+OF_SOME = {
+    "embed/weight": weights.Weight((3, 4), ("vocab", "embed"), "plain", NORMAL),
+    "norm/weight": weights.Weight((4,), ("norm",), "norm", weights.ONES),
+    "w/wq_a/weight": weights.Weight((6, 4), ("q_lora", "embed"), "matrix", NORMAL, matrices=1),
+}
 
 
 def test_two_steps_of_both_by_hand():
     config = OptimizerConfig()
-    optimizer = make_optimizer(config, o_groups=1)
+    optimizer = make_optimizer(config, OF_SOME)
     gradients = [random_like(SOME, seed) for seed in (1, 2)]
     state = optimizer.init(SOME)
     for g in gradients:
@@ -137,7 +149,7 @@ def test_two_steps_of_both_by_hand():
 
 def test_undecayed_and_frozen_parameters():
     config = OptimizerConfig(undecayed="norm", frozen="^embed")
-    optimizer = make_optimizer(config, o_groups=1)
+    optimizer = make_optimizer(config, OF_SOME)
     zero = jax.tree.map(jnp.zeros_like, SOME)
     directions, state = optimizer.update(zero, optimizer.init(SOME), SOME)
     assert bool(jnp.all(directions["norm"]["weight"] == 0))
@@ -149,12 +161,12 @@ def test_undecayed_and_frozen_parameters():
 
 
 def test_adamw_for_everything():
-    assert group_of("w/wq_a/weight", OptimizerConfig(matrices="adamw")) == "adamw"
+    assert group_of("w/wq_a/weight", OF_SOME, OptimizerConfig(matrices="adamw")) == "adamw"
 
 
 def test_the_state_takes_the_shardings_of_its_parameters():
     names = jax.tree_util.tree_map_with_path(lambda path, _: str(path), SOME)
-    like = state_like(make_optimizer(OptimizerConfig(), 1), SOME, names, "everywhere")
+    like = state_like(make_optimizer(OptimizerConfig(), OF_SOME), SOME, names, "everywhere")
     leaves = jax.tree.leaves(like)
     assert leaves.count("everywhere") == 1 and len(leaves) == 1 + 2 * 2 + 1
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.tiny import VARIANTS, tiny_config
 from tests.support.train_models import ragged, small_batch, small_model
+from v4jax import weights
 from v4jax.config import CSA
 from v4jax.errors import InputError
 from v4jax.model.context import document_starts
@@ -33,14 +34,18 @@ RATES = Rates(jnp.float32(1e-2), jnp.float32(0.3))
 @functools.cache
 def compiled(config):
     model, _ = small_model()
-    optimizer = make_optimizer(OptimizerConfig(), model.config.o_groups)
+    optimizer = make_optimizer(
+        OptimizerConfig(), weights.parameters(model.config, model.min_repeats)
+    )
     return jax.jit(functools.partial(train_step, model, optimizer, config))
 
 
 @functools.cache
 def begin():
     model, variables = small_model()
-    optimizer = make_optimizer(OptimizerConfig(), model.config.o_groups)
+    optimizer = make_optimizer(
+        OptimizerConfig(), weights.parameters(model.config, model.min_repeats)
+    )
     return new_state(variables["params"], variables["buffers"], optimizer)
 
 
@@ -68,7 +73,9 @@ def test_every_parameter_moves_and_the_loss_falls():
 def test_accumulated_parts_are_the_whole_batch():
     """Two programs of a gradient: of one layer and an MTP block."""
     model, variables = small_model(layers=(CSA,))
-    optimizer = make_optimizer(OptimizerConfig(), model.config.o_groups)
+    optimizer = make_optimizer(
+        OptimizerConfig(), weights.parameters(model.config, model.min_repeats)
+    )
     state = new_state(variables["params"], variables["buffers"], optimizer)
     batch = ragged([(66,), (40, 20), (3,) * 22, (2,) * 33])
     (whole, noted), (parts, noted_parts) = (

@@ -1,13 +1,18 @@
 """The bytes that one device holds, counted from the config: no array, no compiler."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
 
+from v4jax import weights
 from v4jax.config import LayerSpec, ModelConfig
+from v4jax.model.transformer import Transformer
 from v4jax.plan.job import Job
 from v4jax.plan.variables import Leaf
 from v4jax.sharding.rules import Layout
 from v4jax.train.optimizer import OptimizerConfig, group_of
+from v4jax.weights import Weight
 
 MASTER = 4  # bytes of a float32 number: gradients and optimizer moments
 
@@ -46,6 +51,7 @@ def held(job: Job, layout: Layout, leaves: list[Leaf]) -> Held:
       leaves: the model's variables as stored; see `variables.leaves`.
     """
     trained = [leaf for leaf in leaves if leaf.path[0] == "params"] if job.mode == "train" else []
+    declared = _declared(job.config)
     cache = cache_read = 0.0
     if job.mode != "train":
         cache, cache_read = _cache(job, layout)
@@ -53,7 +59,9 @@ def held(job: Job, layout: Layout, leaves: list[Leaf]) -> Held:
         weights=sum(leaf.nbytes / parts(layout, leaf) for leaf in leaves),
         routed=_of(layout, leaves, "experts"),
         embedding=_of(layout, leaves, "embed"),
-        optimizer=sum(MASTER * moments(leaf) * _numbers(layout, leaf) for leaf in trained),
+        optimizer=sum(
+            MASTER * moments(leaf, declared) * _numbers(layout, leaf) for leaf in trained
+        ),
         gradients=sum(MASTER * _numbers(layout, leaf) for leaf in trained),
         cache=cache,
         cache_read=cache_read,
@@ -66,9 +74,15 @@ def parts(layout: Layout, leaf: Leaf) -> int:
     return math.prod(layout.size(axis) for axis in leaf.axes)
 
 
-def moments(leaf: Leaf) -> int:
+@functools.lru_cache(maxsize=8)
+def _declared(config):
+    return weights.parameters(config, Transformer(config).min_repeats)
+
+
+def moments(leaf: Leaf, declared: Mapping[str, Weight]) -> int:
     """Numbers that the optimizer keeps for each weight: Muon one, AdamW two."""
-    return 1 if group_of("/".join(leaf.path[1:]), OptimizerConfig()) == "muon" else 2
+    group = group_of("/".join(leaf.path[1:]), declared, OptimizerConfig())
+    return 1 if group == "muon" else 2
 
 
 def _numbers(layout, leaf):

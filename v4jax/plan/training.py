@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from v4jax import weights
 from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
 from v4jax.plan.job import Job
@@ -19,7 +20,7 @@ OPTIMIZER = OptimizerConfig(muon_dtype="bfloat16")
 
 def build_step(job: Job, model: Transformer) -> Program:
     """One step on packed rows: gradients of all parts of the batch, then Muon and AdamW."""
-    optimizer = make_optimizer(OPTIMIZER, job.config.o_groups)
+    optimizer = make_optimizer(OPTIMIZER, weights.parameters(job.config, model.min_repeats))
     variables = abstract_variables(job, model)
     whole = replicated_sharding(model.sharding)
     arguments = {

@@ -7,6 +7,7 @@ step merges them into its weights, and so does the export.
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from flax import traverse_util
 from v4jax.errors import InputError
 from v4jax.train.optimizer import moved
 from v4jax.train.tree_paths import by_path
+from v4jax.weights import ZEROS, Initializer, Weight
 
 SUBTREE = "lora"
 ALL_ELSE = f"^(?!{SUBTREE}/)"  # a pattern of every other parameter
@@ -41,6 +43,21 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+
+def declared(of: Mapping[str, Weight], config: LoraConfig) -> dict[str, Weight]:
+    """The adapters of a model's parameters by path, beside those of `weights.parameters`."""
+    adapters = {}
+    for name, weight in of.items():
+        if not re.search(config.adapted, name):
+            continue
+        *lead, out, features = weight.shape
+        *axes, rows, columns = weight.axes
+        init = Initializer("normal", features**-0.5)
+        a = Weight((*lead, config.rank, features), (*axes, None, columns), "plain", init)
+        b = Weight((*lead, out, config.rank), (*axes, rows, None), "plain", ZEROS)
+        adapters |= {f"{SUBTREE}/{name}/a": a, f"{SUBTREE}/{name}/b": b}
+    return adapters
 
 
 def add(params: Any, config: LoraConfig, key: jax.Array) -> Any:

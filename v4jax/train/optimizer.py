@@ -1,5 +1,7 @@
 """Muon for matrices, AdamW for the rest, as the report has them; every parameter in one group.
 
+Which weights are matrices is declared with their shapes, in `v4jax.weights`.
+
 optax.contrib.muon cannot express this one: it corrects a moving average for its bias, so its first
 hundred Nesterov directions are other mixtures of momentum and gradient than mu M + G. Momentum,
 decay and the split into groups are optax's.
@@ -8,6 +10,7 @@ decay and the split into groups are optax's.
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +20,10 @@ from jaxtyping import Array, Float
 
 from v4jax.errors import InputError
 from v4jax.train.tree_paths import by_path, tree_path
+from v4jax.weights import Weight
 
 # Newton-Schulz: eight steps that bring singular values near 1 fast, two that settle them there.
 COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
-SMALL = ("ape", "attn_sink", "base", "scale", "a", "b")  # a and b are LoRA's
-MATRICES = ("fn", "w1", "w2", "w3", "weight")
 TINY = 1e-30
 
 
@@ -86,21 +88,20 @@ def matches(pattern: str | None, path: str) -> bool:
     return pattern is not None and re.search(pattern, path) is not None
 
 
-def group_of(path: str, config: OptimizerConfig) -> str:
+def group_of(path: str, declared: Mapping[str, Weight], config: OptimizerConfig) -> str:
     """ "muon", "adamw" or "frozen".
 
+    Args:
+      declared: the parameters by path, as `weights.parameters` has them.
+
     Raises:
-      InputError: a parameter of a kind that the table does not know.
+      InputError: a parameter that is not declared.
     """
-    names = path.split("/")
     if matches(config.frozen, path):
         return "frozen"
-    norm = len(names) > 1 and names[-2].endswith("norm")
-    if names[0] in ("embed", "head") or names[-1] in SMALL or norm:
-        return "adamw"
-    if names[-1] not in MATRICES:
-        raise InputError(f"parameter {path} is of no known kind; name it in optimizer.SMALL")
-    return config.matrices
+    if path not in declared:
+        raise InputError(f"parameter {path} is of no known kind; declare it in v4jax/weights.py")
+    return config.matrices if declared[path].matrices else "adamw"
 
 
 @jax.custom_jvp
@@ -114,35 +115,39 @@ def _moved_jvp(primals, tangents):
     return moved(*primals), tangents[0] + tangents[1]
 
 
-def table(params: Any, config: OptimizerConfig, o_groups: int) -> list[Row]:
-    """Every parameter with its group."""
+def table(params: Any, config: OptimizerConfig, declared: Mapping[str, Weight]) -> list[Row]:
+    """Every parameter with its group; `declared` as for `group_of`."""
     rows = []
     for name, leaf in by_path(params).items():
-        group = group_of(name, config)
-        lead = leaf.shape[:-2] + ((o_groups,) if "/wo_a/" in name else ())
-        matrices = math.prod(lead) if group == "muon" else 0
+        group = group_of(name, declared, config)
+        one = declared[name].matrices if group == "muon" else 0
+        matrices = math.prod(leaf.shape[:-2]) * one
         decayed = group != "frozen" and not matches(config.undecayed, name)
         rows.append(Row(name, tuple(leaf.shape), group, matrices, decayed))
     return rows
 
 
-def make_optimizer(config: OptimizerConfig, o_groups: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, declared: Mapping[str, Weight]
+) -> optax.GradientTransformation:
     """Gradients to directions, decay included: new = w - rate * direction.
 
     Args:
-      o_groups: matrices that lie one below the other in each wo_a.
+      declared: the parameters by path, as `weights.parameters` has them.
     """
     decay = optax.add_decayed_weights(config.weight_decay, mask=_decayed(config))
     groups = {
         "muon": optax.chain(
-            optax.trace(config.momentum, nesterov=True), _orthogonalized(config, o_groups), decay
+            optax.trace(config.momentum, nesterov=True), _orthogonalized(config, declared), decay
         ),
         "adamw": optax.chain(_adam(config), decay),
         "frozen": optax.set_to_zero(),
     }
 
     def labels(params):
-        return jax.tree_util.tree_map_with_path(lambda p, _: group_of(tree_path(p), config), params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: group_of(tree_path(path), declared, config), params
+        )
 
     return optax.partition(groups, labels)
 
@@ -179,13 +184,13 @@ def _adam(config):
     return optax.GradientTransformation(init, update)
 
 
-def _orthogonalized(config, o_groups):
+def _orthogonalized(config, declared):
     """The step from momentum to update of every matrix of a leaf."""
 
     def one(path, m):
         shape = m.shape
-        if "/wo_a/" in tree_path(path):
-            m = m.reshape(*shape[:-2], o_groups, -1, shape[-1])
+        if (matrices := declared[tree_path(path)].matrices) > 1:
+            m = m.reshape(*shape[:-2], matrices, -1, shape[-1])
         scale = config.update_rms * max(m.shape[-2:]) ** 0.5
         return scale * orthogonalize(m, config.muon_dtype).reshape(shape)
 

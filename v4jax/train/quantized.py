@@ -38,11 +38,10 @@ def roles(model: Transformer) -> dict[str, str]:
             "quantization and expert_dtype as in configs/flash.py or configs/flash_base.py"
         )
     expert = "expert" if model.config.expert_dtype == "fp4" else "matrix"
-    declared = weights.variables(model.config, model.min_repeats)
+    declared = weights.parameters(model.config, model.min_repeats)
     return {
-        "/".join(path[1:]): expert if weight.role == "expert" else weight.role
+        path: expert if weight.role == "expert" else weight.role
         for path, weight in declared.items()
-        if path[0] == "params"
     }
 
 

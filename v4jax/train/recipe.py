@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import optax
 
+from v4jax import weights
 from v4jax.model.transformer import Transformer
 from v4jax.train import lora, placement
 from v4jax.train.config import Stage, TrainConfig
@@ -32,9 +33,11 @@ def model(config: TrainConfig, stage: Stage) -> Transformer:
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """The optimiser of all stages; with LoRA only adapters have a state."""
     options = config.optimizer
+    declared = weights.parameters(config.model, config.min_repeats)
     if config.lora.rank is not None:
         options = dataclasses.replace(options, frozen=lora.ALL_ELSE)
-    return make_optimizer(options, config.model.o_groups)
+        declared |= lora.declared(declared, config.lora)
+    return make_optimizer(options, declared)
 
 
 def step_config(config: TrainConfig, stage: Stage) -> StepConfig:
