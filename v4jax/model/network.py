@@ -139,7 +139,8 @@ class Network(nn.Module):
             slots = () if tapped is None else taps.slots(self.config, segment)
             carry, auxes = _run(unit, segment, (h_BTMD, caches, tapped), replay, slots, context)
             h_BTMD, kept[segment.name], tapped = carry
-            _collect(found, auxes, segment)
+            for place, aux in enumerate(auxes):
+                _collect(found, aux, segment.layers(place))
         if tapped is not None:
             found["features"] = taps.features(tapped)
         if cache is None:
@@ -181,9 +182,7 @@ class Network(nn.Module):
             number = len(self.config.layers) + k
             h_BTMD, y_BTD, aux, _ = block(h_BTMD, e_BTD, here, _replay_of(replay, number))
             states.append(y_BTD if layout.axes("sequence") else y_BTD[:, : length - k - 1])
-            for name, value in aux.items():
-                if value is not None:
-                    found.setdefault(name, {})[number] = value
+            _collect(found, aux, [number])
         return tuple(states)
 
     def mtp_rows(self, h_BTMD, tokens_BT, window_BPH, begin_B, count_B):
@@ -289,13 +288,9 @@ def _stacked_replay(replay, segment, place):
     return stacked
 
 
-def _collect(found, auxes, segment):
-    """Files a segment's auxiliary outputs under found[name][layer]."""
-    for place, aux in enumerate(auxes):
-        for name, value in aux.items():
-            if value is None:
-                continue
-            for repeat in range(segment.repeats):
-                layer = segment.start + repeat * segment.period + place
-                one = value if segment.repeats == 1 else value[repeat]
-                found.setdefault(name, {})[layer] = one
+def _collect(found, aux, layers):
+    """Files a block's auxiliary outputs, stacked where it stands for layers, as found[name][n]."""
+    for name, value in aux.items():
+        if value is not None:
+            parts = [value] if len(layers) == 1 else [value[r] for r in range(len(layers))]
+            found.setdefault(name, {}).update(zip(layers, parts, strict=True))
