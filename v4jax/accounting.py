@@ -26,8 +26,6 @@ class Prices:
 
 REPORT = Prices()
 ONE_EACH = Prices(1.0, 1.0, 1.0)  # operations as they are, for hardware that computes all in bf16
-KV_SCALE_GROUP, INDEX_SCALE_GROUP = block_sizes.KV, block_sizes.FP4  # per scale byte in the cache
-KV_SCALE_ALIGNMENT = 8  # a main entry's scale bytes are padded to a multiple of this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +95,13 @@ def window_bytes(config: ModelConfig) -> int:
 
 
 def main_entry_bytes(config: ModelConfig) -> int:
-    """One cached entry: FP8 channels with their scales, and BF16 rotary channels."""
-    plain = config.head_dim - config.qk_rope_head_dim
-    scales = _round_up(-(-plain // KV_SCALE_GROUP), KV_SCALE_ALIGNMENT)
-    return plain + scales + 2 * config.qk_rope_head_dim
+    """One cached entry as the official kernels store it."""
+    return block_sizes.kv_row_bytes(config.head_dim, config.qk_rope_head_dim)
 
 
 def index_entry_bytes(config: ModelConfig) -> int:
-    """One cached entry of the indexer: FP4 channels with their scales."""
-    return config.index_head_dim // 2 + -(-config.index_head_dim // INDEX_SCALE_GROUP)
+    """One cached entry of the indexer as the official kernels store it."""
+    return block_sizes.index_key_bytes(config.index_head_dim)
 
 
 def flops_per_token(config: ModelConfig, context: int, prices: Prices = REPORT) -> dict[str, float]:
@@ -205,10 +201,6 @@ def _residual_flops(c, prices):
 
 def _matmul(weights, price):
     return 2 * weights * price
-
-
-def _round_up(value, multiple):
-    return -(-value // multiple) * multiple
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from v4jax import quant
+from v4jax import block_sizes, quant
 from v4jax.kernels.grouped_matmul import api as grouped_matmul
 from v4jax.kernels.grouped_matmul import cases as grouped_cases
 from v4jax.kernels.hyper_connections import api as hyper_connections
@@ -23,8 +23,9 @@ from v4jax.kernels.sparse_attention import cases as attention_cases
 from v4jax.kernels.sparse_attention import entries, stored
 
 BF16 = 2
-# Bytes of an entry and of an index key as they are stored (architecture section 11).
-ENTRY_BYTES, KEY_BYTES = 584, 68
+# Bytes of an entry and of an index key as they are stored.
+ENTRY_BYTES = block_sizes.kv_row_bytes(stored.WIDTH, stored.ROPE)
+KEY_BYTES = block_sizes.index_key_bytes(stored_keys.WIDTH)
 
 
 @dataclasses.dataclass(frozen=True)
