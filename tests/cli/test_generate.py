@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,10 +10,14 @@ import jax
 import pytest
 
 from tests.infer.test_tokenizer import byte_level
+from tests.support.checkpoints import small_config, synthetic
 from tests.support.toy_model import ToyModel, toy_config
 from v4jax.checkpoints import load as checkpoint
+from v4jax.checkpoints.convert import convert
+from v4jax.checkpoints.source import read_announced
 from v4jax.cli import generate as cli_generate
-from v4jax.cli.main import main
+from v4jax.cli.main import INTERRUPTED, main
+from v4jax.config import WINDOW
 from v4jax.hf.config import to_hf
 from v4jax.infer.generate import generate
 from v4jax.infer.tokenizer import Tokenizer
@@ -115,6 +120,30 @@ def test_what_is_wrong_is_said_before_weights_are_read(
     assert sentence in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("form", ["official", "orbax"])
+def test_config_json_is_read_once(tmp_path, form, monkeypatch):
+    source = synthetic(tmp_path / "official", small_config(layers=(WINDOW,), mtp_layers=()))
+    if form == "orbax":
+        convert(source, tmp_path / "orbax", to="orbax")
+        source = tmp_path / "orbax"
+    opened = []
+    real = os.open
+
+    def counted(path, *args, **options):
+        opened.append(os.path.basename(os.fspath(path)))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", counted)
+    monkeypatch.setattr(cli_generate, "generate", interrupted)
+    command = ["v4jax", "generate", f"--checkpoint={source}", "--prompt_ids=1,2"]
+    assert main(command) == INTERRUPTED
+    assert opened.count("config.json") == 1
+
+
+def interrupted(*args, **options):
+    raise KeyboardInterrupt
+
+
 def test_the_default_prompt_is_python(run, directory):
     # The toy tokenizer takes a token for every byte, so the cache is longer than for other tests.
     status, out, _ = run("--max_new_tokens=3", "--max_length=256")
@@ -138,11 +167,12 @@ def test_the_loader_gets_its_settings(run, directory, monkeypatch):
         checkpoint, "load", lambda path, **options: seen.update(options) or (MODEL, PARAMS)
     )
     run("--dtype=bfloat16", "--weights=float32", "--numerics=native", *short)
+    same = {"shards": ONE_DEVICE, "announced": read_announced(directory)}
     asked = {"dtype": "bfloat16", "weights": "float32", "numerics": "native"}
-    assert seen == asked | {"shards": ONE_DEVICE, "verify": True}
+    assert seen == asked | same | {"verify": True}
     run("--noverify", *short)
     asked = {"dtype": None, "weights": "stored", "numerics": None}
-    assert seen == asked | {"shards": ONE_DEVICE, "verify": False}
+    assert seen == asked | same | {"verify": False}
     run("--mesh=expert=4,sequence=2", *short)
     assert seen["shards"].mesh.shape["expert"] == 4 and seen["shards"].size("sequence") == 8
 

@@ -35,7 +35,14 @@ from flax.traverse_util import unflatten_dict
 
 from v4jax.checkpoints.fit import fit, says_the_same
 from v4jax.checkpoints.leaves import path_of
-from v4jax.checkpoints.source import MANIFEST_NAME, Read, adapting, read_announced, say_notes
+from v4jax.checkpoints.source import (
+    MANIFEST_NAME,
+    Announced,
+    Read,
+    adapting,
+    read_announced,
+    say_notes,
+)
 from v4jax.errors import ChecksumError, InputError
 from v4jax.files.atomic import sync_directory, write_atomically
 from v4jax.files.json_reader import MAX_BYTES, Fields, parse_json
@@ -58,21 +65,24 @@ class OrbaxSource:
     Args:
       verify: hold what is read whole against the checksums of the manifest. One pass more over
         bytes in memory: 0.3 s for a GB and core.
+      announced: its config.json, where that has been read already.
 
     Raises:
       InputError: no or a foreign manifest, missing items, or tensors that are not the config's.
     """
 
-    def __init__(self, path: str | os.PathLike, verify: bool = True):
+    def __init__(
+        self, path: str | os.PathLike, verify: bool = True, announced: Announced | None = None
+    ):
         self.path = os.fspath(path)
         found, checksums, text = _read_manifest(self.path)
         self._checksums = checksums if verify else {}
-        config_text, announced = read_announced(self.path)
-        fitted = fit(announced, found, self.path)
+        config_text, config = announced or read_announced(self.path)
+        fitted = fit(config, found, self.path)
         self.config, self.items, self._stored = fitted.config, fitted.items, fitted.stored
         self.notes, self.key_in_file = fitted.notes, str
         say_notes(self.path, self.notes)
-        self.config_text = config_text if says_the_same(announced, self.config) else None
+        self.config_text = config_text if says_the_same(config, self.config) else None
         absent = [name for name in self.items if not os.path.isdir(item_path(self.path, name))]
         if absent:
             raise InputError(

@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -44,14 +45,24 @@ MANIFEST_NAME = "v4jax.json"  # makes a directory a checkpoint in our Orbax form
 Read = Callable[..., None]  # (key, out), or of parts (key, out, region)
 
 
+class Announced(NamedTuple):
+    """A checkpoint's config.json: its text, and the config that it says."""
+
+    text: bytes
+    config: ModelConfig
+
+
 class FolderSource:
     """A directory of safetensors files, with official names or those of transformers.
+
+    Args:
+      announced: its config.json, where that has been read already.
 
     Raises:
       InputError: unreadable or damaged files, or tensors that are not those of the config.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, announced: Announced | None = None):
         self.path = os.fspath(path)
         self._folder = SafetensorsFolder(self.path)
         entries = self._folder.entries
@@ -59,13 +70,13 @@ class FolderSource:
         self._places = official_places(found, self.path)
         self.key_in_file = names_for_errors(self._places)
         found = {key: (place.dtype, place.shape) for key, place in self._places.items()}
-        text, announced = read_announced(self.path)
-        fitted = fit(announced, found, self.path, self.key_in_file)
+        text, config = announced or read_announced(self.path)
+        fitted = fit(config, found, self.path, self.key_in_file)
         self.config, self.items, self._stored = fitted.config, fitted.items, fitted.stored
         self.notes = fitted.notes
         say_notes(self.path, self.notes)
         renamed = any(place.key != key for key, place in self._places.items())
-        self.config_text = text if not renamed and says_the_same(announced, self.config) else None
+        self.config_text = text if not renamed and says_the_same(config, self.config) else None
         self.fingerprint = self._fingerprint(text)
 
     @contextlib.contextmanager
@@ -210,12 +221,12 @@ def _check_table(key, table, experts):
         )
 
 
-def read_announced(path: str) -> tuple[bytes, ModelConfig]:
-    """The text of a checkpoint's config.json, and the config that it says."""
+def read_announced(path: str | os.PathLike) -> Announced:
+    """Reads the config.json of a checkpoint's directory."""
     where = os.path.join(path, CONFIG_NAME)
     if not os.path.exists(where):
         raise InputError(
             f"{path}: {CONFIG_NAME} cannot be read (no such file); it belongs next to the weights"
         )
     text = read_regular(where, MAX_CONFIG)
-    return text, parse_config(text, where)
+    return Announced(text, parse_config(text, where))

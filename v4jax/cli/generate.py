@@ -17,11 +17,11 @@ from absl import flags
 
 from v4jax.accounting import count_parameters
 from v4jax.checkpoints import load as checkpoint
+from v4jax.checkpoints.source import read_announced
 from v4jax.cli import compilation_cache, process_flags
 from v4jax.engine.engine import Engine, draft_of
 from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.errors import InputError
-from v4jax.hf.config import read_config
 from v4jax.infer.generate import Generation, check_request, generate
 from v4jax.infer.generation_config import read_generation_config
 from v4jax.infer.sampling import Sampling
@@ -98,7 +98,8 @@ def run(*texts: str) -> int:
 def _run(texts):
     # Whatever can be wrong without the weights is said before they are read.
     directory = _find_directory()
-    config = read_config(directory)
+    announced = read_announced(directory)
+    config = announced.config
     tokenizer = _find_tokenizer(directory)
     prompts = _read_prompts(tokenizer, texts)
     settings = _settings(directory, config, demo=not (texts or FLAGS.prompt_ids))
@@ -111,6 +112,7 @@ def _run(texts):
         numerics=FLAGS.numerics,
         shards=shards,
         verify=FLAGS.verify,
+        announced=announced,
     )
     _say(_describe(FLAGS.checkpoint, model, params))
     report = _Report(tokenizer, prompts, FLAGS.format)
