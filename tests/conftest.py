@@ -30,7 +30,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.support import durations
+from tests.support import durations, type_checks
+
+type_checks.install()  # before anything imports v4jax
 
 # Traces make millions of objects that live on; to look through them all again and again for what is
 # garbage takes a tenth of the time.

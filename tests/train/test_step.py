@@ -31,21 +31,22 @@ from v4jax.train.tree_paths import tree_path
 RATES = Rates(jnp.float32(1e-2), jnp.float32(0.3))
 
 
+def optimizer_of(model):
+    declared = weights.parameters(model.config, model.min_repeats)
+    return make_optimizer(OptimizerConfig(), declared)
+
+
 @functools.cache
 def compiled(config):
     model, _ = small_model()
-    optimizer = make_optimizer(
-        OptimizerConfig(), weights.parameters(model.config, model.min_repeats)
-    )
+    optimizer = optimizer_of(model)
     return jax.jit(functools.partial(train_step, model, optimizer, config))
 
 
 @functools.cache
 def begin():
     model, variables = small_model()
-    optimizer = make_optimizer(
-        OptimizerConfig(), weights.parameters(model.config, model.min_repeats)
-    )
+    optimizer = optimizer_of(model)
     return new_state(variables["params"], variables["buffers"], optimizer)
 
 
@@ -73,9 +74,7 @@ def test_every_parameter_moves_and_the_loss_falls():
 def test_accumulated_parts_are_the_whole_batch():
     """Two programs of a gradient: of one layer and an MTP block."""
     model, variables = small_model(layers=(CSA,))
-    optimizer = make_optimizer(
-        OptimizerConfig(), weights.parameters(model.config, model.min_repeats)
-    )
+    optimizer = optimizer_of(model)
     state = new_state(variables["params"], variables["buffers"], optimizer)
     batch = ragged([(66,), (40, 20), (3,) * 22, (2,) * 33])
     (whole, noted), (parts, noted_parts) = (
