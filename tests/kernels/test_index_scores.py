@@ -23,6 +23,9 @@ def scores_and_gradients(function, q, weight, keys, g):
     return dict(zip(("scores", "dq", "dweight", "dkeys"), (scores, *backward(g)), strict=True))
 
 
+compiled = jax.jit(scores_and_gradients, static_argnums=0)
+
+
 def of(implementation):
     return functools.partial(api.index_scores, implementation=implementation)
 
@@ -36,8 +39,8 @@ def cotangent(case):
 def test_scores_and_gradients_in_float32(implementation, name):
     args = cases.arguments(SCORED[name])[:3]
     g = cotangent(SCORED[name])
-    wanted = scores_and_gradients(jax.jit(reference.index_scores), *args, g)
-    for key, value in scores_and_gradients(jax.jit(of(implementation)), *args, g).items():
+    wanted = compiled(reference.index_scores, *args, g)
+    for key, value in compiled(of(implementation), *args, g).items():
         scale = float(jnp.abs(wanted[key]).max())
         np.testing.assert_allclose(value, wanted[key], rtol=1e-5, atol=1e-5 * scale, err_msg=key)
 
@@ -48,13 +51,17 @@ def in_bf16(q, weight, keys):
     return jnp.einsum("btic,bti->btc", jax.nn.relu(dots), weight)
 
 
+@pytest.fixture(scope="module")
+def of_bf16():
+    """Arguments, and what comes of them: exactly, and with every array rounded (not compiled)."""
+    args, g = cases.arguments(SCORED["tile"], jnp.bfloat16)[:3], cotangent(SCORED["tile"])
+    exact = compiled(reference.index_scores, *(x.astype(jnp.float32) for x in args), g)
+    return args, g, exact, scores_and_gradients(in_bf16, *args, g.astype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_scores_and_gradients_in_bfloat16(implementation):
-    case = SCORED["tile"]
-    args = cases.arguments(case, jnp.bfloat16)[:3]
-    g = cotangent(case)
-    exact = scores_and_gradients(reference.index_scores, *(x.astype(jnp.float32) for x in args), g)
-    rounded = scores_and_gradients(in_bf16, *args, g.astype(jnp.bfloat16))
+def test_scores_and_gradients_in_bfloat16(implementation, of_bf16):
+    args, g, exact, rounded = of_bf16
     for key, value in scores_and_gradients(of(implementation), *args, g).items():
         error, allowed = (
             float(jnp.abs(x[key].astype(jnp.float32) - exact[key]).max())
@@ -68,8 +75,9 @@ def test_scores_and_gradients_in_bfloat16(implementation):
 def test_scores_through_the_chain_of_bf16(implementation):
     args = cases.arguments(SCORED["odd"], jnp.bfloat16)[:3]
     args = tuple(jnp.round(8 * x) / 8 for x in args)
-    scores = api.index_scores(*args, native=True, implementation=implementation)
-    wanted = reference.index_scores(*args, native=True)
+    native = functools.partial(of(implementation), native=True)
+    scores = jax.jit(native)(*args)
+    wanted = jax.jit(functools.partial(reference.index_scores, native=True))(*args)
     # Summed in another order before the last rounding: the same, or the next bf16 number.
     np.testing.assert_allclose(scores, wanted, rtol=2.0**-7, atol=0)
     assert np.mean(np.asarray(scores) == np.asarray(wanted)) > 0.99
@@ -82,15 +90,16 @@ def test_dense_scores_a_tile_of_keys_at_a_time(native, monkeypatch):
     args, g = cases.arguments(SCORED["tile"])[:3], cotangent(SCORED["tile"])
     # An eighth of a unit: dot products are exact in float32, and the chain rounds the same numbers.
     args = tuple(jnp.round(8 * x) / 8 for x in args)
-    tiled = functools.partial(xla.index_scores, native=native)
-    wanted = functools.partial(reference.index_scores, native=native)
-    np.testing.assert_allclose(tiled(*args), wanted(*args), rtol=1e-5, atol=1e-5)
-    gradients = zip(
-        xla.index_scores_gradient(*args, g, native=native),
-        reference.index_scores_gradient(*args, g, native=native),
-        strict=True,
+    tiled, wanted = (
+        jax.jit(lambda *a, of=of: of.index_scores(*a, native=native))(*args)
+        for of in (xla, reference)
     )
-    for value, expected in gradients:
+    np.testing.assert_allclose(tiled, wanted, rtol=1e-5, atol=1e-5)
+    found, gradients = (
+        jax.jit(lambda *a, of=of: of.index_scores_gradient(*a, native=native))(*args, g)
+        for of in (xla, reference)
+    )
+    for value, expected in zip(found, gradients, strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-4)
 
 
@@ -116,8 +125,8 @@ def test_gradients_through_the_chain_ignore_the_rounding(implementation):
         every = jnp.broadcast_to(every, g.shape)
         return api.index_scores_at(q, weight, keys, every, native=True)
 
-    wanted = scores_and_gradients(straight, q, weight, keys, g)
-    found = scores_and_gradients(tested, q, weight, keys, g)
+    wanted = compiled(straight, q, weight, keys, g)
+    found = compiled(tested, q, weight, keys, g)
     for key in ("dq", "dweight", "dkeys"):
         scale = float(jnp.abs(wanted[key]).max())
         np.testing.assert_allclose(found[key], wanted[key], rtol=1e-5, atol=1e-5 * scale)
@@ -141,9 +150,9 @@ def test_scores_at_given_entries(block, monkeypatch):
     def sparse(*args):
         return api.index_scores_at(*args, chosen)
 
-    wanted = scores_and_gradients(dense, *args, g)
+    wanted = compiled(dense, *args, g)
     assert np.any(chosen == -1)
-    for key, value in scores_and_gradients(sparse, *args, g).items():
+    for key, value in compiled(sparse, *args, g).items():
         scale = float(jnp.abs(wanted[key]).max())
         np.testing.assert_allclose(value, wanted[key], rtol=1e-5, atol=1e-5 * scale, err_msg=key)
 

@@ -49,10 +49,22 @@ def value_and_gradients(
     return out, grads
 
 
-def split(other):
-    """Static arguments and arrays."""
-    static = {name: other[name] for name in ("scale", "window")}
-    return static, {name: x for name, x in other.items() if name not in static}
+def made(case, dtype=jnp.float32):
+    """A case's arguments: those that are differentiated, static ones, other arrays."""
+    diff, arrays = map(dict, _arrays(case, dtype))
+    return diff, {"scale": case.width**-0.5, "window": case.window}, arrays
+
+
+@functools.cache
+def _arrays(case, dtype):
+    """By one program; not to be changed."""
+
+    @jax.jit
+    def arrays():
+        diff, other = cases.make(case, dtype)
+        return diff, {name: x for name, x in other.items() if name not in ("scale", "window")}
+
+    return arrays()
 
 
 def weight_like(x):
@@ -65,8 +77,7 @@ def test_forward_and_gradients(implementation, case):
 
 
 def check_against_the_reference(case, implementation):
-    diff, other = cases.make(case)
-    static, arrays = split(other)
+    diff, static, arrays = made(case)
     check_arrays(diff, arrays, static, implementation)
 
 
@@ -115,10 +126,9 @@ def test_any_places(implementation, data):
     # Few queries: a TPU fetches rows one by one. More: tiles of them.
     length = data.draw(strategies.sampled_from([11, 45]))
     given = data.draw(strategies.sampled_from(["all", "chosen", "member"]))
-    diff, other = cases.make(cases.Case(length, 8, entries, older=older, batch=batch))
+    diff, static, arrays = made(cases.Case(length, 8, entries, older=older, batch=batch))
     sink = strategies.sampled_from([-1e30, -30.0, 0.0, 30.0])
     diff["sink_N"] = jnp.asarray(data.draw(strategies.lists(sink, min_size=3, max_size=3)))
-    static, arrays = split(other)
     low, high = data.draw(places.ranges(batch, length, entries))
     first = data.draw(places.integers((batch, length), 0, older + length))
     arrays |= {"low_BT": low, "high_BT": high, "first_BT": first}
@@ -138,8 +148,7 @@ def test_any_places(implementation, data):
     sweep(["chosen_masked", "chosen_gathered", "one_query", "packed_chosen"], ["chosen_masked"]),
 )
 def test_a_packed_choice_is_the_listed_one(implementation, case):
-    diff, other = cases.make(cases.SMALL[case])
-    static, arrays = split(other)
+    diff, static, arrays = made(cases.SMALL[case])
     weight = weight_like(diff["q_BTNH"])
     listed = value_and_gradients(diff, weight, arrays, implementation, **static)
     chosen = arrays.pop("chosen_BTK")
@@ -155,8 +164,7 @@ def test_a_packed_choice_is_the_listed_one(implementation, case):
 )
 def test_bf16_is_as_near_as_bf16_can_be(implementation, case):
     """The error beside float32 is at most twice that of the reference computed in bf16."""
-    diff, other = cases.make(cases.SMALL[case], jnp.bfloat16)
-    static, arrays = split(other)
+    diff, static, arrays = made(cases.SMALL[case], jnp.bfloat16)
     weight = weight_like(diff["q_BTNH"])
     exact = {name: x.astype(jnp.float32) for name, x in diff.items()}
     wanted, wanted_grads = value_and_gradients(exact, weight, arrays, "reference", **static)
@@ -170,7 +178,7 @@ def test_bf16_is_as_near_as_bf16_can_be(implementation, case):
 
 def error(x, wanted):
     """The error's norm: its maximum over a sink's few numbers is a matter of luck."""
-    return float(jnp.linalg.norm((x.astype(jnp.float32) - wanted).ravel()))
+    return float(np.linalg.norm((np.asarray(x, np.float32) - np.asarray(wanted)).ravel()))
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "window"))
@@ -257,24 +265,26 @@ def test_what_a_kernel_cannot_take_is_said():
 )
 def test_the_mass_of_each_entry_is_its_share_of_the_joint_softmax(case):
     small = cases.SMALL[case]
-    diff, other = cases.make(small)
-    _, arrays = split(other)
+    diff, static, arrays = made(small)
     entries, (batch, length) = diff["entries_BCH"], diff["q_BTNH"].shape[:2]
-    _, lse = api.sparse_attention(**diff, **other, with_lse=True)
+    attend = jax.jit(functools.partial(api.sparse_attention, **static, with_lse=True))
+    _, lse = attend(**diff, **arrays)
     keys = arrays.get("chosen_BTK")
     if keys is None:
         count = entries.shape[1]
-        entry = jnp.broadcast_to(jnp.arange(count)[None, None], (batch, length, count))
-        seen = (entry >= arrays["low_BT"][..., None]) & (entry < arrays["high_BT"][..., None])
-        keys = jnp.where(seen, entry, -1)
-    found = mass.attention_mass(diff["q_BTNH"], lse, entries, keys, scale=other["scale"])
-    plan = Plan(other["scale"], small.window, small.choices)
+        entry = np.broadcast_to(np.arange(count, dtype=np.int32), (batch, length, count))
+        low, high = (np.asarray(arrays[name])[..., None] for name in ("low_BT", "high_BT"))
+        keys = jnp.asarray(np.where((entry >= low) & (entry < high), entry, -1))
+    share = jax.jit(functools.partial(mass.attention_mass, scale=static["scale"]))
+    found = share(diff["q_BTNH"], lse, entries, keys)
+    plan = Plan(static["scale"], small.window, small.choices)
     places = Visible(
         arrays["first_BT"], arrays["low_BT"], arrays["high_BT"], arrays.get("chosen_BTK")
     )
-    wanted = joint_probabilities(plan, diff, places)[..., diff["window_BSH"].shape[1] :].sum(2)
-    wanted = jnp.take_along_axis(wanted, jnp.maximum(keys, 0), axis=2)
-    np.testing.assert_allclose(found, jnp.where(keys >= 0, wanted, 0), atol=1e-5)
+    joint = jax.jit(lambda diff: joint_probabilities(plan, diff, places))(diff)
+    wanted = np.asarray(joint)[..., diff["window_BSH"].shape[1] :].sum(2)
+    wanted = np.take_along_axis(wanted, np.maximum(keys, 0), axis=2)
+    np.testing.assert_allclose(found, np.where(keys >= 0, wanted, 0), atol=1e-5)
 
 
 def joint_probabilities(plan, diff, places):
