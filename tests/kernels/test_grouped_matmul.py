@@ -14,8 +14,8 @@ from hypothesis import strategies
 
 from tests.support.selection import first
 from v4jax import quant
-from v4jax.kernels.grouped_matmul import api, formats, work_items
-from v4jax.kernels.grouped_matmul.cases import GROUPS, REAL, ROWS, inputs, specs
+from v4jax.kernels.grouped_matmul import api, cases, formats, work_items
+from v4jax.kernels.grouped_matmul.cases import GROUPS, REAL, ROWS, specs
 from v4jax.kernels.grouped_matmul.gpu import matmul as pallas_gpu
 from v4jax.kernels.grouped_matmul.gpu.tiles import plan as plan_gpu
 from v4jax.kernels.grouped_matmul.tpu import matmul as pallas_tpu
@@ -47,6 +47,12 @@ def small_blocks(tmp_path_factory):
 
 
 @functools.cache
+def inputs(*args, **options):
+    """By one program; not to be changed."""
+    return jax.jit(lambda: cases.inputs(*args, **options))()
+
+
+@functools.cache
 def compiled(implementation, rounding, limit, frozen):
     """The result, and gradients of x, gate and (unless frozen) weights through a sine of it."""
 
@@ -74,8 +80,14 @@ def assert_close(ours, wanted, tolerance=1e-5):
         )
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def store(weights, kind):
     return tuple(jax.vmap(STORED[kind])(w) for w in weights)
+
+
+@jax.jit
+def expanded(stored):
+    return tuple(w.dequantize(jnp.float32) for w in stored)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -141,12 +153,15 @@ def _widen(x):
 def test_gradient_is_zero_where_the_clamp_bites(implementation):
     x = jnp.full((1, 32), 5.0)
     w = jnp.ones((1, 32, 32))
-    grad = jax.grad(
-        lambda x: api.expert_ffn(
+
+    @jax.jit
+    @jax.grad
+    def gradient(x):
+        return api.expert_ffn(
             x, jnp.ones(1), jnp.array([1]), w, w, w, limit=1.0, implementation=implementation
         ).sum()
-    )(x)
-    assert np.all(grad == 0)
+
+    assert np.all(np.asarray(gradient(x)) == 0)
 
 
 # All for plain XLA; for the Pallas kernels one set of groups, scales in float32 on a TPU alone.
@@ -162,9 +177,8 @@ STORED_QUICK = [
 def test_stored_weights_equal_their_expansion(groups, kind, implementation):
     x, gate, weights, sizes = inputs(GROUPS[groups], 512, 256)
     stored = store(weights, kind)
-    expanded = tuple(w.dequantize(jnp.float32) for w in stored)
     ours = run((x, gate, stored, sizes), implementation, frozen=True)
-    assert_close(ours, run((x, gate, expanded, sizes), "reference", frozen=True))
+    assert_close(ours, run((x, gate, expanded(stored), sizes), "reference", frozen=True))
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
@@ -221,7 +235,7 @@ def test_items_cover_every_row_once(groups, tile):
 
 def test_refusals():
     x, gate, weights, sizes = inputs((3, 2), 32, 32)
-    mixed = (weights[0], *store(weights[1:], "fp4"))
+    mixed = (weights[0], *store(tuple(weights[1:]), "fp4"))
     with pytest.raises(NotImplementedError, match="expected one form"):
         run((x, gate, mixed, sizes), "pallas_tpu", frozen=True)
     half = tuple(w.astype(jnp.float16) for w in weights)

@@ -1,7 +1,6 @@
 """The packed mask: its layout, and the ways in and out."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
