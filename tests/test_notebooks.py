@@ -71,8 +71,9 @@ def test_begins_by_installing_what_is_missing(path):
     ids=lambda path: path.stem,
 )
 def test_runs(path):
-    """In a process of its own, as a reader runs it: with one device, without the tests' flags."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    """In a process of its own, as a reader runs it, with one device; compiled as tests are."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    environment = os.environ | {"XLA_FLAGS": " ".join(flags)}
     where = {"metadata": {"path": str(path.parent)}}
     notebook, stored = read(path), code_cells(read(path))
     NotebookClient(notebook, timeout=CELL_SECONDS, resources=where).execute(env=environment)

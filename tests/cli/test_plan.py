@@ -1,5 +1,6 @@
 """`v4jax plan`: what it prints and what it refuses; tiny models, compiled for a v5p."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,6 +11,9 @@ import pytest
 from tests.support import aot
 from v4jax.chips import CHIPS
 from v4jax.cli.main import main
+from v4jax.config import CSA, HCA, with_hash_routing
+from v4jax.hf.config import to_hf
+from v4jax.named_configs import get_config
 
 
 def plan(capsys, *flags):
@@ -20,13 +24,18 @@ def plan(capsys, *flags):
 
 
 _OURS = ("JAX", "TPU", "XLA", "ALLOW_MULTIPLE", "TF_CPP")  # what tests set and a shell does not
-DECODE = ("--config=flash_tiny", "--mode=decode", "--context=256", "--batch=4")
+SHAPE = ("--mode=decode", "--context=256", "--batch=4")
+DECODE = ("--config=flash_tiny", *SHAPE)
 
 
 @pytest.fixture(scope="module")
-def decoded():
+def decoded(tmp_path_factory):
     """Status, JSON and stderr of a decode step of a tiny model on four chips, as from a shell."""
-    flags = [*DECODE, "--topology=v5p:2x2x1", "--mesh=expert=4", "--format=json"]
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    layers = with_hash_routing((CSA, HCA), 1)
+    config = dataclasses.replace(get_config("flash_tiny"), layers=layers, mtp_layers=())
+    path.write_text(json.dumps(to_hf(config)))
+    flags = [f"--config={path}", *SHAPE, "--topology=v5p:2x2x1", "--mesh=expert=4", "--format=json"]
     flags += ["--compilation_cache=off"]  # the user's is no place for tests
     words = [sys.executable, "-m", "v4jax.cli.main", "plan", *flags]
     plain = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}

@@ -91,7 +91,7 @@ def test_finds_a_fact_far_beyond_its_window(nano, source, tokenizer, monkeypatch
     """As the experiment measures it, at a length where few of the facts are within the window."""
     monkeypatch.syspath_prepend(str(EXPERIMENT))
     measure = importlib.import_module("evaluate")
-    monkeypatch.setattr(measure, "TRIALS", 16)
+    monkeypatch.setattr(measure, "TRIALS", 10)
     model, variables = nano
     last = jax.jit(functools.partial(measure.last_logits, model))
     found = measure.needle(last, variables, source, tokenizer, 1024)
@@ -103,7 +103,7 @@ def test_finds_a_fact_far_beyond_its_window(nano, source, tokenizer, monkeypatch
 def test_writes_something_like_python_and_the_same_again(nano, tokenizer):
     """Drawn, because the most likely token every time runs in circles in a model so small."""
     model, variables = nano
-    prompts = 3 * ["def", "import", "class", "    def __init__(self"]
+    prompts = 2 * ["def", "import", "class", "    def __init__(self"]
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     first, again = (
         v4jax.generate(

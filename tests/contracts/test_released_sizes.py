@@ -62,7 +62,7 @@ def test_prefill_and_decode_lower(name):
 def test_program_size_does_not_grow_with_depth():
     def lines(layers):
         config = v4jax.get_config("flash")
-        config = type(config)(layers=config.layers[:3] + config.layers[3:5] * layers)
+        config = type(config)(layers=config.layers[3:5] * layers, mtp_layers=())
         model = Transformer(config, dtype="bfloat16")
         tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
         lowered = jax.jit(model.apply).lower(model.abstract_variables(), tokens)

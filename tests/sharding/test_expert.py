@@ -67,7 +67,14 @@ def test_one_device_is_the_plain_sum(inputs, expected):
         np.testing.assert_allclose(expected[name][0], y, atol=1e-5 * float(jnp.abs(y).max()))
 
 
-@pytest.mark.parametrize("strategy, sizes", MESHES)
+# Slow are those whose axes the others have one by one.
+@pytest.mark.parametrize(
+    "strategy, sizes",
+    [
+        pytest.param(*row, marks=pytest.mark.slow if number in (2, 5) else ())
+        for number, row in enumerate(MESHES)
+    ],
+)
 def test_mesh_equals_one_device(strategy, sizes, inputs, expected):
     check(routing.with_gradients(routing.layout_on(strategy, **sizes)), inputs, expected)
 

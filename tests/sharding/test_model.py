@@ -17,7 +17,7 @@ from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL, TRAIN, TRAIN_LONG
 
 LOGITS = 2e-5  # float32; of whole rows in parts of the logits' standard deviation
 GRADIENTS = 2e-5  # see `meshes.assert_close`
-DECODED = 64
+DECODED = 32  # over two ends of HCA blocks
 
 
 def quick(sizes):

@@ -72,8 +72,8 @@ def test_every_parameter_moves_and_the_loss_falls():
 
 
 def test_accumulated_parts_are_the_whole_batch():
-    """Two programs of a gradient: of one layer and an MTP block."""
-    model, variables = small_model(layers=(CSA,))
+    """Two programs of a gradient: of one layer and an MTP block, of one stream."""
+    model, variables = small_model(layers=(CSA,), hc_mult=1)
     optimizer = optimizer_of(model)
     state = new_state(variables["params"], variables["buffers"], optimizer)
     batch = ragged([(66,), (40, 20), (3,) * 22, (2,) * 33])
