@@ -189,15 +189,15 @@ def markov_head(config: ModelConfig) -> Weights:
     """What a draft's token before adds to a token's logits; the first is looked up by token."""
     shape = (config.vocab_size, _dspark(config).markov_rank)
     return {
-        "markov_w1/weight": Weight(shape, (None, None), "plain", _normal(config)),
-        "markov_w2/weight": Weight(shape, ("vocab", None), "plain", _normal(config)),
+        "markov_w1/weight": _plain(config, shape, (None, None)),
+        "markov_w2/weight": _plain(config, shape, ("vocab", None)),
     }
 
 
 def confidence_head(config: ModelConfig) -> Weights:
     """How likely a draft's token is to be accepted."""
     shape = (1, config.hidden_size + _dspark(config).markov_rank)
-    return {"proj/weight": Weight(shape, (None, None), "plain", _normal(config))}
+    return {"proj/weight": _plain(config, shape, (None, None))}
 
 
 def _dspark(config) -> DSpark:

@@ -1,5 +1,6 @@
 """Which group of the optimiser every weight of the named configs is in, written out by hand."""
 
+import dataclasses
 import math
 import re
 
@@ -7,10 +8,11 @@ import jax
 import pytest
 
 from v4jax import weights
+from v4jax.config import DSpark
 from v4jax.model.transformer import Transformer
 from v4jax.named_configs import config_names, get_config
 from v4jax.train import lora
-from v4jax.train.optimizer import OptimizerConfig, table
+from v4jax.train.optimizer import OptimizerConfig, group_of, table
 
 MIN_REPEATS = 4
 
@@ -69,7 +71,8 @@ ADAMW = [
 
 
 def without_numbers(path):
-    return re.sub(r"^mtp_\d+", "mtp", re.sub(r"^(layers_\d+/block_\d+|mtp_\d+/block)/", "*/", path))
+    path = re.sub(r"^(layers_\d+/block_\d+|(mtp|draft)_\d+/block)/", "*/", path)
+    return re.sub(r"^(mtp|draft)_\d+", r"\1", path)
 
 
 @pytest.mark.parametrize("name", config_names())
@@ -84,6 +87,27 @@ def test_groups_of_every_named_config(name):
         assert row.matrices == (matrices if row.group == "muon" else 0), row
         assert row.decayed, row
     assert found == {"muon": set(MUON), "adamw": set(ADAMW)}
+
+
+def test_groups_of_a_draft():
+    draft = {
+        "mtp_layers": (),
+        "draft_layers": 2,
+        "dspark": DSpark(markov_rank=32, noise_token_id=5, target_layer_ids=(0, 1)),
+    }
+    config = dataclasses.replace(get_config("flash_tiny"), **draft)
+    declared = weights.parameters(config, MIN_REPEATS)
+    found = {
+        without_numbers(path): group_of(path, declared, OptimizerConfig())
+        for path in declared
+        if path.startswith("draft_") and "/block/" not in path
+    }
+    of_muon = {path for path, group in found.items() if group == "muon"}
+    heads = ("hc_head/fn", "markov_head/markov_w1/weight", "markov_head/markov_w2/weight")
+    heads += ("main_proj/weight", "confidence_head/proj/weight")
+    assert of_muon == {f"draft/{name}" for name in heads}
+    small = ("main_norm/weight", "norm/weight", "hc_head/base", "hc_head/scale")
+    assert found.keys() - of_muon == {f"draft/{name}" for name in small}
 
 
 @pytest.mark.parametrize("name", ["flash", "pro_tiny"])
