@@ -34,5 +34,9 @@ def test_the_tokens_are_plain_decodings(made):
             assert again.logprobs == first.logprobs
             assert (again.drafted, again.accepted) == (first.drafted, first.accepted)
             assert first.drafted >= 23
+    # Which widths are verified changes no token.
+    scheduled = Engine(*made, **(SIZES | {"draft": "dspark", "exact": False}))
+    last = [scheduled.submit(request) for request in requests]
+    assert [stream.result().tokens for stream in last] == [x.result().tokens for x in expected]
     assert engine.stats()["cached_tokens"] > 0
     assert len(engine.stats()["acceptance"]) == GAMMA

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.engines import prompt_of, tiny_engine
 from v4jax.engine.request import Request
+from v4jax.engine.speculate import Widths, verified_widths
 from v4jax.errors import InputError
 
 GAMMA = 5
@@ -120,3 +121,27 @@ def test_a_draft_that_the_model_lacks():
         tiny_engine(draft="medusa")
     with pytest.raises(InputError, match="draft_tokens is 0"):
         tiny_engine(draft="mtp", draft_tokens=0)
+
+
+def test_the_width_that_brings_most_tokens_a_second():
+    widths = Widths(verified_widths(5))
+    sure, doubtful = np.full((2, 5), 9.0, np.float32), np.full((2, 5), -9.0, np.float32)
+    active = np.array([True, False])
+    for width, seconds in ((1, 1.0), (3, 1.5), (6, 2.0)):
+        assert widths.choose(sure, active) == width  # not measured yet
+        widths.took(width, seconds)
+    assert widths.choose(sure, active) == 6
+    assert widths.choose(doubtful, active) == 1
+    # 1 + 0.73 + 0.53 tokens in 1.5 s, or 1 + 0.73 + 0.53 + 0.39 + 0.29 + 0.21 in 2.
+    assert widths.choose(np.ones((2, 5), np.float32), active) == 6
+    for _ in range(60):
+        widths.took(6, 3.0)
+    assert widths.choose(np.ones((2, 5), np.float32), active) == 3
+    # The idle row's confidence does not count.
+    mixed = np.concatenate([doubtful[:1], sure[:1]])
+    assert widths.choose(mixed, active) == 1
+    assert (verified_widths(1), verified_widths(2), verified_widths(7)) == (
+        (1, 2),
+        (1, 3),
+        (1, 3, 8),
+    )

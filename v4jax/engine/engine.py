@@ -24,6 +24,7 @@ from v4jax.engine.programs import Programs, Row
 from v4jax.engine.request import Checked, Event, Request, TokenLogprob, check
 from v4jax.engine.scheduler import Scheduler
 from v4jax.engine.slots import page_tokens
+from v4jax.engine.speculate import Widths
 from v4jax.engine.stream import Stream
 from v4jax.errors import InputError
 from v4jax.infer.arguments import whole_number
@@ -82,6 +83,8 @@ class _Pending:
     choice: Any
     jobs: dict[int, _Job]
     limit_S: Any = None  # of a round: drafts that each slot could accept
+    width: int = 1
+    began: float = 0.0
 
 
 class Engine:
@@ -157,6 +160,7 @@ class Engine:
         self._cancelled: list[Stream] = []
         self._arrivals = itertools.count()
         self._counts = dict.fromkeys(_COUNTS, 0)
+        self._widths = Widths(self._programs.rounds)
         self._verified_at = np.zeros(self._drafted, int)
         self._accepted_at = np.zeros(self._drafted, int)
         self._lock = threading.RLock()
@@ -398,7 +402,7 @@ class Engine:
         if not self._permitted(slot, job):
             self._row = None
             return
-        draws = jax.tree.map(lambda x: x[slot : slot + 1], self._draws)
+        draws = jax.tree.map(lambda x: x[slot : slot + 1].copy(), self._draws)
         draws = draws._replace(active=np.ones(1, bool), allowed_SPW=draws.allowed_SPW[:, :1])
         choice = self._programs.first(logits_1V, draws, job.request.logprobs is not None)
         self._lane = self._programs.put(self._lane, slot, self._row, choice.token)
@@ -430,12 +434,17 @@ class Engine:
         scored = any(job.request.logprobs is not None for job in jobs.values())
         # The arrays are changed while the round may not have read them yet.
         draws = jax.tree.map(np.copy, self._draws)
+        width = self._programs.rounds[-1]
         if self._drafted:
-            drafts_SP, _ = self._programs.propose(self._lane, draws)
+            drafts_SP, confidence_SP = self._programs.propose(self._lane, draws)
             self._permit_behind(jobs, drafts_SP, draws, limit_S)
-        verified = self._programs.verify(self._lane, drafts_SP, limit_S, draws, scored)
+            if len(self._programs.rounds) > 1:
+                width = self._widths.choose(np.asarray(confidence_SP), draws.active)
+                np.minimum(limit_S, width - 1, out=limit_S)
+        began = time.perf_counter()
+        verified = self._programs.verify(self._lane, drafts_SP, limit_S, draws, scored, width)
         choice, self._lane = verified
-        self._pending.append(_Pending(choice, jobs, limit_S))
+        self._pending.append(_Pending(choice, jobs, limit_S, width, began))
         self._counts["rounds"] += 1
         self._counts["row_rounds"] += len(jobs)
         return True
@@ -494,6 +503,8 @@ class Engine:
         while len(self._pending) > keep:
             pending = self._pending.pop(0)
             choice = jax.tree.map(np.asarray, pending.choice)
+            if self._drafted and pending.limit_S is not None:
+                self._widths.took(pending.width, time.perf_counter() - pending.began)
             for row, job in pending.jobs.items():
                 if job.answer.finish is None:
                     self._take(job, jax.tree.map(lambda x, row=row: x[row], choice))

@@ -44,6 +44,9 @@ class Row(NamedTuple):
 class Programs:
     """The programs of one lane: a cache of `slots` rows of `max_length` tokens.
 
+    Attributes:
+      widths: in which prompts are read. rounds: in which anchors and drafts are verified.
+
     Args:
       placement: the models that read prompts and that decode. variables: as both take them.
       chunk: tokens of a prompt that are read at once; exact: in no other width.
@@ -71,8 +74,11 @@ class Programs:
         self._slots, self._vocab = slots, placement.decode.config.vocab_size
         self._chunk, self.widths = chunk, (chunk,) if exact else widths(chunk)
         self._drafted, self._kind, self._pages = drafted, kind, pages
+        # Only DSpark says which of its drafts are worth verifying.
+        several = kind == "dspark" and not exact
+        self.rounds = speculate.verified_widths(drafted) if several else (drafted + 1,)
         self._programs = CompiledPrograms(executables, on_compile)
-        self._functions = _functions(placement.decode, kind, drafted)
+        self._functions = _functions(placement.decode, kind, drafted, self.rounds)
         self._fresh_row = jax.jit(
             lambda: Row(placement.prefill.init_cache(1, max_length, drafted), _state(1))
         )
@@ -135,9 +141,9 @@ class Programs:
         """Drafts [S,P] and their confidences, which may be None."""
         return self._programs.run(self._proposing(lane, draws))
 
-    def verify(self, lane: Lane, drafts_SP, limit_S, draws, scored: bool):
+    def verify(self, lane: Lane, drafts_SP, limit_S, draws, scored: bool, width: int):
         """The round's choice, and the lane; see `speculate.verify`."""
-        return self._programs.run(self._verifying(lane, drafts_SP, limit_S, draws, scored))
+        return self._programs.run(self._verifying(lane, drafts_SP, limit_S, draws, scored, width))
 
     def read_page(self, state: Row | Lane, slot: int, number: int):
         """The entries of a page of a slot, or of a row (slot 0); see `slots`."""
@@ -198,7 +204,8 @@ class Programs:
         yield self._scoring(padded, length, padded, row)
         for scored in (False, True):
             yield self._choosing(logits_1V, no_draws(1, self._vocab), scored)
-            yield self._verifying(lane, drafts_SP, limit_S, self.no_draws(), scored)
+            for width in self.rounds:
+                yield self._verifying(lane, drafts_SP, limit_S, self.no_draws(), scored, width)
         yield self._putting(lane, 0, row, token_11)
         if self._drafted:
             yield self._proposing(lane, self.no_draws())
@@ -232,11 +239,12 @@ class Programs:
         like = (0, 0 if self._kind == "dspark" else None)
         return self._of_lane(name, "propose", (self._variables, lane, draws), like)
 
-    def _verifying(self, lane, drafts_SP, limit_S, draws, scored):
-        name = f"round of {self._slots} slots and {self._drafted} drafts"
+    def _verifying(self, lane, drafts_SP, limit_S, draws, scored, width):
+        name = f"round of {self._slots} slots and {width - 1} of {self._drafted} drafts"
         name += ", scored" if scored else ""
         arguments = (self._variables, lane, drafts_SP, limit_S, draws)
-        return self._of_lane(name, "verify", arguments, (_like(scored), lane), scored)
+        like = (_like(scored), lane)
+        return self._of_lane(name, f"verify {width}", arguments, like, scored)
 
     def _paging(self, state, slot, number):
         name = f"page of a {type(state).__name__.lower()}"
@@ -274,7 +282,7 @@ def _like(scored):
     return Choice(0, 0, 0, 0, 0) if scored else Choice(0, 0)
 
 
-def _functions(decoder, kind, drafted):
+def _functions(decoder, kind, drafted, rounds):
     """The jitted functions by name and whether log-probabilities are wanted."""
 
     def of(function, donated, **fixed):
@@ -294,7 +302,9 @@ def _functions(decoder, kind, drafted):
     }
     for scored in (False, True):
         functions["first", scored] = of(_first, (), scored=scored)
-        functions["verify", scored] = of(speculate.verify, "lane", kind=kind, scored=scored)
+        for width in rounds:
+            fixed = {"kind": kind, "scored": scored, "width": width}
+            functions[f"verify {width}", scored] = of(speculate.verify, "lane", **fixed)
     return functions
 
 
