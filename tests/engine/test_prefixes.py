@@ -60,7 +60,7 @@ def run(engine, tokens, **options):
 
 def test_restored_equals_cold_bit_for_bit(engines, monkeypatch):
     cold, stored, cache = engines
-    page = stored._prefixes.page
+    page = stored._loop.prefixes.page
     garbage_rows(stored, monkeypatch)
     for length in (page + 1, page + 77, 2 * page, 2 * page + 1, 2 * page + 44):
         prompt = prompt_of(length, 9)
@@ -78,7 +78,7 @@ def test_restored_equals_cold_bit_for_bit(engines, monkeypatch):
 
 def test_a_shared_prefix_is_found_once_a_second_request_has_left_it(engines):
     cold, stored, _ = engines
-    page = stored._prefixes.page
+    page = stored._loop.prefixes.page
     shared = prompt_of(page, 21)
     prompts = [shared + prompt_of(page + 30, 30 + i) for i in range(3)]
     results = [run(stored, prompt) for prompt in prompts]
@@ -89,7 +89,7 @@ def test_a_shared_prefix_is_found_once_a_second_request_has_left_it(engines):
 
 def test_tenants_do_not_share(engines):
     _, stored, _ = engines
-    prompt = prompt_of(stored._prefixes.page + 9, 50)
+    prompt = prompt_of(stored._loop.prefixes.page + 9, 50)
     assert [run(stored, prompt, salt=salt).cached_tokens > 0 for salt in ("a", "a", "b")] == [
         False,
         True,

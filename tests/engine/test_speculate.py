@@ -40,7 +40,7 @@ class Script:
 
     def __call__(self, lane, draws):
         drafts_SP = np.zeros((4, GAMMA), np.int32)
-        for slot, job in self._engine._scheduler.decoding.items():
+        for slot, job in self._engine._loop.scheduler.decoding.items():
             tokens = self._answers[tuple(job.request.tokens.tolist())]
             ahead = np.array(tokens[draws.step[slot] :][:GAMMA] + [0] * GAMMA)[:GAMMA]
             right = self._right(self.round, slot)

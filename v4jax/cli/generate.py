@@ -19,8 +19,9 @@ from v4jax.accounting import count_parameters
 from v4jax.checkpoints import load as checkpoint
 from v4jax.checkpoints.source import read_announced
 from v4jax.cli import compilation_cache, process_flags
-from v4jax.engine.engine import Engine, draft_of
+from v4jax.engine.engine import Engine
 from v4jax.engine.prefix_cache import PrefixCache
+from v4jax.engine.settings import draft_of
 from v4jax.errors import InputError
 from v4jax.infer.generate import Generation, check_request, generate
 from v4jax.infer.generation_config import read_generation_config

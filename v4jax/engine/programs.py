@@ -94,6 +94,11 @@ class Programs:
             return None if kind is None else draft_lib.init_state(placement.decode, rows, kind)
 
     @property
+    def vocab_size(self) -> int:
+        """Of the model."""
+        return self._vocab
+
+    @property
     def compiled(self) -> int:
         """Programs that were compiled, not read from disk."""
         return self._programs.compiled
