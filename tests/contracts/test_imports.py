@@ -31,6 +31,7 @@ FLOORS = (
     "weights",
     "hf",
     "model",
+    "stream",
     "accounting",
     "datasets",
     "checkpoints",

@@ -6,18 +6,22 @@ one `quant.QTensor`.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from v4jax.checkpoints.fit import refuse_mixed
 from v4jax.config import Segment
 from v4jax.hf.tensors import TensorSpec
 from v4jax.quant import QTensor
 from v4jax.weights import variable_place
 
 Path = tuple[str, ...]
+
+_ALIGNMENT = 64  # jax takes host arrays over without a copy where they are aligned to this
 
 
 @dataclasses.dataclass
@@ -54,6 +58,28 @@ def plan(
                 leaves[where] = Leaf([], None if repeat is None else repeats[path[1]])
             leaves[where].specs.append(spec)
     return leaves, places
+
+
+def planned(
+    name: str, items: Mapping[str, list[TensorSpec]], cut: tuple[Segment, ...]
+) -> tuple[dict[Path, Leaf], dict[str, tuple[Path, int | None]]]:
+    """As `plan`; refuses a leaf whose tensors differ in form. name: the checkpoint's."""
+    leaves, places = plan(items, cut)
+    refuse_mixed(
+        {where: leaf.specs for where, leaf in leaves.items()},
+        name,
+        "load it with weights='bf16' (--weights=bf16), which expands what is quantised",
+    )
+    return leaves, places
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A new array of zeros that a CPU device takes over without a copy."""
+    count = math.prod(shape) * dtype.itemsize
+    # Large ones are pages that the system fills when they are first touched: no time, no memory.
+    raw = np.zeros(count + _ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % _ALIGNMENT
+    return raw[offset : offset + count].view(dtype).reshape(shape)
 
 
 def path_of(spec: TensorSpec, path: Path) -> Path:

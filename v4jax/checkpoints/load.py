@@ -7,18 +7,15 @@ stacked arrays that the model scans over.
 
 import contextlib
 import functools
-import math
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
-import numpy as np
 
-from v4jax.checkpoints.fit import refuse_mixed
-from v4jax.checkpoints.leaves import plan, variables_of
+from v4jax.checkpoints.leaves import aligned, planned, variables_of
 from v4jax.checkpoints.orbax import OrbaxSource
 from v4jax.checkpoints.shards import ShardedLeaf, fill_leaves, identity
 from v4jax.checkpoints.source import (
@@ -29,6 +26,7 @@ from v4jax.checkpoints.source import (
     converting,
     planned_items,
 )
+from v4jax.checkpoints.streamed import StreamedWeights
 from v4jax.checkpoints.target import OfficialTarget, OrbaxTarget, config_json, copy_item
 from v4jax.checkpoints.variables import VariablesSource
 from v4jax.config import ModelConfig, Segment, segments
@@ -39,11 +37,12 @@ from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import processes
 from v4jax.sharding.rules import ONE_DEVICE, Layout
+from v4jax.stream.model import StreamedTransformer
 
 THREADS = 8
-_ALIGNMENT = 64  # jax takes host arrays over without a copy where they are aligned to this
 
 
+@overload
 def load(
     path: str | os.PathLike,
     dtype: str | None = None,
@@ -52,8 +51,39 @@ def load(
     shards: Layout = ONE_DEVICE,
     verify: bool = True,
     announced: Announced | None = None,
+    stream: Literal[False] = False,
     **options: Any,
-) -> tuple[Transformer, dict[str, Any]]:
+) -> tuple[Transformer, dict[str, Any]]: ...
+
+
+@overload
+def load(
+    path: str | os.PathLike,
+    dtype: str | None = None,
+    weights: str = "stored",
+    numerics: str | None = None,
+    shards: Layout = ONE_DEVICE,
+    verify: bool = True,
+    announced: Announced | None = None,
+    *,
+    stream: Literal[True],
+    layers: int | None = None,
+    **options: Any,
+) -> tuple[StreamedTransformer, StreamedWeights]: ...
+
+
+def load(
+    path,
+    dtype=None,
+    weights="stored",
+    numerics=None,
+    shards=ONE_DEVICE,
+    verify=True,
+    announced=None,
+    stream=False,
+    layers=None,
+    **options,
+):
     """Builds a model and loads its weights.
 
     Args:
@@ -68,6 +98,10 @@ def load(
       verify: in our Orbax format, hold every tensor that is read whole against its checksum, which
         takes 0.3 s for each GB and core.
       announced: what `source.read_announced` found, where the caller has read config.json.
+      stream: leave the weights on disk, for a model larger than memory. In place of variables an
+        open `StreamedWeights` comes, from which each call of the model reads what it needs; see
+        `stream.model.StreamedTransformer`. One device, no MTP blocks.
+      layers: with stream, run the first so many layers only, then norm and head.
       **options: further fields of `Transformer`, such as `min_repeats`.
 
     Returns:
@@ -76,6 +110,10 @@ def load(
     Raises:
       InputError: damaged or incomplete files, or tensors that are not those of the config.
     """
+    if stream:
+        return _stream(path, dtype, weights, numerics, shards, verify, announced, layers, options)
+    if layers is not None:
+        raise InputError(f"layers is {layers} without stream; expected it with stream=True alone")
     with open_checkpoint(path, verify, announced) as source:
         items = planned_items(source, weights)
         model = Transformer(
@@ -88,6 +126,26 @@ def load(
         if processes.count() > 1:
             processes.agree("the checkpoint", identity(source) | {"weights": weights})
         return model, _fill_mesh(source, items, model)
+
+
+def _stream(path, dtype, weights, numerics, shards, verify, announced, layers, options):
+    """The model and the open checkpoint of `load(..., stream=True)`."""
+    if shards.mesh is not None:
+        raise InputError("stream=True came with a mesh; expected one device: leave shards out")
+    unknown = sorted(options.keys() - {"kernels"})
+    if unknown:
+        raise InputError(f"stream=True came with {unknown[0]}; expected no option but kernels")
+    source = _opened(path, verify, announced)
+    try:
+        reader = StreamedWeights(source, planned_items(source, weights), layers)
+        config = reader.config
+        # Unrolled: each layer has programs and a cache of its own.
+        model = Transformer(config, dtype, numerics, min_repeats=len(config.layers) + 1, **options)
+        model.execution()
+    except BaseException:
+        source.close()
+        raise
+    return StreamedTransformer(model), reader
 
 
 def load_variables(
@@ -118,12 +176,15 @@ def open_checkpoint(
     path: str | os.PathLike, verify: bool = True, announced: Announced | None = None
 ) -> Iterator[FolderSource | OrbaxSource]:
     """Opens a checkpoint of any format for reading; see `source`, and `load` for the arguments."""
+    with contextlib.closing(_opened(path, verify, announced)) as source:
+        yield source
+
+
+def _opened(path, verify, announced):
     path = locate(path)
     check_finished(path)
     whole = os.path.exists(os.path.join(path, MANIFEST_NAME))
-    source = OrbaxSource(path, verify, announced) if whole else FolderSource(path, announced)
-    with contextlib.closing(source):
-        yield source
+    return OrbaxSource(path, verify, announced) if whole else FolderSource(path, announced)
 
 
 def check_finished(path: str | os.PathLike) -> None:
@@ -188,8 +249,8 @@ def _save(kind, path, config, variables):
 
 def _fill(source, items, cut: tuple[Segment, ...]):
     """Reads all items into the variables' arrays; each goes to the device once it is complete."""
-    leaves, places = _planned(source.path, items, cut)
-    buffers = {where: _aligned(*leaf.form()) for where, leaf in leaves.items()}
+    leaves, places = planned(source.path, items, cut)
+    buffers = {where: aligned(*leaf.form()) for where, leaf in leaves.items()}
     done = {}
     with ThreadPoolExecutor(THREADS) as pool:
         for item, specs in items.items():
@@ -215,39 +276,21 @@ def _fill_item(source, item, specs, buffers, places, pool):
 
 def _fill_mesh(source, items, model):
     """As `_fill`, onto the model's mesh."""
-    planned, where_of = _planned(source.path, items, model.segments())
+    leaves_of_mesh, where_of = planned(source.path, items, model.segments())
     shardings = sharded.variable_shardings(model)
     leaves, places, last_items = {}, {}, {}
-    for where, leaf in planned.items():
+    for where, leaf in leaves_of_mesh.items():
         if where[0] == "carried":
             continue
         quantized = leaf.specs[0].part != "array"
         path = where[:-1] if quantized else where
         sharding = functools.reduce(dict.__getitem__, path, shardings)
-        leaves[where] = ShardedLeaf(where, *leaf.form(), sharding, _aligned)
+        leaves[where] = ShardedLeaf(where, *leaf.form(), sharding, aligned)
         last_items[where] = leaf.specs[-1].item
         for spec in leaf.specs:
             indices = (where_of[spec.key][1], spec.expert)
             places[spec.key] = (where, tuple(i for i in indices if i is not None))
     return variables_of(fill_leaves(source, items, leaves, places, last_items))
-
-
-def _planned(name, items, cut):
-    """Leaves by path and each tensor's place; refuses a leaf whose tensors differ in form."""
-    leaves, places = plan(items, cut)
-    refuse_mixed(
-        {where: leaf.specs for where, leaf in leaves.items()},
-        name,
-        "load it with weights='bf16' (--weights=bf16), which expands what is quantised",
-    )
-    return leaves, places
-
-
-def _aligned(shape, dtype):
-    count = math.prod(shape) * dtype.itemsize
-    raw = np.empty(count + _ALIGNMENT, np.uint8)
-    offset = -raw.ctypes.data % _ALIGNMENT
-    return raw[offset : offset + count].view(dtype).reshape(shape)
 
 
 def _to_device(array):

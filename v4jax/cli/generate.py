@@ -18,7 +18,7 @@ from absl import flags
 from v4jax.accounting import count_parameters
 from v4jax.checkpoints import load as checkpoint
 from v4jax.checkpoints.source import read_announced
-from v4jax.cli import compilation_cache, process_flags
+from v4jax.cli import compilation_cache, process_flags, streaming
 from v4jax.engine.engine import Engine
 from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.engine.settings import draft_of
@@ -84,6 +84,7 @@ def define_flags():
     flags.DEFINE_string(
         "prefix_cache", None, "Directory in which prefixes of prompts and answers are kept"
     )
+    streaming.define_flags()
     process_flags.define_flags()
     compilation_cache.define_flag()
     flags.DEFINE_enum("format", "text", ["text", "json"], "json: one object on stdout")
@@ -105,17 +106,13 @@ def _run(texts):
     prompts = _read_prompts(tokenizer, texts)
     settings = _settings(directory, config, demo=not (texts or FLAGS.prompt_ids))
     _check(config, prompts, settings)
-    shards = _layout()
-    model, params = checkpoint.load(
-        directory,
-        dtype=FLAGS.dtype,
-        weights=FLAGS.weights,
-        numerics=FLAGS.numerics,
-        shards=shards,
-        verify=FLAGS.verify,
-        announced=announced,
-    )
-    _say(_describe(FLAGS.checkpoint, model, params))
+    streaming.check(config)
+    if FLAGS.stream_weights:
+        model, params = streaming.load(directory, prompts, settings["max_new_tokens"], announced)
+        _say(streaming.describe(FLAGS.checkpoint, model, params))
+    else:
+        model, params = _load(directory, announced)
+        _say(_describe(FLAGS.checkpoint, model, params))
     report = _Report(tokenizer, prompts, FLAGS.format)
     try:
         result = _generate(model, params, prompts, report.add, settings)
@@ -124,6 +121,18 @@ def _run(texts):
         raise
     report.finish(result)
     return 0
+
+
+def _load(directory, announced):
+    return checkpoint.load(
+        directory,
+        dtype=FLAGS.dtype,
+        weights=FLAGS.weights,
+        numerics=FLAGS.numerics,
+        shards=_layout(),
+        verify=FLAGS.verify,
+        announced=announced,
+    )
 
 
 def _generate(model, params, prompts, on_token, settings) -> Generation:

@@ -18,6 +18,8 @@ from v4jax.infer.arguments import read_prompts, read_stop_ids, whole_number
 from v4jax.infer.executables import executables_of
 from v4jax.infer.placement import Placement
 from v4jax.infer.programs import Decoder
+from v4jax.infer.streamed import StreamedDecoder
+from v4jax.stream.model import StreamedTransformer
 
 PREFILL_CHUNK = 2048
 
@@ -73,8 +75,8 @@ def generate(
     otherwise also on (seed, row): step n of row i draws with `fold_in(fold_in(key(seed), i), n)`.
 
     Args:
-      model, params: as `v4jax.load` returns them. A model with a mesh reads prompts and decodes on
-        all of it, whatever its strategy: `Placement`.
+      model, params: as `v4jax.load` returns them, streamed ones too. A model with a mesh reads
+        prompts and decodes on all of it, whatever its strategy: `Placement`.
       prompts: token ids, a list or array a prompt, of any lengths; or one such list.
       max_new_tokens: how many tokens to make for each prompt, at most.
       temperature: 0 takes the most likely token; else logits are divided by it.
@@ -110,15 +112,22 @@ def generate(
         prefill_chunk=prefill_chunk,
     )
     prompts, capacity = request.prompts, request.capacity
-    placement = Placement.of(model, len(prompts))
-    variables, key = placement.variables(params), placement.replicate(jax.random.key(request.seed))
-    executables = None if programs is None else executables_of(os.fspath(programs))
-    decoder = Decoder(placement, variables, request.setting, key, executables, on_compile)
+    decoder = _decoder(model, params, request, programs, on_compile)
     answers = _Answers(prompts, request.stop_ids, on_token)
-    cache = placement.prefill.init_cache(len(prompts), capacity)
+    cache = decoder.empty_cache(len(prompts), capacity)
     chunks = _prefill_chunks(prompts, request.prefill_chunk, capacity)
     compile_seconds = decoder.compile(chunks, cache, request.max_new_tokens > 1)
     return _run(decoder, chunks, cache, answers, request.max_new_tokens, compile_seconds)
+
+
+def _decoder(model, params, request, programs, on_compile) -> Decoder | StreamedDecoder:
+    key = jax.random.key(request.seed)
+    if isinstance(model, StreamedTransformer):
+        return StreamedDecoder(model, params, request.setting, key)
+    placement = Placement.of(model, len(request.prompts))
+    executables = None if programs is None else executables_of(os.fspath(programs))
+    variables, key = placement.variables(params), placement.replicate(key)
+    return Decoder(placement, variables, request.setting, key, executables, on_compile)
 
 
 class GenerationRequest(NamedTuple):
@@ -183,16 +192,19 @@ def _decode_all(decoder, tokens_B, cache, answers, max_new_tokens):
     """The second and all later tokens.
 
     Each step is under way before the tokens of the one before are read, so that the device never
-    waits for the host; its work is lost when those tokens end the last row.
+    waits for the host; its work is lost when those tokens end the last row. Of a streamed model,
+    whose steps read gigabytes, each waits for the one before.
     """
     tokens_B, cache = decoder.decode(tokens_B, cache, 1)
     for step in range(1, max_new_tokens):
-        known_B = tokens_B
-        if step + 1 < max_new_tokens:
+        known_B, more = tokens_B, step + 1 < max_new_tokens
+        if more and decoder.runs_ahead:
             tokens_B, cache = decoder.decode(tokens_B, cache, step + 1)
         answers.add(np.asarray(known_B), step)
         if answers.finished:
             break
+        if more and not decoder.runs_ahead:
+            tokens_B, cache = decoder.decode(tokens_B, cache, step + 1)
 
 
 class _Answers:

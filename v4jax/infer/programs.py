@@ -28,6 +28,8 @@ class Decoder:
       on_compile: see `generate`.
     """
 
+    runs_ahead = True  # a step is under way before the tokens of the one before are read
+
     def __init__(
         self,
         placement: Placement,
@@ -42,6 +44,10 @@ class Decoder:
         self._setting = setting
         self._key = key
         self._programs = CompiledPrograms(executables, on_compile)
+
+    def empty_cache(self, rows: int, capacity: int):
+        """A cache for so many rows of so many tokens."""
+        return self._placement.prefill.init_cache(rows, capacity)
 
     def prefill(self, chunks, cache):
         """The first token of each row, [B], and the cache that holds the prompts."""
@@ -98,6 +104,11 @@ def _prefill(model, variables, cache, tokens_BT, lengths_B, logits_BV):
 def _decode(model, variables, cache, tokens_B, setting, key, step):
     out = model.apply(variables, tokens_B[:, None], cache=cache, logits="last")
     return _pick(model, out.logits[:, 0], setting, key, step), out.cache
+
+
+def choose(model, logits_BV, setting: sampling_lib.Sampling, key: jax.Array, step: int):
+    """The next token of each row, [B]; -1 where the logits are not finite."""
+    return _pick(model, logits_BV, setting, key, np.int32(step))
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -1,6 +1,6 @@
 """One layer, and the unit of layers that a segment repeats."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -54,25 +54,55 @@ class Block(nn.Module):
           state: where the keys come from, instead of the cache (`dspark.Ring`).
         """
         replay = replay or {}
-        u_BTD, mixing = self.hc_attn.pre(h_BTMD)
         state = state or LayerState(self.execution.layout, cache, layer)
-        x_BTD = self.attn_norm(u_BTD)
-        y_BTD, state, aux = self.attn(x_BTD, context, state, replay.get("chosen"))
-        h_BTMD, mixing = jax.tree.map(context.only_wanted, (h_BTMD, mixing))
-        context = context.for_queries()
-        h_BTMD, u_BTD, ffn_mixing = self.hc_ffn.post_pre(y_BTD, h_BTMD, mixing)
-        y_BTD, routing = self.ffn(self.ffn_norm(u_BTD), context, replay.get("router_experts"))
-        h_BTMD = self.hc_ffn.post(y_BTD, h_BTMD, ffn_mixing)
-        aux = aux | routing
-        if "streams" in context.aux:
-            aux |= {"streams": h_BTMD}
-        if "mhc" in context.aux and mixing is not None:
-            aux |= {"mhc_attn": mixing[1], "mhc_ffn": ffn_mixing[1]}
-        return h_BTMD, state.cache, aux
+        between, context, state, aux = before_experts(self, h_BTMD, context, state, replay)
+        y_BTD, routing = self.ffn(between.x_BTD, context, replay.get("router_experts"))
+        h_BTMD, after = after_experts(self, y_BTD, between, context)
+        return h_BTMD, state.cache, aux | routing | after
 
     def rows(self, x_BTD: Array, position_BT: Array) -> Array:
         """The attention's kv rows of inputs that did not come through the layer."""
         return self.attn.rows(x_BTD, position_BT)
+
+
+class Between(NamedTuple):
+    """A layer between its attention and its experts.
+
+    Attributes:
+      h_BTMD: the streams after the attention. mixing: how the experts' output enters them.
+      x_BTD: the experts' input.
+    """
+
+    h_BTMD: Any
+    mixing: Any
+    x_BTD: Any
+
+
+# Functions and not methods: Linen would give their operations names of their own.
+
+
+def before_experts(block: Block, h_BTMD, context: Context, state, replay):
+    """The first half of a layer: attention, up to the experts' input.
+
+    Returns:
+      `Between`, the context of the tokens whose output is wanted, the new state, and auxiliary
+      arrays by name.
+    """
+    u_BTD, mixing = block.hc_attn.pre(h_BTMD)
+    x_BTD = block.attn_norm(u_BTD)
+    y_BTD, state, aux = block.attn(x_BTD, context, state, replay.get("chosen"))
+    h_BTMD, mixing = jax.tree.map(context.only_wanted, (h_BTMD, mixing))
+    context = context.for_queries()
+    h_BTMD, u_BTD, ffn_mixing = block.hc_ffn.post_pre(y_BTD, h_BTMD, mixing)
+    if "mhc" in context.aux and mixing is not None:
+        aux = aux | {"mhc_attn": mixing[1], "mhc_ffn": ffn_mixing[1]}
+    return Between(h_BTMD, ffn_mixing, block.ffn_norm(u_BTD)), context, state, aux
+
+
+def after_experts(block: Block, y_BTD, between: Between, context: Context):
+    """The second half: the streams with the experts' output y, and auxiliary arrays by name."""
+    h_BTMD = block.hc_ffn.post(y_BTD, between.h_BTMD, between.mixing)
+    return h_BTMD, {"streams": h_BTMD} if "streams" in context.aux else {}
 
 
 class Unit(nn.Module):

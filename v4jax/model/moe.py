@@ -144,11 +144,25 @@ class MoE(nn.Module):
         with jax.named_scope("router"):
             chosen, gates, scores = self.gate(x_BTD, context.tokens, replayed_BTK)
         y = self.experts(x_BTD, chosen, gates)
-        if self.config.n_shared_experts:
-            y = y + self.shared_experts(x_BTD).astype(jnp.float32)
-        # Shards that hold parts of the experts' width have partial sums.
-        y = collectives.total(y, self.execution.layout.kept("mlp"))
-        named = {"router_experts": chosen, "router_weights": gates, "router_scores": scores}
-        if "router_load" in context.aux:
-            named["router_load"] = _load(chosen, scores, context.real)
-        return self.execution.round(y), {k: v for k, v in named.items() if k in context.aux}
+        return add_shared(self, x_BTD, y), reported(context, chosen, gates, scores)
+
+
+def add_shared(moe: MoE, x_BTD: Array, y_BTD: Array) -> Array:
+    """The layer's output from the sum over the routed experts, y: the shared expert's is added."""
+    if moe.config.n_shared_experts:
+        y_BTD = y_BTD + moe.shared_experts(x_BTD).astype(jnp.float32)
+    # Shards that hold parts of the experts' width have partial sums.
+    y_BTD = collectives.total(y_BTD, moe.execution.layout.kept("mlp"))
+    return moe.execution.round(y_BTD)
+
+
+def reported(context: Context, chosen_BTK, gates_BTK, scores_BTE) -> dict[str, Array]:
+    """What the router's choice adds to the auxiliary outputs that the caller asks for."""
+    named = {
+        "router_experts": chosen_BTK,
+        "router_weights": gates_BTK,
+        "router_scores": scores_BTE,
+    }
+    if "router_load" in context.aux:
+        named["router_load"] = _load(chosen_BTK, scores_BTE, context.real)
+    return {name: value for name, value in named.items() if name in context.aux}
