@@ -123,9 +123,9 @@ def _rows(config, stage, source):
         rows = take(of, range(first, first + stage.batch), 1_000_000, length, 1)
         batch = make_batch(*rows, 1, config.data.packed)
         batch.weights_BTJ[config.evaluate_rows - first :] = 0  # rows beyond the last fill it up
-        if (of := config.draft) is not None:
-            numbers = range(first, first + stage.batch)
-            batch = with_anchors(batch, numbers, 1_000_000, config.seed, of.anchors)
+        if config.draft is not None:
+            numbers, most = range(first, first + stage.batch), config.draft.anchors
+            batch = with_anchors(batch, numbers, 1_000_000, config.seed, most)
         batches.append(batch)
     if not any(batch.weights_BTJ.any() for batch in batches):
         raise _no_target(config)
