@@ -9,6 +9,8 @@ from pathlib import Path
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 
+_RECIPES = ("train_", "draft_")
+
 
 def get_config(name: str) -> ModelConfig:
     """Runs `get_config()` of configs/<name>.py.
@@ -29,20 +31,20 @@ def get_config(name: str) -> ModelConfig:
 
 
 def config_names() -> list[str]:
-    """The names that `get_config` takes: models, not the recipes train_*.py."""
+    """The names that `get_config` takes: models, not recipes."""
     names = sorted(path.stem for path in _directory().glob("*.py"))
-    return [name for name in names if name != "__init__" and not name.startswith("train_")]
+    return [name for name in names if name != "__init__" and not name.startswith(_RECIPES)]
 
 
 def config_file(name: str) -> Path | None:
-    """The file of a name, recipes train_*.py among them; None where there is none."""
+    """The file of a name, recipes among them; None where there is none."""
     found = {path.stem: path for path in _directory().glob("*.py")}
     return None if name == "__init__" else found.get(name)
 
 
 def recipe_names() -> list[str]:
-    """The names of the recipes, train_*.py."""
-    return sorted(path.stem for path in _directory().glob("train_*.py"))
+    """The names of the recipes: of models, train_*.py, then of drafts, draft_*.py."""
+    return [path.stem for kind in _RECIPES for path in sorted(_directory().glob(f"{kind}*.py"))]
 
 
 def _directory():

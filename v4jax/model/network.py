@@ -212,8 +212,12 @@ class Network(nn.Module):
           features_BTX: `aux["features"]` of these tokens.
         """
         position = begin_B[:, None] + jnp.arange(features_BTX.shape[1], dtype=jnp.int32)[None]
+        return self.draft_rows_at(features_BTX, position)
+
+    def draft_rows_at(self, features_BTX, position_BT):
+        """`draft_rows` of tokens at any positions."""
         f_BTD = self.draft[0].read(features_BTX)
-        return jnp.stack([stage.rows(f_BTD, position) for stage in self.draft], axis=1)
+        return jnp.stack([stage.rows(f_BTD, position_BT) for stage in self.draft], axis=1)
 
     def draft_block(self, tokens_BT, rings_BSWH, length_B):
         """One pass of a DSpark draft over a block of tokens behind `length` others.

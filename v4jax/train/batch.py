@@ -9,18 +9,20 @@ from jaxtyping import Bool, Int, Real
 
 @struct.dataclass
 class Batch:
-    """Rows of packed documents; every array has a row and a token axis, so that both may be cut.
+    """Rows of packed documents; every array has a row axis and most a token axis, which may be cut.
 
     tokens_BT. targets_BTJ: the token j + 1 places further on, one column for the model and one for
     each MTP block. weights_BTJ: float32, how much that target counts, 0 where it does not: it
     lies beyond its document, or is masked. segment_ids_BT: one run of equal ids per document (None:
-    every row is one document).
+    every row is one document). anchors_BA: the tokens of each row at which a draft's blocks begin,
+    -1 for none, where a draft is trained (`anchors`).
     """
 
     tokens_BT: Any
     targets_BTJ: Any
     weights_BTJ: Any
     segment_ids_BT: Any = None
+    anchors_BA: Any = None
 
 
 def make_batch(

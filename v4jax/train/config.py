@@ -14,6 +14,7 @@ from v4jax.config import ModelConfig, Yarn
 from v4jax.datasets.config import DataConfig
 from v4jax.errors import InputError
 from v4jax.sharding.mesh import parse_sizes
+from v4jax.train.draft_loss import DraftLoss
 from v4jax.train.lora import LoraConfig
 from v4jax.train.loss import LossWeights
 from v4jax.train.optimizer import OptimizerConfig, check_pattern
@@ -76,6 +77,7 @@ class TrainConfig:
       bias_step: how far router biases move after each step.
       start: a checkpoint to fine-tune; None for fresh weights. lora: with a rank, only adapters
         learn, and everything else has no optimiser state.
+      draft: trains the model's DSpark draft and nothing else, for the checkpoint `start`.
       mesh: axes and sizes on all devices, "data=2,fsdp=4"; None for one device.
       dtype: of activations. remat: recompute activations. min_repeats: as of `Transformer`.
       checkpoint_every, keep: steps between checkpoints and how many stay. evaluate_every: steps
@@ -93,6 +95,7 @@ class TrainConfig:
     seed: int = 0
     start: str | None = None
     lora: LoraConfig = LoraConfig()
+    draft: DraftLoss | None = None
     mesh: str | None = None
     dtype: str = "float32"
     remat: bool = False
@@ -119,6 +122,7 @@ class TrainConfig:
             raise InputError(
                 f"lora.rank is {self.lora.rank} and mesh {self.mesh!r}; LoRA runs alone"
             )
+        _check_draft(self)
         parse_sizes(self.mesh or "")
         self.schedule.check(self.steps)
 
@@ -133,6 +137,26 @@ class TrainConfig:
                 return number, step
             step -= stage.steps
         return len(self.stages) - 1, step
+
+
+def _check_draft(config):
+    """Refuses a draft that there is nothing to train of, or not in this way."""
+    if config.draft is None:
+        return
+    if config.model.dspark is None:
+        raise InputError(
+            "draft is set and model.dspark is None; give the model dspark and draft_layers, as in "
+            "configs/draft_nano.py"
+        )
+    if config.start is None:
+        raise InputError(
+            "draft is set and start is None; a draft is trained for a checkpoint, so name one"
+        )
+    if config.lora.rank is not None or config.mesh is not None:
+        raise InputError(
+            f"draft is set, with lora.rank {config.lora.rank} and mesh {config.mesh!r}; a draft is "
+            "trained alone and on one device, so leave both out"
+        )
 
 
 def by_dotted_name(config: Any, prefix: str = "") -> dict[str, Any]:

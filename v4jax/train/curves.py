@@ -31,6 +31,10 @@ PANELS = (
     Panel("learning_rate", "Learning rate", "per step", smooth=False),
     Panel("tokens_per_second", "Speed", "tokens per second"),
     Panel("load_cv", "Load of the experts", "standard deviation / mean"),
+    Panel("acceptance_1", "First draft accepted", "probability"),
+    Panel("expected_tau", "Tokens per round, drafts and one", "tokens"),
+    Panel("held_out_expected_tau", "Tokens per round, held out", "tokens"),
+    Panel("confidence_error", "Confidence less acceptance", "absolute value"),
     Panel("indexer", "Indexer's loss", "KL, nats per token"),
 )
 

@@ -11,7 +11,8 @@ from v4jax.datasets.source import Source
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import processes
-from v4jax.train import lora, placement, quantized, report
+from v4jax.train import draft_loss, lora, placement, quantized, report
+from v4jax.train.anchors import with_anchors
 from v4jax.train.batch import Batch, make_batch
 from v4jax.train.config import Stage, TrainConfig
 from v4jax.train.cross_entropy import correct, cross_entropy
@@ -21,6 +22,7 @@ from v4jax.train.step import TrainState
 def evaluator(config: TrainConfig, stage: Stage, model: Transformer, source: Source):
     """A function from a state to "held_out" (nats per target) and "held_out_accuracy" (0 to 1).
 
+    Of a draft to "held_out" and, each behind "held_out_", the other figures of `draft_loss.means`.
     Of held-out text whose tokens all count alike also to "held_out_bits_per_byte".
 
     Always the same rows: of held-out documents where there are any; of synthetic data rows that no
@@ -34,6 +36,8 @@ def evaluator(config: TrainConfig, stage: Stage, model: Transformer, source: Sou
         if role_of is not None:  # of weights as they are stored, as training and the export have it
             params = quantized.straight_through(params, role_of, state.scales)
         variables = {"params": params, "buffers": state.buffers}
+        if config.draft is not None:
+            return _draft_sums(config.draft, stage, model, variables, batch)
         return sums(model, variables, batch, dense=stage.attention == "dense")
 
     program = None
@@ -45,13 +49,30 @@ def evaluator(config: TrainConfig, stage: Stage, model: Transformer, source: Sou
             report.say("compiles the evaluation")
             program = jax.jit(sums_of).lower(state, batches[0]).compile()
             processes.compiled()
-        nats, right, count = sum(jax.device_get(program(state, batch)) for batch in batches)
+        found = [jax.device_get(program(state, batch)) for batch in batches]
+        total = jax.tree.map(lambda *parts: sum(parts), *found)
+        if config.draft is not None:
+            return _draft_line(config.draft, *total)
+        nats, right, count = total
         line = {"held_out": float(nats / count), "held_out_accuracy": float(right / count)}
         if per_byte is not None:
             line["held_out_bits_per_byte"] = line["held_out"] * per_byte / math.log(2)
         return line
 
     return evaluate
+
+
+def _draft_sums(draft, stage, model, variables, batch):
+    dense = stage.attention == "dense"
+    counts = draft_loss.count(batch, model.config.dspark.block_size, draft)
+    return draft_loss.sums(model, variables, batch, draft, dense=dense), counts
+
+
+def _draft_line(draft, sums, counts):
+    with jax.transfer_guard("allow"):
+        noted = jax.device_get(draft_loss.means(sums, counts, draft)[1])
+    line = {f"held_out_{name}": float(value) for name, value in noted.items()}
+    return {"held_out": line.pop("held_out_loss"), **line}
 
 
 def check(config: TrainConfig, stage: Stage, source: Source) -> None:
@@ -102,6 +123,9 @@ def _rows(config, stage, source):
         rows = take(of, range(first, first + stage.batch), 1_000_000, length, 1)
         batch = make_batch(*rows, 1, config.data.packed)
         batch.weights_BTJ[config.evaluate_rows - first :] = 0  # rows beyond the last fill it up
+        if config.draft is not None:
+            numbers, most = range(first, first + stage.batch), config.draft.anchors
+            batch = with_anchors(batch, numbers, 1_000_000, config.seed, most)
         batches.append(batch)
     if not any(batch.weights_BTJ.any() for batch in batches):
         raise _no_target(config)

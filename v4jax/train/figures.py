@@ -17,6 +17,10 @@ from v4jax.train.run import Run
 # Figures that are means, and what of a line says over how much.
 COUNTED = {"loss": "targets", "mtp": "mtp_targets", "indexer": "indexer_queries"}
 COUNTED |= {f"indexer_{name}": "indexer_queries" for name in ("uniform", "captured")}
+# Those of a draft; of its acceptance by place see `without_empty_means`.
+COUNTED |= dict.fromkeys(("cross_entropy", "distance", "confidence"), "targets")
+COUNTED |= dict.fromkeys(("confidence_bias", "confidence_error"), "targets")
+COUNTED |= {"expected_tau": "blocks"}
 
 
 class Begun(NamedTuple):
@@ -46,7 +50,8 @@ def read(run: Run, clock: Clock, begun: Begun) -> dict[str, Any]:
 
 def without_empty_means(line: dict[str, Any]) -> dict[str, Any]:
     """The line with None for a mean over nothing: 0 would be the best loss there is."""
-    empty = [name for name, counted in COUNTED.items() if name in line and not line[counted]]
+    counted = COUNTED | {name: "blocks" for name in line if name.startswith("acceptance_")}
+    empty = [name for name, number in counted.items() if name in line and not line[number]]
     return line | dict.fromkeys(empty)
 
 

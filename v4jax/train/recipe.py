@@ -7,7 +7,7 @@ import optax
 
 from v4jax import weights
 from v4jax.model.transformer import Transformer
-from v4jax.train import lora, placement
+from v4jax.train import draft_loss, lora, placement
 from v4jax.train.config import Stage, TrainConfig
 from v4jax.train.optimizer import make_optimizer
 from v4jax.train.step import Rates, StepConfig
@@ -31,12 +31,14 @@ def model(config: TrainConfig, stage: Stage) -> Transformer:
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """The optimiser of all stages; with LoRA only adapters have a state."""
+    """The optimiser of all stages; with LoRA or a draft only those have a state."""
     options = config.optimizer
     declared = weights.parameters(config.model, config.min_repeats)
     if config.lora.rank is not None:
         options = dataclasses.replace(options, frozen=lora.ALL_ELSE)
         declared |= lora.declared(declared, config.lora)
+    if config.draft is not None:
+        options = dataclasses.replace(options, frozen=draft_loss.ALL_ELSE)
     return make_optimizer(options, declared)
 
 
@@ -46,6 +48,8 @@ def step_config(config: TrainConfig, stage: Stage) -> StepConfig:
     trained = stage.trained
     if trained is None and config.lora.rank is not None:
         trained = f"^{lora.SUBTREE}/"
+    if trained is None and config.draft is not None:
+        trained = draft_loss.TRAINED
     if trained is None and not weight:
         trained = NOT_INDEXER  # with weight 0 decay must not move the indexer either
     return StepConfig(
@@ -57,6 +61,7 @@ def step_config(config: TrainConfig, stage: Stage) -> StepConfig:
         bias_step=config.bias_step if trained in (None, NOT_INDEXER) else 0.0,
         quantized=stage.quantized,
         lora=config.lora,
+        draft=config.draft,
     )
 
 

@@ -11,6 +11,7 @@ from v4jax.datasets import rows as rows_lib
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import processes
 from v4jax.train import evaluate, host_memory, placement, recipe, report
+from v4jax.train.anchors import with_anchors
 from v4jax.train.batch import Batch, make_batch
 from v4jax.train.clock import Clock
 from v4jax.train.config import Stage, TrainConfig
@@ -52,7 +53,10 @@ class OpenStage:
         start = (done - self.first) * size
         numbers = range(start + own.start, start + own.stop)
         row = rows_lib.take(self.rows, numbers, self.number, self.stage.length, ahead)
-        return make_batch(row.ids, row.documents, row.counts, ahead, self.config.data.packed)
+        batch = make_batch(row.ids, row.documents, row.counts, ahead, self.config.data.packed)
+        if (of := self.config.draft) is None:
+            return batch
+        return with_anchors(batch, numbers, self.number, self.config.seed, of.anchors)
 
     def inputs(self, batch: Batch, done: int) -> tuple[Batch, Rates]:
         """The batch and the rates of the step that follows `done` steps, on the devices."""

@@ -1,5 +1,6 @@
 """Where a run begins: fresh variables with hash tables made for its text, or a checkpoint's."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -93,6 +94,10 @@ def with_hash_tables(model: Transformer, buffers: Any, count_V: np.ndarray, seed
 
 def _of_checkpoint(config, model):
     found, loaded = checkpoint.load_variables(config.start, "float32", model.min_repeats)
+    begins = config.draft is not None and found.dspark is None
+    if begins:  # with a draft that the checkpoint lacks, in place of what else is behind its layers
+        draft = {name: getattr(config.model, name) for name in ("draft_layers", "dspark")}
+        found = dataclasses.replace(found, mtp_layers=(), **draft)
     ours, theirs = by_dotted_name(config.model), by_dotted_name(found)
     changed = [
         f"{name} is {ours.get(name)!r} and in the checkpoint {theirs.get(name)!r}"
@@ -104,4 +109,22 @@ def _of_checkpoint(config, model):
             f"{config.start}: is a checkpoint of another config: {'; '.join(changed)}; "
             "give model the same sizes"
         )
-    return jax.tree.map(jnp.asarray, {k: loaded[k] for k in ("params", "buffers")})
+    variables = jax.tree.map(jnp.asarray, {k: loaded[k] for k in ("params", "buffers")})
+    return with_fresh_draft(model, variables, config.seed) if begins else variables
+
+
+def with_fresh_draft(model: Transformer, variables: Any, seed: int) -> Any:
+    """A checkpoint's variables with a fresh draft, and without its MTP blocks."""
+
+    def fresh(key):
+        return {
+            kind: {name: child for name, child in tree.items() if name.startswith("draft_")}
+            for kind, tree in model.init(key).items()
+        }
+
+    made = jax.jit(fresh)(jax.random.key(seed))
+    return {
+        kind: {name: child for name, child in tree.items() if not name.startswith("mtp_")}
+        | made[kind]
+        for kind, tree in variables.items()
+    }

@@ -11,8 +11,9 @@ from jaxtyping import Array
 
 from v4jax.errors import InputError
 from v4jax.model.transformer import Transformer
-from v4jax.train import lora, quantized
+from v4jax.train import draft_loss, lora, quantized
 from v4jax.train.batch import Batch
+from v4jax.train.draft_loss import DraftLoss
 from v4jax.train.lora import LoraConfig
 from v4jax.train.loss import LossWeights, count, loss
 from v4jax.train.optimizer import matches, moved, parameter_of
@@ -56,6 +57,7 @@ class StepConfig:
       bias_step: how far a router's bias moves after a step.
       quantized: forward pass with weights as stored (the model should have native numerics).
       lora: how adapters that are among the params are merged.
+      draft: the loss of a DSpark draft, instead of the model's own losses.
     """
 
     losses: LossWeights = LossWeights()
@@ -66,6 +68,7 @@ class StepConfig:
     bias_step: float = 1e-3
     quantized: bool = False
     lora: LoraConfig = LoraConfig()
+    draft: DraftLoss | None = None
 
 
 def new_state(
@@ -92,8 +95,10 @@ def train_step(
     directions, moments = optimizer.update(gradients, state.moments, state.params)
     new = jax.tree.map(lambda w, d: moved(w, -rates.learning_rate * d), state.params, directions)
     params = keep_untrained(config.trained, new, state.params)
-    load = noted.pop("load")
-    noted |= {"grad_norm": norm, "learning_rate": rates.learning_rate, "load_cv": _spread(load)}
+    load = noted.pop("load", {})  # a draft's loss runs the model as it is
+    noted |= {"grad_norm": norm, "learning_rate": rates.learning_rate}
+    if load:
+        noted["load_cv"] = _spread(load)
     state = TrainState(
         params=params,
         buffers=balanced(model, state.buffers, load, config.bias_step),
@@ -106,6 +111,8 @@ def train_step(
 
 def _counted(counts, noted):
     """What the means of a step are over; the indexer's over queries of every ratio."""
+    if isinstance(counts, draft_loss.Counts):
+        return {"targets": jnp.sum(counts.slots_K), "blocks": counts.blocks}
     found = {"targets": counts.tokens_J[0]}
     if "mtp" in noted:
         found["mtp_targets"] = jnp.sum(counts.tokens_J[1:])
@@ -126,7 +133,10 @@ def accumulate(model, config: StepConfig, state: TrainState, batch: Batch, rates
 
     The figures are the loss's parts and, by name, what their means are over.
     """
-    counts = count(batch, model.config)
+    if config.draft is not None:
+        counts = draft_loss.count(batch, model.config.dspark.block_size, config.draft)
+    else:
+        counts = count(batch, model.config)
     one = _gradient_of(model, config, state, counts, rates.mtp_weight)
     if config.parts == 1:
         gradients, noted = one(batch)
@@ -170,7 +180,10 @@ def _gradient_of(model, config, state, counts, mtp_weight):
         if role_of is not None:
             params = quantized.straight_through(params, role_of, state.scales)
         variables = {"params": params, "buffers": state.buffers}
-        options = {"mtp_weight": mtp_weight, "dense": config.dense}
+        options = {"dense": config.dense}
+        if config.draft is not None:
+            return draft_loss.loss(model, variables, part, config.draft, counts, **options)
+        options |= {"mtp_weight": mtp_weight}
         return loss(model, variables, part, config.losses, counts, **options)
 
     def one(part):
