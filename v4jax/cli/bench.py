@@ -90,7 +90,7 @@ def _engine(load):
     return Engine(
         model,
         params,
-        slots=FLAGS.slots or load.concurrency or 8,
+        slots=(load.concurrency or 8) if FLAGS.slots is None else FLAGS.slots,
         max_length=load.prompt_tokens + load.new_tokens,
         prefill_chunk=FLAGS.prefill_chunk,
         draft=None if FLAGS.draft == "none" else FLAGS.draft,

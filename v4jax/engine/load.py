@@ -1,6 +1,7 @@
 """A described load on an engine, and how it was served."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,9 @@ class Load:
         for name in ("requests", "prompt_tokens", "new_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        for name in ("concurrency", "rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not 0 <= self.shared <= 1:
             raise InputError(f"shared is {self.shared}; expected a share, 0 to 1")
         if (self.concurrency > 0) == (self.rate > 0):
