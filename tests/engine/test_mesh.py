@@ -6,6 +6,7 @@ from tests.support import meshes
 from v4jax.engine.engine import Engine
 from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.engine.request import Request
+from v4jax.sharding.rules import PREFILL
 
 SIZES = {"slots": 4, "max_length": 256, "prefill_chunk": 128, "exact": True}
 
@@ -31,5 +32,5 @@ def answers(model, variables, **options):
 @pytest.mark.parametrize("draft", [None, "mtp"])
 def test_the_tokens_are_those_of_one_device(sizes, draft):
     expected = answers(*meshes.alone(), draft=None)
-    model, variables = meshes.on_mesh(sizes, "prefill")
+    model, variables = meshes.on_mesh(sizes, PREFILL)
     assert answers(model, variables, draft=draft, prefix_cache=PrefixCache()) == expected
