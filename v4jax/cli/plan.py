@@ -38,6 +38,9 @@ def define_flags():
     flags.DEFINE_enum(
         "weights", None, WEIGHTS, "Their form (default: float32 to train, else stored)"
     )
+    flags.DEFINE_enum(
+        "numerics", None, ["native"], "native: the released rounding, and the cache as stored"
+    )
     flags.DEFINE_integer("parts", None, "Microbatches of a training step", lower_bound=1)
     flags.DEFINE_integer("waves", 1, "Parts in which tokens go to their experts", lower_bound=1)
     compilation_cache.define_flag()
@@ -74,7 +77,16 @@ def _job():
 
     weights = FLAGS.weights or ("float32" if FLAGS.mode == "train" else "stored")
     parts = FLAGS.parts or 1
-    return Job(_config(), FLAGS.mode, FLAGS.context, FLAGS.batch, weights, parts, FLAGS.waves)
+    return Job(
+        _config(),
+        FLAGS.mode,
+        FLAGS.context,
+        FLAGS.batch,
+        weights,
+        parts,
+        FLAGS.waves,
+        FLAGS.numerics,
+    )
 
 
 def _config():

@@ -25,6 +25,8 @@ class Job:
       weights: how they are stored: "stored", "bf16" or "float32" (training keeps masters).
       parts: microbatches of a training step, one after the other.
       waves: parts in which a layer's tokens go to their experts; see `Layout`.
+      numerics: None, or "native" for inference that rounds as the released kernels do and keeps its
+        cache as they store it.
     """
 
     config: ModelConfig
@@ -34,8 +36,16 @@ class Job:
     weights: str = "stored"
     parts: int = 1
     waves: int = 1
+    numerics: str | None = None
 
     def __post_init__(self):
+        if self.numerics not in (None, "native"):
+            raise InputError(f"numerics is {self.numerics!r}; expected None or 'native'")
+        if self.numerics and self.mode == "train":
+            raise InputError(
+                "training was asked for with numerics='native'; expected prefill or decode, a step "
+                "of training is planned in bf16"
+            )
         if self.context > self.config.max_position_embeddings:
             raise InputError(
                 f"the context is {self.context}, beyond the model's max_position_embeddings "

@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Mapping
 
-from v4jax import weights
+from v4jax import accounting, weights
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.model.transformer import Transformer
 from v4jax.plan.job import Job
@@ -100,30 +100,39 @@ def _of(layout, leaves, name):
 def _cache(job, layout):
     """Bytes of a device's rows, and those that a decoded token reads."""
     rows = job.batch / layout.size("batch")
-    found = [_layer_cache(job.config, layer, job.context, layout) for layer in job.config.layers]
+    found = [_layer_cache(job, layer, layout) for layer in job.config.layers]
     return rows * sum(all_ for all_, _ in found), rows * sum(read for _, read in found)
 
 
-def _layer_cache(c: ModelConfig, layer: LayerSpec, length, layout):
-    """A layer's bytes a row, and those read: entries in bf16, the compressor's raw rows float32."""
-    spread = layout.size("entries")
+def _layer_cache(job: Job, layer: LayerSpec, layout):
+    """A layer's bytes a row, and those read: the compressor's raw rows are float32."""
+    c, spread = job.config, layout.size("entries")
+    entry, key = _entry_bytes(job)
     if layer.attention == "full":
-        entries = 2 * c.head_dim * length / spread
+        entries = entry * job.context / spread
         return entries, entries
-    window = 2 * c.head_dim * (c.sliding_window - 1)
+    window = entry * (c.sliding_window - 1)
     if not layer.compresses:
         return window, window
-    count = length / layer.ratio / spread
-    main, raw = _compressor(layer, c.head_dim, count)
+    count = job.context / layer.ratio / spread
+    main, raw = entry * count, _raw(layer, c.head_dim)
     if layer.attention != "csa":
         return window + main + raw, window + main + raw
-    keys, index_raw = _compressor(layer, c.index_head_dim, count)
-    chosen = min(count, (c.index_topk or math.inf) / spread) * 2 * c.head_dim
+    keys, index_raw = key * count, _raw(layer, c.index_head_dim)
+    chosen = min(count, (c.index_topk or math.inf) / spread) * entry
     everything = window + main + raw + keys + index_raw
     return everything, window + chosen + raw + keys + index_raw
 
 
-def _compressor(layer, width, count):
+def _entry_bytes(job):
+    """Of a kv row or entry and of an index key: as stored where the numerics is native, or bf16."""
+    config: ModelConfig = job.config
+    if job.numerics == "native":
+        return accounting.main_entry_bytes(config), accounting.index_entry_bytes(config)
+    return 2 * config.head_dim, 2 * config.index_head_dim
+
+
+def _raw(layer, width):
     channels = (2 if layer.overlap else 1) * 2 * width
     rows = (2 if layer.overlap else 1) * layer.ratio - 1
-    return 2 * width * count, 4 * channels * rows
+    return 4 * channels * rows

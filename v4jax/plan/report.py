@@ -20,6 +20,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "microbatches": plan.job.parts,
         "waves": plan.job.waves,
         "weights": plan.job.weights,
+        "numerics": plan.job.numerics,
         "topology": plan.topology.name,
         "devices": plan.topology.count,
         "mesh": plan.mesh,
@@ -97,7 +98,7 @@ def _title(plan, name):
     return "\n".join(
         [
             f"{name}, {job.mode}: {job.batch:,} x {job.context:,} tokens{parts}, "
-            f"{job.weights} weights",
+            f"{job.weights} weights" + (f", {job.numerics} numerics" if job.numerics else ""),
             f"  {plan.topology.name}: {plan.topology.count:,} devices, mesh {shape}, "
             f"strategy {plan.strategy}",
             f"  {verdict(plan)}",

@@ -20,7 +20,13 @@ from v4jax.sharding.rules import Layout
 
 def build(job: Job, layout: Layout) -> Program:
     """The program of a job on a mesh."""
-    model = Transformer(job.config, dtype="bfloat16", sharding=layout, remat=job.mode == "train")
+    model = Transformer(
+        job.config,
+        dtype="bfloat16",
+        numerics=job.numerics,
+        sharding=layout,
+        remat=job.mode == "train",
+    )
     if job.mode == "train":
         return build_step(job, model)
     return _inference(job, model)
