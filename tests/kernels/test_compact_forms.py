@@ -209,4 +209,4 @@ def test_what_they_are_not_for_is_refused():
         keys = compact_keys.pack(native_keys((2, 5, 16)))
         q, weight = jnp.ones((2, 1, 1, 8)), jnp.ones((2, 1, 1))
         indexer.indexer_topk(q, weight, keys, *[arguments[x] for x in ("low_BT", "high_BT")], 2)
-    assert repr(packed).startswith("CompactRows(words=int32[2, 5, 10], low=int32[2, 2, 5], sca")
+    assert repr(packed).startswith("CompactRows(words=int32[2, 5, 10], low=int32[2, 1, 2, 5], ")

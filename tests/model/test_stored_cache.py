@@ -18,6 +18,9 @@ from tests.support.tiny import drawn, tiny_config
 from v4jax import accounting
 from v4jax.config import CSA, FULL, HCA, WINDOW
 from v4jax.infer.placement import Placement
+from v4jax.kernels.indexer_topk import forms
+from v4jax.kernels.indexer_topk.compact_keys import CompactKeys
+from v4jax.kernels.sparse_attention import entries
 from v4jax.model.cache import STORES, read_entries, write_entries
 from v4jax.model.transformer import Transformer
 from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL
@@ -138,7 +141,10 @@ def test_pages_of_128_tokens_can_be_read_and_written(store):
         counts.append(count)
         for page in (0, 3, 6):
             taken = read_entries(source, page * count, count, row=2)
+            # In the stored form, too, these are the entries that they stand for.
             assert taken.shape == (1, 1, count, *source.shape[3:])
+            whole, part = (expanded_row(x, 2) for x in (source, taken))
+            np.testing.assert_array_equal(part, whole[page * count : (page + 1) * count])
             target = write_entries(target, 1, (page + 2) * count, taken)
             again = read_entries(target, (page + 2) * count, count, row=1)
             assert meshes.equal(again, taken)
@@ -146,13 +152,20 @@ def test_pages_of_128_tokens_can_be_read_and_written(store):
         written = sum(np.count_nonzero(x) for x in jax.tree.leaves(target))
         pages = [read_entries(source, page * count, count, row=2) for page in (0, 3, 6)]
         assert written == sum(np.count_nonzero(x) for x in jax.tree.leaves(pages))
-        assert sum(x.nbytes for x in jax.tree.leaves(taken)) == count * bytes_of(model, source)
+        assert sum(x.nbytes for x in jax.tree.leaves(taken)) == count * bytes_of(source)
     assert counts == [32, 32, 1, 128]
     for leaf in jax.tree.leaves(cache.layers):
         assert leaf.shape[:2] == (1, ROWS)
 
 
-def bytes_of(model, buffer):
+def expanded_row(buffer, row):
+    """One row of a buffer's entries as numbers."""
+    layer = jax.tree.map(lambda x: x[0, min(row, x.shape[1] - 1)][None], buffer)
+    keys = isinstance(layer, CompactKeys)
+    return np.asarray(forms.expanded(layer) if keys else entries.expanded(layer))[0]
+
+
+def bytes_of(buffer):
     """Of one row of a buffer."""
     total = sum(x.nbytes for x in jax.tree.leaves(buffer))
     return total // (buffer.shape[0] * buffer.shape[1] * buffer.shape[2])

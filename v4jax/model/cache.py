@@ -7,8 +7,8 @@ are stacked on a leading axis R; an unrolled layer has R = 1.
 
 Rows of keys (window, tokens, entries) are kept in the activations' type or, where native numerics
 has rounded them, as the official kernels store them: half the bytes, the same numbers. Such a
-buffer is `CompactRows` or `CompactKeys`, a pytree whose arrays have the batch on axis 1 and each
-its rows on an axis of its own (`row_axes`).
+buffer is `CompactRows` or `CompactKeys`, a pytree. Its arrays have the batch on axis 1 and rows, or
+blocks of rows (`lane_blocks`), on axis 2.
 
 Fields of these pytrees are annotated Any: jax also builds them with shapes, specs and None inside.
 """
@@ -25,12 +25,16 @@ from jax.typing import ArrayLike
 from v4jax import config as config_lib
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.errors import InputError
-from v4jax.kernels.indexer_topk import compact_keys
-from v4jax.kernels.indexer_topk.compact_keys import CompactKeys
-from v4jax.kernels.sparse_attention import compact
+from v4jax.kernels import lane_blocks
 from v4jax.kernels.sparse_attention.compact import CompactRows
-from v4jax.kernels.sparse_attention.entries import lanes_of
-from v4jax.ops import varying
+from v4jax.model.buffers import (
+    Activations,
+    Native,
+    in_blocks,
+    row_axes,
+    slice_start,
+    write_blocks,
+)
 from v4jax.reprs import short_repr
 
 STORES = ("native", "activations")
@@ -120,7 +124,7 @@ class Cache:
 
 
 def _roll_back(cache, count):
-    def shift(rows):  # [R,B,P,...]: the row `count` places older moves to each place
+    def shift(rows):  # the row `count` places older moves to each place
         def one(x, axis):
             moved = jax.vmap(lambda x, n: jnp.roll(x, n, axis - 1), in_axes=(1, 0), out_axes=1)
             return moved(x, count)
@@ -215,12 +219,12 @@ def init_cache(
       InputError: a length or batch that is not positive, or beyond the model's positions.
     """
     check_sizes(config, batch, max_length, rollback)
-    empty = _Native(config) if store == "native" else _Activations(config, dtype)
+    empty = Native(config, parts) if store == "native" else Activations(config, dtype, parts)
     layers = {}
     for segment in config_lib.segments(config.layers, min_repeats):
         unit = config.layers[segment.start : segment.start + segment.period]
         layers[segment.name] = tuple(
-            _init_layer(empty, config, spec, (segment.repeats, batch), max_length, rollback, parts)
+            _init_layer(empty, config, spec, (segment.repeats, batch), max_length, rollback)
             for spec in unit
         )
     # Two arrays, not one twice: a donated buffer may stand in one place only.
@@ -228,52 +232,18 @@ def init_cache(
     return Cache(lengths, spare, layers, max_length, rollback)
 
 
-class _Activations:
-    """Empty buffers in the activations' type."""
-
-    def __init__(self, config, dtype):
-        self._width, self._index_width = config.head_dim, config.index_head_dim
-        self._dtype = dtype
-
-    def rows(self, lead, count):
-        return jnp.zeros((*lead, count, self._width), self._dtype)
-
-    def entries(self, lead, count):
-        return jnp.zeros((*lead, count, *lanes_of(self._width)), self._dtype)
-
-    def keys(self, lead, count):
-        return jnp.zeros((*lead, count, self._index_width), self._dtype)
-
-
-class _Native:
-    """Empty buffers in stored form."""
-
-    def __init__(self, config):
-        self._width, self._rope = config.head_dim, config.qk_rope_head_dim
-        self._index_width = config.index_head_dim
-
-    def rows(self, lead, count):
-        return compact.empty(lead, count, self._width, self._rope)
-
-    entries = rows
-
-    def keys(self, lead, count):
-        return compact_keys.empty(lead, count, self._index_width)
-
-
-def _init_layer(empty, config, spec, lead, max_length, rollback, parts):
+def _init_layer(empty, config, spec, lead, max_length, rollback):
     h, z = config.head_dim, config.index_head_dim
     if spec.attention == "full":
-        return LayerCache(tokens=empty.rows(lead, _room(max_length, parts)))
-    window = empty.rows(lead, config.sliding_window - 1 + rollback)
+        return LayerCache(tokens=empty.rows(lead, max_length))
+    window = empty.window(lead, config.sliding_window - 1 + rollback)
     if not spec.compresses:
         return LayerCache(window=window)
 
     def compressor(make, width):
-        entries = _room(-(-max_length // spec.ratio), parts)
         doubled = 2 if spec.overlap else 1
         raw = jnp.zeros((*lead, raw_rows(spec) + rollback, 2 * doubled * width), jnp.float32)
-        return CompressorState(make(lead, entries), raw)
+        return CompressorState(make(lead, -(-max_length // spec.ratio)), raw)
 
     if spec.attention == "csa":
         main, index = compressor(empty.entries, h), compressor(empty.keys, z)
@@ -282,80 +252,9 @@ def _init_layer(empty, config, spec, lead, max_length, rollback, parts):
     return LayerCache(window=window, main=compressor(empty.rows, h))
 
 
-def _room(entries: int, parts: int) -> int:
-    """Entries to make room for: whole tiles, which the kernels then need not pad (and copy)."""
-    part = -(-entries // parts)
-    tile = 64 if part <= 512 else 1024
-    return -(-part // tile) * tile * parts
-
-
 def raw_rows(spec: LayerSpec) -> int:
     """How many earlier raw rows a new token may need to close its block."""
     return (2 if spec.overlap else 1) * spec.ratio - 1
-
-
-def row_axes(buffer: Any, leading: int = 2) -> Any:
-    """The axis along which each of a buffer's arrays has its rows; leading: axes before them."""
-    if isinstance(buffer, CompactRows | CompactKeys):
-        return buffer.entry_axes(leading)
-    return leading
-
-
-def as_stored(buffer: Any, rows: jax.Array) -> Any:
-    """Rows [...,K,H] in the form of a buffer."""
-    if isinstance(buffer, CompactRows):
-        return compact.pack(rows, buffer.rope)
-    if isinstance(buffer, CompactKeys):
-        return compact_keys.pack(rows)
-    return rows.astype(buffer.dtype)
-
-
-def write_rows(buffer: Any, layer, rows_BKH, start_B, count_B) -> Any:
-    """Writes rows[b, :count[b]] at buffer[layer, b, start[b]:], in place under jit.
-
-    One row of the batch after the other: a write that is batched over them becomes a scatter, for
-    which XLA copies the whole buffer.
-    """
-    rows, size = as_stored(buffer, rows_BKH), buffer.shape[2]
-    length = min(rows_BKH.shape[1], size)
-
-    def one(b, buffer):
-        # The slice may not reach over the end, or it would be moved: it begins earlier instead.
-        # Below 0 it begins where rows of the buffer of another shard end.
-        first = jnp.clip(start_B[b], 0, size - length)
-        source = jnp.arange(length, dtype=jnp.int32) + first - start_B[b]
-        fresh = (source >= 0) & (source < count_B[b])
-
-        def array(x, rows, axis):
-            new = jnp.take(rows[b], source, axis - 2, mode="clip")
-            new = new.reshape(_cut(x.shape, axis, length))
-            at = _start(x, layer, b, axis, first)
-            old = jax.lax.dynamic_slice(x, at, new.shape)
-            mask = fresh.reshape(_along(x.ndim, axis))
-            return jax.lax.dynamic_update_slice(x, jnp.where(mask, new, old), at)
-
-        return jax.tree.map(array, buffer, rows, row_axes(buffer))
-
-    if rows_BKH.shape[0] == 1:
-        return one(jnp.int32(0), buffer)
-    buffer = varying.with_axes_of(buffer, layer, rows, start_B, count_B)
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(rows_BKH.shape[0]), one, buffer)
-
-
-def _start(x, layer, row, axis, first):
-    """Where a slice of an array [R,B,...] begins, in one type: with x64 a 0 would be wider."""
-    at = {0: layer, 1: row, axis: first}
-    return tuple(jnp.int32(at.get(i, 0)) for i in range(x.ndim))
-
-
-def _cut(shape, axis, count):
-    """The shape of `count` rows of one row of the batch in one layer."""
-    return (1, 1, *(count if i == axis else n for i, n in enumerate(shape) if i > 1))
-
-
-def _along(ndim, axis):
-    """The shape of a vector along one axis of so many."""
-    return tuple(-1 if i == axis else 1 for i in range(ndim))
 
 
 def read_entries(buffer: Any, first: Any, count: int, row: Any = 0) -> Any:
@@ -366,35 +265,30 @@ def read_entries(buffer: Any, first: Any, count: int, row: Any = 0) -> Any:
       first, row: numbers, known or traced.
 
     Returns:
-      Like the buffer, [R,1,count,...] instead of [R,B,C,...].
+      Like the buffer, of one row of the batch and `count` entries.
     """
 
-    def one(x, axis):
-        shape = (x.shape[0], *_cut(x.shape, axis, count)[1:])
-        return jax.lax.dynamic_slice(x, _start(x, 0, row, axis, first), shape)
+    def one(x, blocked):
+        taken = lane_blocks.spanning(count, x) if blocked else count
+        begin = lane_blocks.first_block(first, taken, x) if blocked else first
+        shape = (x.shape[0], 1, taken, *x.shape[3:])
+        found = jax.lax.dynamic_slice(x, slice_start(x, 0, row, begin), shape)
+        if not blocked:
+            return found
+        lines = lane_blocks.as_lines(found)[:, :, None]
+        return jax.lax.dynamic_slice_in_dim(lines, first - begin * x.shape[-1], count, axis=4)
 
-    return jax.tree.map(one, buffer, row_axes(buffer))
+    return jax.tree.map(one, buffer, in_blocks(buffer))
 
 
 def write_entries(buffer: Any, row: Any, first: Any, entries: Any) -> Any:
     """The buffer with what `read_entries` gave at entry `first` of a row of the batch."""
 
-    def one(x, new, axis):
-        return jax.lax.dynamic_update_slice(x, new, _start(x, 0, row, axis, first))
+    def one(x, new, blocked):
+        if not blocked:
+            return jax.lax.dynamic_update_slice(x, new, slice_start(x, 0, row, first))
+        for layer in range(x.shape[0]):
+            x = write_blocks(x, new[layer, 0], layer, row, jnp.int32(first), new.shape[-1])
+        return x
 
-    return jax.tree.map(one, buffer, entries, row_axes(buffer))
-
-
-def read_layer(buffer: Any, layer) -> Any:
-    """buffer[layer]: [B,C,H]."""
-    take = jax.lax.dynamic_index_in_dim
-    return jax.tree.map(lambda x: take(x, layer, axis=0, keepdims=False), buffer)
-
-
-def write_layer(buffer: Any, layer, rows: Any) -> Any:
-    """buffer with buffer[layer] replaced (the small rows: window and raw)."""
-
-    def one(x, rows):
-        return jax.lax.dynamic_update_index_in_dim(x, rows.astype(x.dtype), layer, axis=0)
-
-    return jax.tree.map(one, buffer, rows)
+    return jax.tree.map(one, buffer, entries, in_blocks(buffer))

@@ -6,7 +6,6 @@ row). Those of earlier calls lie in the cache, and on a mesh other shards hold s
 meet, and keeps what the next call needs.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ from v4jax.kernels.indexer_topk.compact_keys import CompactKeys
 from v4jax.kernels.sparse_attention import api as sparse_attention
 from v4jax.kernels.sparse_attention.compact import CompactRows
 from v4jax.kernels.sparse_attention.entries import expanded
-from v4jax.model.cache import as_stored, read_layer, row_axes, write_layer, write_rows
+from v4jax.model.buffers import as_stored, read_layer, row_axes, write_layer, write_rows
 from v4jax.model.context import Context
 from v4jax.sharding import collectives, sequence
 from v4jax.sharding.rules import Layout
@@ -194,6 +193,4 @@ class LayerState:
         entries, axes = read_layer(buffer_RBCX, self.layer), self.layout.axes("entries")
         if sequence.spread_entries(self.layout):
             return entries
-        gather = functools.partial(collectives.gather, axes=axes)
-        axis = row_axes(entries, 1)
-        return jax.tree.map(lambda x, axis: gather(x, dimension=axis), entries, axis)
+        return jax.tree.map(lambda x: collectives.gather(x, axes, 1), entries)

@@ -15,7 +15,7 @@ from v4jax import weights
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.model import auxiliary
-from v4jax.model.cache import Cache, CompressorState, LayerCache, row_axes
+from v4jax.model.cache import Cache, CompressorState, LayerCache
 from v4jax.model.output import Output
 from v4jax.sharding import collectives
 from v4jax.sharding.rules import ONE_DEVICE, Layout
@@ -48,24 +48,18 @@ def variable_shardings(model) -> dict[str, Any]:
 
 def cache_specs(layout: Layout, cache: Cache) -> Cache:
     """PartitionSpecs of a decode state."""
-    rows = layout.spec(None, "batch")
+    rows, entries = layout.spec(None, "batch"), layout.spec(None, "batch", "entries")
 
-    def whole(buffer):
-        return jax.tree.map(lambda _: rows, buffer)
-
-    def entries(buffer):
-        def one(_, axis):
-            return layout.spec(None, "batch", *(None,) * (axis - 2), "entries")
-
-        return jax.tree.map(one, buffer, row_axes(buffer))
+    def each(spec, buffer):
+        return jax.tree.map(lambda _: spec, buffer)
 
     def compressor(state):
-        return state and CompressorState(entries=entries(state.entries), raw=rows)
+        return state and CompressorState(entries=each(entries, state.entries), raw=rows)
 
     def layer(state):
         return LayerCache(
-            window=whole(state.window),
-            tokens=None if state.tokens is None else entries(state.tokens),
+            window=each(rows, state.window),
+            tokens=each(entries, state.tokens),
             main=compressor(state.main),
             index=compressor(state.index),
         )

@@ -1,8 +1,8 @@
 """Index keys as a cache keeps them: E2M1 codes and E8M0 scales, for keys of any width.
 
 `stored_keys.StoredKeys` at any width Z: nibble i of word j of `codes` is channel Z / 8 i + j, byte
-g % 4 of word g // 4 of `scales` belongs to channels 32 g to 32 g + 31, and entries lie along the
-last axis. Of Z = 128 that is 68 bytes per key, and the arrays are those of `StoredKeys`.
+g % 4 of word g // 4 of `scales` belongs to channels 32 g to 32 g + 31. Both lie in `lane_blocks`.
+Of Z = 128 that is 68 bytes per key, and the words are those of `StoredKeys`.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float32, Inexact, Int
 
 from v4jax import quant
+from v4jax.kernels import lane_blocks
 from v4jax.kernels.indexer_topk import stored_keys
 from v4jax.kernels.indexer_topk.stored_keys import GROUP, NIBBLES, StoredKeys
 from v4jax.reprs import short_repr
@@ -25,8 +26,8 @@ class CompactKeys:
     """Index keys [...,C,Z] in words.
 
     Attributes:
-      codes: int32 [...,ceil(Z/8),C].
-      scales: int32 [...,S,C], S a word per four groups.
+      codes: int32 [...,N,ceil(Z/8),C/N].
+      scales: int32 [...,N,S,C/N], S a word per four groups.
       width: Z.
     """
 
@@ -37,24 +38,21 @@ class CompactKeys:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the keys that these stand for."""
-        return (*self.codes.shape[:-2], self.codes.shape[-1], self.width)
+        *lead, blocks, _, size = self.codes.shape
+        return (*lead, blocks * size, self.width)
 
     @property
     def ndim(self) -> int:
-        return len(self.codes.shape)
-
-    def entry_axes(self, leading: int) -> "CompactKeys":
-        """The axis of each array along which entries lie, behind so many leading ones."""
-        return dataclasses.replace(self, codes=leading + 1, scales=leading + 1)
+        return len(self.shape)
 
     def __repr__(self) -> str:
         return short_repr(self)
 
 
-def empty(lead: tuple[int, ...], count: int, width: int) -> CompactKeys:
-    """`count` keys of zeros for each index of the leading axes."""
-    codes = jnp.zeros((*lead, -(-width // NIBBLES), count), jnp.int32)
-    scales = jnp.zeros((*lead, -(-width // (4 * GROUP)), count), jnp.int32)
+def empty(lead: tuple[int, ...], count: int, width: int, block: int | None = None) -> CompactKeys:
+    """`count` keys of zeros for each index of the leading axes, in blocks (one, if left out)."""
+    codes = lane_blocks.empty(lead, count, -(-width // NIBBLES), block or count)
+    scales = lane_blocks.empty(lead, count, -(-width // (4 * GROUP)), block or count)
     return CompactKeys(codes, scales, width)
 
 
@@ -69,41 +67,36 @@ def pack(keys: Inexact[Array, "... c z"]) -> CompactKeys:
     codes = sum(codes[..., i, :] << (4 * i) for i in range(NIBBLES))
     scales = _padded(q.scales.astype(jnp.int32), 4).reshape(*keys.shape[:-1], -1, 4)
     scales = sum(scales[..., g] << (8 * g) for g in range(4))
-    return CompactKeys(jnp.swapaxes(codes, -1, -2), jnp.swapaxes(scales, -1, -2), width)
+    return CompactKeys(lane_blocks.of_rows(codes), lane_blocks.of_rows(scales), width)
 
 
 def unpack(keys: CompactKeys) -> BFloat16[Array, "... c z"]:
     """The keys, all of them, exactly."""
-    codes, scales = (jnp.swapaxes(x, -1, -2) for x in (keys.codes, keys.scales))
-    return _expand(keys, codes, scales).astype(jnp.bfloat16)
+    return _expand(keys, *map(lane_blocks.as_rows, (keys.codes, keys.scales))).astype(jnp.bfloat16)
 
 
 def take(keys: CompactKeys, index: Int[Array, "b ..."]) -> Float32[Array, "b ... z"]:
     """Keys [B,...,Z] of a list [B,C,Z] at index [B,...]."""
-    batch = jnp.arange(index.shape[0], dtype=jnp.int32).reshape(-1, *(1 for _ in index.shape[1:]))
-    return _expand(keys, keys.codes[batch, :, index], keys.scales[batch, :, index])
+    return _expand(keys, *(lane_blocks.take(x, index) for x in (keys.codes, keys.scales)))
 
 
 def block(keys: CompactKeys, begin: Int[Array, ""] | int, size: int) -> Float32[Array, "b k z"]:
-    """Keys [B,size,Z] of a list [B,C,Z] from `begin` on."""
-
-    def cut(x):
-        return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(x, begin, size, axis=2), 1, 2)
-
-    return _expand(keys, cut(keys.codes), cut(keys.scales))
+    """Keys [B,size,Z] of a list [B,C,Z] from `begin` on; in blocks, whole ones."""
+    parts = (lane_blocks.cut(x, begin, size) for x in (keys.codes, keys.scales))
+    return _expand(keys, *map(lane_blocks.as_rows, parts))
 
 
 def pad(keys: CompactKeys, multiple: int) -> CompactKeys:
     """A list [B,C,Z] with so many more keys that their number is a multiple."""
     missing = -keys.shape[1] % multiple
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, missing))), keys)
+    return jax.tree.map(lambda x: lane_blocks.pad(x, missing), keys) if missing else keys
 
 
 def for_kernels(keys: CompactKeys) -> StoredKeys | BFloat16[Array, "b c z"]:
     """A list [B,C,Z] as TPU and GPU kernels take it: `StoredKeys`, or keys of another width."""
     if keys.width != stored_keys.WIDTH:
         return unpack(keys)
-    return StoredKeys(keys.codes, keys.scales)
+    return StoredKeys(*map(lane_blocks.as_lines, (keys.codes, keys.scales)))
 
 
 def _expand(like, codes, scales):

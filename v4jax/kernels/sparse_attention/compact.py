@@ -7,8 +7,7 @@ E4M3 channels with a scale per 64 of them, then rope channels in bf16 (architect
 channel W - R, and above the high byte of the bf16.
 
 `low`, R / 4 per entry: byte i of word j is the low byte of rope channel R / 4 i + j. `scales`: byte
-g % 4 of word g // 4 is the E8M0 scale of group g. Both have the entries along their last axis, so
-that they fill a TPU's tiles, and each entry can be cut out of the list.
+g % 4 of word g // 4 is the E8M0 scale of group g. Both lie in `lane_blocks`.
 
 Of W = 512 and R = 64 that is 584 bytes per entry; `stored.StoredRows` are the same bytes as TPU and
 GPU kernels fetch them, in 640.
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float32, Inexact, Int
 
+from v4jax.kernels import lane_blocks
 from v4jax.kernels.sparse_attention import stored
 from v4jax.kernels.sparse_attention.stored import GROUP, StoredRows
 from v4jax.reprs import short_repr
@@ -34,8 +34,8 @@ class CompactRows:
 
     Attributes:
       words: int32 [...,C,ceil(W/4)].
-      low: int32 [...,ceil(R/4),C].
-      scales: int32 [...,S,C], S a word per four groups.
+      low: int32 [...,N,ceil(R/4),C/N].
+      scales: int32 [...,N,S,C/N], S a word per four groups.
       width, rope: W and R.
     """
 
@@ -54,20 +54,18 @@ class CompactRows:
     def ndim(self) -> int:
         return len(self.words.shape)
 
-    def entry_axes(self, leading: int) -> "CompactRows":
-        """The axis of each array along which entries lie, behind so many leading ones."""
-        return dataclasses.replace(self, words=leading, low=leading + 1, scales=leading + 1)
-
     def __repr__(self) -> str:
         return short_repr(self)
 
 
-def empty(lead: tuple[int, ...], count: int, width: int, rope: int) -> CompactRows:
-    """`count` entries of zeros for each index of the leading axes."""
+def empty(
+    lead: tuple[int, ...], count: int, width: int, rope: int, block: int | None = None
+) -> CompactRows:
+    """`count` entries of zeros for each index of the leading axes, in blocks (one, if left out)."""
     words = jnp.zeros((*lead, count, -(-width // 4)), jnp.int32)
-    low = jnp.zeros((*lead, -(-rope // 4), count), jnp.int32)
+    low = lane_blocks.empty(lead, count, -(-rope // 4), block or count)
     groups = -(-(width - rope) // GROUP)
-    scales = jnp.zeros((*lead, -(-groups // 4), count), jnp.int32)
+    scales = lane_blocks.empty(lead, count, -(-groups // 4), block or count)
     return CompactRows(words, low, scales, width, rope)
 
 
@@ -86,8 +84,8 @@ def pack(rows: Inexact[Array, "... c w"], rope: int) -> CompactRows:
     scales = einops.rearrange(_padded(scale, 4), "... (s four) -> ... four s", four=4)
     return CompactRows(
         words=_planes_joined(jnp.concatenate([codes, bf16 >> 8], axis=-1)),
-        low=_last(_planes_joined(bf16 & 255)),
-        scales=_last(_bytes_joined(scales)),
+        low=lane_blocks.of_rows(_planes_joined(bf16 & 255)),
+        scales=lane_blocks.of_rows(_bytes_joined(scales)),
         width=width,
         rope=rope,
     )
@@ -95,24 +93,22 @@ def pack(rows: Inexact[Array, "... c w"], rope: int) -> CompactRows:
 
 def unpack(rows: CompactRows) -> BFloat16[Array, "... c w"]:
     """The rows, all of them, exactly."""
-    return _expand(rows, rows.words, _last(rows.low), _last(rows.scales)).astype(jnp.bfloat16)
+    low, scales = map(lane_blocks.as_rows, (rows.low, rows.scales))
+    return _expand(rows, rows.words, low, scales).astype(jnp.bfloat16)
 
 
 def take(rows: CompactRows, index: Int[Array, "b ..."]) -> Float32[Array, "b ... w"]:
     """Rows [B,...,W] of a list [B,C,W] at index [B,...]."""
     batch = jnp.arange(index.shape[0], dtype=jnp.int32).reshape(-1, *(1 for _ in index.shape[1:]))
-    low, scales = rows.low[batch, :, index], rows.scales[batch, :, index]
+    low, scales = (lane_blocks.take(x, index) for x in (rows.low, rows.scales))
     return _expand(rows, rows.words[batch, index], low, scales)
 
 
 def block(rows: CompactRows, begin: Int[Array, ""] | int, size: int) -> Float32[Array, "b k w"]:
-    """Rows [B,size,W] of a list [B,C,W] from `begin` on."""
-
-    def cut(x, axis):
-        return jax.lax.dynamic_slice_in_dim(x, begin, size, axis)
-
-    part = jax.tree.map(cut, rows, rows.entry_axes(1))
-    return _expand(part, part.words, _last(part.low), _last(part.scales))
+    """Rows [B,size,W] of a list [B,C,W] from `begin` on; in blocks, whole ones."""
+    words = jax.lax.dynamic_slice_in_dim(rows.words, begin, size, axis=1)
+    parts = (lane_blocks.cut(x, begin, size) for x in (rows.low, rows.scales))
+    return _expand(rows, words, *map(lane_blocks.as_rows, parts))
 
 
 def pad(rows: CompactRows, multiple: int) -> CompactRows:
@@ -120,18 +116,16 @@ def pad(rows: CompactRows, multiple: int) -> CompactRows:
     missing = -rows.shape[1] % multiple
     if not missing:
         return rows
-
-    def longer(x, axis):
-        return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
-
-    return jax.tree.map(longer, rows, rows.entry_axes(1))
+    words = jnp.pad(rows.words, ((0, 0), (0, missing), (0, 0)))
+    low, scales = (lane_blocks.pad(x, missing) for x in (rows.low, rows.scales))
+    return dataclasses.replace(rows, words=words, low=low, scales=scales)
 
 
 def for_kernels(rows: CompactRows) -> StoredRows | BFloat16[Array, "b c w"]:
     """A list [B,C,W] as TPU and GPU kernels take it: `StoredRows`, or rows of another width."""
     if (rows.width, rows.rope) != (stored.WIDTH, stored.ROPE):
         return unpack(rows)
-    tails = _last(jnp.concatenate([rows.low, rows.scales], axis=1))
+    tails = lane_blocks.as_rows(jnp.concatenate([rows.low, rows.scales], axis=2))
     return stored.of_words(rows.words, tails)
 
 
@@ -173,8 +167,3 @@ def _bytes(words):
     """Words [...,J] to bytes [...,4,J]."""
     shift = 8 * jnp.arange(4, dtype=jnp.int32).reshape(*(1 for _ in words.shape[:-1]), 4, 1)
     return (words[..., None, :] >> shift) & 255
-
-
-def _last(x):
-    """The last two axes swapped: what lies beside the entries to behind them, or back."""
-    return jnp.swapaxes(x, -1, -2)
