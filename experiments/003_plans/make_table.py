@@ -31,14 +31,14 @@ JOBS = {
 }
 # Where each was found to fit, so that it needs no search: slice, mesh and what else was set.
 FOUND = {
-    "flash_decode_128k": ("v5p:2x2x1", "expert=4"),
-    "flash_decode_1m": ("v5p:2x2x1", "expert=4"),
+    "flash_decode_128k": ("v5p:2x2x1", "expert=4", "--numerics", "native"),
+    "flash_decode_1m": ("v5p:2x2x1", "expert=4", "--numerics", "native"),
     "flash_prefill_1m": ("v5p:2x2x4", "expert=16", "--waves", "8"),
     "flash_train_4k": ("v5p:4x4x8", "fsdp=16,expert=8", "--parts", "144"),
     "flash_train_64k": ("v5p:4x4x8", "expert=8,sequence=16", "--parts", "144"),
     "flash_train_1m": ("v5p:4x8x8", "expert=8,sequence=32", "--parts", "72"),
-    "pro_decode_128k": ("v5p:2x2x4", "expert=8,tensor=2"),
-    "pro_decode_1m": ("v5p:2x2x4", "expert=4,tensor=4"),
+    "pro_decode_128k": ("v5p:2x2x4", "expert=8,tensor=2", "--numerics", "native"),
+    "pro_decode_1m": ("v5p:2x2x4", "expert=4,tensor=4", "--numerics", "native"),
     "pro_prefill_1m": ("v5p:2x4x4", "expert=32", "--waves", "16"),
     "pro_train_4k": ("v5p:8x8x16", "fsdp=16,expert=16,sequence=4", "--parts", "90"),
     "pro_train_64k": ("v5p:8x8x16", "expert=16,sequence=64", "--parts", "90"),
