@@ -92,10 +92,12 @@ class Cache:
     @property
     def store(self) -> str:
         """How rows of keys are kept, one of STORES."""
-        for layer in (layer for blocks in self.layers.values() for layer in blocks):
-            rows = layer.tokens if layer.window is None else layer.window
-            return "native" if isinstance(rows, CompactRows) else "activations"
-        return "activations"
+
+        def stored(x):
+            return isinstance(x, CompactRows)
+
+        buffers = jax.tree.leaves(self.layers, is_leaf=stored)
+        return "native" if any(map(stored, buffers)) else "activations"
 
     def rollback(self, count: ArrayLike) -> "Cache":
         """The cache as it was `count` tokens ago, a number for the batch or one for each row, [B].
