@@ -105,11 +105,19 @@ def test_kernels_get_the_words_that_they_know():
     """Of the released widths; of others rows."""
     count = 300
     rows, keys = native_rows((2, count, 512), 64), native_keys((2, count, 128))
-    assert meshes.equal(entries.for_kernels(compact.pack(rows, 64)), stored.pack(rows))
-    assert meshes.equal(key_forms.for_kernels(compact_keys.pack(keys)), stored_keys.pack(keys))
     narrow, few = native_rows((1, 3, 24), 8), native_keys((1, 3, 16))
-    same(entries.for_kernels(compact.pack(narrow, 8)), narrow)
-    same(key_forms.for_kernels(compact_keys.pack(few)), few)
+
+    @jax.jit
+    def forms():
+        ours = entries.for_kernels(compact.pack(rows, 64)), stored.pack(rows)
+        theirs = key_forms.for_kernels(compact_keys.pack(keys)), stored_keys.pack(keys)
+        others = entries.for_kernels(compact.pack(narrow, 8)), compact_keys.pack(few)
+        return ours, theirs, (others[0], key_forms.for_kernels(others[1]))
+
+    ours, theirs, others = forms()
+    assert meshes.equal(*ours) and meshes.equal(*theirs)
+    same(others[0], narrow)
+    same(others[1], few)
 
 
 def test_bytes_of_an_entry():

@@ -49,6 +49,18 @@ def checked(config, batch, name, sizes, parts):
 
 @pytest.mark.slow
 @aot.needs_libtpu
+def test_a_decode_step_copies_no_cache_as_stored():
+    """Scanned layers, several rows per device: no list is laid out anew for a write."""
+    config = dataclasses.replace(PAIR, layers=(CSA, HCA) * 4)
+    job = Job(config, "decode", 1 << 18, 8, numerics="native")
+    found = compiler.compile_job(job, topology.parse("v5p:2x2x1"), {"expert": 4})
+    arguments = sum(found.arguments.values())
+    assert found.failure is None and found.argument == pytest.approx(arguments, rel=1e-3)
+    assert found.peak - arguments < found.arguments["cache"]
+
+
+@pytest.mark.slow
+@aot.needs_libtpu
 def test_a_pair_of_full_size_layers_trains_on_a_pod():
     """Four microbatches on 128 chips.
 

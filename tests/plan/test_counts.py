@@ -11,7 +11,7 @@ from v4jax.chips import CHIPS
 from v4jax.errors import InputError
 from v4jax.hf.tensors import tensor_table
 from v4jax.model.transformer import Transformer
-from v4jax.plan import exchange, memory, roofline, variables
+from v4jax.plan import exchange, memory, roofline, steps, variables
 from v4jax.plan.hlo import Collective
 from v4jax.plan.job import Job, abstract_layout
 
@@ -105,6 +105,24 @@ def test_a_cache_by_hand():
     windows = 16 * 43 * 127 * 2 * 512
     csa, hca = 7 * 4 * (2048 + 512), 127 * 4 * 1024
     assert held.cache == pytest.approx(rows + windows + 16 * (21 * csa + 20 * hca))
+
+
+@pytest.mark.parametrize("numerics", [None, "native"])
+@pytest.mark.parametrize("name", ["flash", "pro"])
+def test_a_cache_by_hand_is_the_arrays(name, numerics):
+    """The program's own arrays on a device, whose lists are whole tiles at this length."""
+    job = Job(v4jax.get_config(name), "decode", MILLION, 8, numerics=numerics)
+    layout = abstract_layout(job, {"expert": 4})
+    by_hand = memory.held(job, layout, []).cache
+    found = steps.build(job, layout).bytes("cache")
+    assert found == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_native_numerics_are_not_planned_in_training():
+    with pytest.raises(InputError, match="training was asked for with numerics='native'"):
+        Job(v4jax.get_config("flash_tiny"), "train", 64, 1, "bf16", numerics="native")
+    with pytest.raises(InputError, match="numerics is 'fp8'; expected None or 'native'"):
+        Job(v4jax.get_config("flash_tiny"), "decode", 64, 1, numerics="fp8")
 
 
 def test_operations_of_a_decoded_token_are_the_accounts():
