@@ -1,7 +1,9 @@
 """Operations and bytes by our own count, against sums by hand and the files' own sizes."""
 
 import dataclasses
+import functools
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,8 +12,9 @@ from v4jax import accounting, weights
 from v4jax.chips import CHIPS
 from v4jax.errors import InputError
 from v4jax.hf.tensors import tensor_table
+from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
-from v4jax.plan import exchange, memory, roofline, steps, variables
+from v4jax.plan import exchange, memory, program, roofline, variables
 from v4jax.plan.hlo import Collective
 from v4jax.plan.job import Job, abstract_layout
 
@@ -114,7 +117,10 @@ def test_a_cache_by_hand_is_the_arrays(name, numerics):
     job = Job(v4jax.get_config(name), "decode", MILLION, 8, numerics=numerics)
     layout = abstract_layout(job, {"expert": 4})
     by_hand = memory.held(job, layout, []).cache
-    found = steps.build(job, layout).bytes("cache")
+    model = Transformer(job.config, dtype="bfloat16", numerics=numerics, sharding=layout)
+    cache = jax.eval_shape(functools.partial(model.init_cache, job.batch, job.context))
+    described = program.with_shardings(cache, sharded.cache_shardings(layout, cache))
+    found = program.Program(print, {"cache": described}, ()).bytes("cache")
     assert found == pytest.approx(by_hand, rel=1e-6)
 
 
