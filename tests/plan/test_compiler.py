@@ -52,7 +52,7 @@ def checked(config, batch, name, sizes, parts):
 def test_a_decode_step_copies_no_cache_as_stored():
     """Scanned layers, several rows per device: no list is laid out anew for a write."""
     config = dataclasses.replace(PAIR, layers=(CSA, HCA) * 4)
-    job = Job(config, "decode", 1 << 18, 8, numerics="native")
+    job = Job(config, "decode", 1 << 20, 8, numerics="native")
     found = compiler.compile_job(job, topology.parse("v5p:2x2x1"), {"expert": 4})
     arguments = sum(found.arguments.values())
     assert found.failure is None and found.argument == pytest.approx(arguments, rel=1e-3)
