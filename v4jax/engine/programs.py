@@ -287,6 +287,8 @@ def _like(scored):
     return Choice(0, 0, 0, 0, 0) if scored else Choice(0, 0)
 
 
+# The same for engines of one model, which then share what is compiled.
+@functools.lru_cache(maxsize=16)
 def _functions(decoder, kind, drafted, rounds):
     """The jitted functions by name and whether log-probabilities are wanted."""
 
