@@ -73,7 +73,7 @@ class Engine:
         self._seed = whole_number("seed", seed, 0, 2**32 - 1)
         chunk = chunk_of(model.config, prefill_chunk, max_length)
         kind, drafted = draft_tokens_of(model.config, draft, draft_tokens)
-        placement = Placement.of(model, slots)
+        placement = Placement.of(model, slots, one_at_a_time=True)
         self._programs = Programs(
             placement,
             placement.variables(params),

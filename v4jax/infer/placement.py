@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from v4jax.model import sharded
 from v4jax.sharding.mesh import replicate
-from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL
+from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL, PREFILL_ONE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,11 @@ class Placement:
     decode: Any
 
     @classmethod
-    def of(cls, model, rows: int) -> "Placement":
-        """For `rows` prompts; the model's own strategy does not count."""
+    def of(cls, model, rows: int, one_at_a_time: bool = False) -> "Placement":
+        """For `rows` prompts; the model's own strategy does not count.
+
+        one_at_a_time: a call reads one prompt, however many are decoded.
+        """
         layout = model.sharding
         if layout.mesh is None:
             return cls(model, model)
@@ -36,7 +39,8 @@ class Placement:
             return model.clone(sharding=dataclasses.replace(layout, strategy=strategy))
 
         many, few = as_by(DECODE), as_by(DECODE_LONG)
-        return cls(as_by(PREFILL), few if rows % many.sharding.size("batch") else many)
+        reading = as_by(PREFILL_ONE if one_at_a_time else PREFILL)
+        return cls(reading, few if rows % many.sharding.size("batch") else many)
 
     def variables(self, params):
         """The variables where both models want them.

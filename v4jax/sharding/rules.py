@@ -79,6 +79,16 @@ PREFILL = _strategy(
     mlp=("tensor",),
     vocab=("tensor",),
 )
+# One row, as the engine reads prompts: its tokens are spread over data too.
+PREFILL_ONE = _strategy(
+    "prefill_one",
+    sequence=("data", "fsdp", "expert", "sequence"),
+    entries=("data", "fsdp", "expert", "sequence"),
+    expert=("fsdp", "expert"),
+    heads=("tensor",),
+    mlp=("tensor",),
+    vocab=("tensor",),
+)
 # Many rows: each shard has its own, with their whole caches.
 DECODE = _strategy(
     "decode",
