@@ -6,6 +6,7 @@ from tests.support import meshes
 from v4jax.engine.engine import Engine
 from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.engine.request import Request
+from v4jax.errors import InputError
 from v4jax.sharding.rules import PREFILL
 
 SIZES = {"slots": 4, "max_length": 256, "prefill_chunk": 128, "exact": True}
@@ -29,8 +30,13 @@ def answers(model, variables, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", ["data=2,expert=2", "sequence=4"])
-@pytest.mark.parametrize("draft", [None, "mtp"])
-def test_the_tokens_are_those_of_one_device(sizes, draft):
+def test_the_tokens_are_those_of_one_device(sizes):
     expected = answers(*meshes.alone(), draft=None)
     model, variables = meshes.on_mesh(sizes, PREFILL)
-    assert answers(model, variables, draft=draft, prefix_cache=PrefixCache()) == expected
+    assert answers(model, variables, prefix_cache=PrefixCache()) == expected
+
+
+def test_drafts_do_not_run_on_a_mesh():
+    model, variables = meshes.on_mesh("data=2,expert=2", PREFILL)
+    with pytest.raises(InputError, match="where drafts do not run yet"):
+        Engine(model, variables, **SIZES, draft="mtp")

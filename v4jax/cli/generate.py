@@ -139,6 +139,8 @@ def _generate(model, params, prompts, on_token, settings) -> Generation:
     """By the engine where a draft or a prefix cache is asked for."""
     options = {"on_compile": _tell_compiling, "programs": compilation_cache.programs()}
     draft = draft_of(model.config, None if FLAGS.draft == "none" else FLAGS.draft)
+    if FLAGS.draft == "auto" and (FLAGS.mesh or FLAGS.stream_weights):
+        draft = None  # drafts run on one device, with all weights in memory
     if draft is None and FLAGS.prefix_cache is None:
         return generate(model, params, prompts, on_token=on_token, **options, **settings)
     engine = Engine(

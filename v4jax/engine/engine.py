@@ -72,6 +72,13 @@ class Engine:
         self._config, self._tokenizer = model.config, tokenizer
         self._seed = whole_number("seed", seed, 0, 2**32 - 1)
         chunk = chunk_of(model.config, prefill_chunk, max_length)
+        if model.sharding.mesh is not None:
+            if draft not in (None, "auto"):
+                raise InputError(
+                    f"draft is {draft!r} and the model is on a mesh, where drafts do not run yet; "
+                    "leave draft out, or load the model on one device"
+                )
+            draft = None
         kind, drafted = draft_tokens_of(model.config, draft, draft_tokens)
         placement = Placement.of(model, slots, one_at_a_time=True)
         self._programs = Programs(
