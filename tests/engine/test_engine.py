@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.support import compiling
 from tests.support.engines import answer, prompt_of, tiny_engine
 from v4jax.engine.request import Request
 from v4jax.errors import InputError
@@ -47,16 +48,16 @@ def test_log_probabilities_do_not_depend_on_the_other_slots(engine):
     among = run(engine, [*others[:2], request, *others[2:]])[2]
     assert among.logprobs == alone.logprobs
     waiting = iter(Request(prompt_of(n, 2), max_new_tokens=40) for n in itertools.count(3))
-    stream, beside = engine.submit(request), []
+    stream, others = engine.submit(request), []
     for turn in itertools.count():
         if stream.finished:
             break
         if turn % 3 == 0:
-            beside.append(engine.submit(next(waiting)))
+            others.append(engine.submit(next(waiting)))
         if turn % 5 == 4:
-            beside.pop(0).cancel()
+            others.pop(0).cancel()
         engine.step()
-    for each in beside:
+    for each in others:
         each.cancel()
         each.result()
     assert stream.result().logprobs == alone.logprobs
@@ -156,19 +157,10 @@ def test_a_thread_runs_the_loop():
 
 def test_nothing_is_compiled_after_the_warm_up(engine):
     engine.warm_up()
-    names = []
-
-    def listener(event, duration, **about):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(about.get("fun_name", event))
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
+    with compiling.counted() as names:
         for n, logprobs in ((1, None), (200, 3), (300, 0)):
             answer(engine, prompt_of(n), 5, logprobs=logprobs, prompt_logprobs=logprobs)
         answer(engine, prompt_of(3), 5, **DRAWN)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
     assert names == []
 
 

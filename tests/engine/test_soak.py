@@ -1,9 +1,9 @@
 """Many random requests: every token is `generate`'s, and nothing is compiled on the way."""
 
-import jax
 import numpy as np
 import pytest
 
+from tests.support import compiling
 from tests.support.engines import tiny_engine
 from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.engine.request import Request
@@ -32,29 +32,21 @@ def test_soak(draft):
         exact=True, prefix_cache=cache, draft=draft, draft_tokens=draft and 3
     )
     engine.warm_up()
-    names = []
-
-    def listener(event, duration, **about):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(about.get("fun_name", event))
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
     asked = [described(rng) for _ in range(REQUESTS)]
-    streams, cancelled = [], set()
-    for number, request in enumerate(asked):
-        logprobs = 1 if rng.random() < 0.1 else None
-        streams.append(engine.submit(Request(**request, logprobs=logprobs)))
-        for _ in range(int(rng.integers(0, 8))):
-            engine.step()
-        if rng.random() < 0.1:
-            victim = int(rng.integers(max(0, number - 6), number + 1))
-            streams[victim].cancel()
-            cancelled.add(victim)
-    results = [stream.result() for stream in streams]
-    jax.monitoring.unregister_event_duration_listener(listener)
+    with compiling.counted() as names:
+        streams, cancelled = [], set()
+        for number, request in enumerate(asked):
+            logprobs = 1 if rng.random() < 0.1 else None
+            streams.append(engine.submit(Request(**request, logprobs=logprobs)))
+            for _ in range(int(rng.integers(0, 8))):
+                engine.step()
+            if rng.random() < 0.1:
+                victim = int(rng.integers(max(0, number - 6), number + 1))
+                streams[victim].cancel()
+                cancelled.add(victim)
+        results = [stream.result() for stream in streams]
     assert names == []
     assert cache.stats()["hits"] > 100 and cache.stats()["evicted"] > 100
-    # By setting, so that `generate` reads many prompts at once.
     for number, (request, result) in enumerate(zip(asked, results, strict=True)):
         assert result.finish == "length" or number in cancelled
         expected = _expected(model, params, request)

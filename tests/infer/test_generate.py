@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support import compiling
 from tests.support.tiny import drawn_wide
 from tests.support.toy_model import ToyModel, toy_config
 from v4jax.config import CSA, LayerSpec, with_hash_routing
@@ -52,15 +53,8 @@ def full_forward(model, params, tokens_BT):
 @pytest.fixture
 def compiled_programs():
     """Counts the programs that XLA compiles while the test runs."""
-    names = []
-
-    def listener(event, duration, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(kwargs.get("fun_name", event))
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listener)
+    with compiling.counted() as names:
+        yield names
 
 
 def test_greedy_equals_the_argmax_of_the_full_sequence():

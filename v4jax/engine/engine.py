@@ -10,8 +10,6 @@ import threading
 import time
 from typing import Any
 
-import numpy as np
-
 from v4jax.engine.answer import Answer
 from v4jax.engine.job import Job
 from v4jax.engine.loop import Loop
@@ -22,7 +20,7 @@ from v4jax.engine.request import Request, check
 from v4jax.engine.settings import chunk_of, draft_tokens_of
 from v4jax.engine.stream import Stream
 from v4jax.errors import InputError
-from v4jax.infer.arguments import whole_number
+from v4jax.infer.arguments import read_prompts, whole_number
 from v4jax.infer.executables import executables_of
 from v4jax.infer.generate import Generation
 from v4jax.infer.placement import Placement
@@ -148,7 +146,7 @@ class Engine:
             self.submit(
                 Request(prompt, max_new_tokens=max_new_tokens, seed=seed, row=row, **options)
             )
-            for row, prompt in enumerate(_as_rows(prompts))
+            for row, prompt in enumerate(read_prompts(prompts, self.vocab_size))
         ]
         reading = None  # time that compiling took until the last first token
         while not all(stream.finished for stream in streams):
@@ -258,9 +256,3 @@ def _generation(results, seconds, compiled, reading) -> Generation:
         drafted=[each.drafted for each in results],
         accepted=[each.accepted for each in results],
     )
-
-
-def _as_rows(prompts):
-    """A list of prompts, also of a single one."""
-    single = len(prompts) and isinstance(prompts[0], int | np.integer)
-    return [prompts] if single or getattr(prompts, "ndim", 2) == 1 else prompts

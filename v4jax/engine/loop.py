@@ -12,9 +12,10 @@ import numpy as np
 
 from v4jax.engine.choice import ALL, Draws, words
 from v4jax.engine.constraint import fitted
+from v4jax.engine.functions import Row
 from v4jax.engine.job import Job, Pending
 from v4jax.engine.prefixes import Prefixes
-from v4jax.engine.programs import Programs, Row
+from v4jax.engine.programs import Programs
 from v4jax.engine.request import Event, TokenLogprob
 from v4jax.engine.scheduler import Scheduler
 from v4jax.engine.speculate import Widths

@@ -133,7 +133,7 @@ class PrefixCache:
             else:
                 self._counts["misses"] += 1
                 hit = Hit(shared=there * self._page)
-            self._drop_unused()
+            self._drop_unused(chain)
             self._evict()
             return hit
 
@@ -239,9 +239,9 @@ class PrefixCache:
             self._pages[each].users -= 1
         self._drop_unused(unit.chain)
 
-    def _drop_unused(self, digests=None):
+    def _drop_unused(self, digests):
         """Pages that no unit needs, such as those that a look-up has read from disk in vain."""
-        for each in list(self._pages if digests is None else digests):
+        for each in digests:
             page = self._pages.get(each)
             if page is not None and page.users == 0:
                 self._bytes -= _bytes(page.arrays)

@@ -12,8 +12,10 @@ import jax
 import numpy as np
 
 from v4jax.engine import slots
+from v4jax.engine.functions import Row
 from v4jax.engine.prefix_cache import Hit, PrefixCache
-from v4jax.engine.programs import Lane, Programs, Row
+from v4jax.engine.programs import Programs
+from v4jax.engine.speculate import Lane
 from v4jax.infer.cache_file import fingerprint, identity
 
 EVERY = 32  # pages between units of a long prompt; from FAR tokens on eight times as many

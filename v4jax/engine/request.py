@@ -43,7 +43,7 @@ class Request:
         user turn begins; see `PrefixCache`.
     """
 
-    tokens: Sequence[int]
+    tokens: Sequence[int] | np.ndarray
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_k: int = 0

@@ -1,4 +1,4 @@
-"""Rows of a decode cache: one taken out, one put in.
+"""Rows of a decode cache: one put in, and what a stored prefix keeps of one.
 
 A slot is a row of the engine's cache. Every array of a cache has its rows on one axis, so that a
 row goes from one cache to another of the same lengths whatever the layers keep.
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from v4jax.config import ModelConfig, Segment, segments
+from v4jax.config import ModelConfig, segments
 from v4jax.model.cache import Cache, CompressorState, read_entries, row_axes, write_entries
 
 _LAYERS, _COUNTS = 1, 0  # the axis of the rows: of layers' buffers, of lengths and spare
@@ -36,22 +36,6 @@ def put(cache: Cache, slot, row: Cache) -> Cache:
         lengths=into(_COUNTS)(cache.lengths, row.lengths),
         spare=into(_COUNTS)(cache.spare, row.spare),
         layers=jax.tree.map(into(_LAYERS), cache.layers, row.layers),
-    )
-
-
-def take(cache: Cache, slot) -> Cache:
-    """A cache of one row: that of a slot."""
-
-    def out_of(axis):
-        def read(buffer):
-            return jax.lax.dynamic_slice_in_dim(buffer, slot, 1, axis)
-
-        return read
-
-    return cache.replace(
-        lengths=out_of(_COUNTS)(cache.lengths),
-        spare=out_of(_COUNTS)(cache.spare),
-        layers=jax.tree.map(out_of(_LAYERS), cache.layers),
     )
 
 
@@ -81,25 +65,20 @@ def read_page(config: ModelConfig, min_repeats: int, cache: Cache, slot, number)
 
 def write_page(config: ModelConfig, min_repeats: int, cache: Cache, number, page: Any) -> Cache:
     """A cache of one row with a page in its place."""
-    layers = {}
-    for segment in _segments(config, min_repeats):
-        blocks = []
-        for layer, spec, new in zip(
-            cache.layers[segment.name], _specs(config, segment), page[segment.name], strict=True
-        ):
-            written = {}
-            for name, entries in new.items():
-                ratio = 1 if name == "tokens" else spec.ratio
-                first = number * (page_tokens(config) // ratio)
-                old = getattr(layer, name)
-                if isinstance(old, CompressorState):
-                    into = write_entries(old.entries, 0, first, entries)
-                    written[name] = old.replace(entries=into)
-                else:
-                    written[name] = write_entries(old, 0, first, entries)
-            blocks.append(layer.replace(**written))
-        layers[segment.name] = tuple(blocks)
-    return cache.replace(layers=layers)
+
+    def write(layer, spec, new):
+        written = {}
+        for name, entries in new.items():
+            ratio = 1 if name == "tokens" else spec.ratio
+            first, old = number * (page_tokens(config) // ratio), getattr(layer, name)
+            if isinstance(old, CompressorState):
+                into = write_entries(old.entries, 0, first, entries)
+                written[name] = old.replace(entries=into)
+            else:
+                written[name] = write_entries(old, 0, first, entries)
+        return layer.replace(**written)
+
+    return cache.replace(layers=_by_layer(config, min_repeats, cache, write, page))
 
 
 def read_rest(config: ModelConfig, min_repeats: int, cache: Cache, slot) -> Any:
@@ -125,42 +104,36 @@ def read_rest(config: ModelConfig, min_repeats: int, cache: Cache, slot) -> Any:
 
 def write_rest(config: ModelConfig, min_repeats: int, cache: Cache, rest: Any, length) -> Cache:
     """A fresh cache of one row that goes on behind `length` tokens, whose pages it has."""
-    layers = {}
-    for segment in _segments(config, min_repeats):
-        blocks = []
-        for layer, kept in zip(cache.layers[segment.name], rest[segment.name], strict=True):
-            written = {}
-            for name, rows in kept.items():
-                old = getattr(layer, name)
-                if name == "window":
-                    written[name] = _put_last(old, rows)
-                else:
-                    doubled = jnp.stack([rows, jnp.zeros_like(rows)], axis=-2)
-                    raw = doubled.reshape(*rows.shape[:-2], -1)
-                    written[name] = old.replace(raw=_put_last(old.raw, raw))
-            blocks.append(layer.replace(**written))
-        layers[segment.name] = tuple(blocks)
+
+    def write(layer, spec, kept):
+        written = {}
+        for name, rows in kept.items():
+            old = getattr(layer, name)
+            if name == "window":
+                written[name] = _put_last(old, rows)
+            else:
+                doubled = jnp.stack([rows, jnp.zeros_like(rows)], axis=-2)
+                raw = doubled.reshape(*rows.shape[:-2], -1)
+                written[name] = old.replace(raw=_put_last(old.raw, raw))
+        return layer.replace(**written)
+
+    layers = _by_layer(config, min_repeats, cache, write, rest)
     lengths = jnp.full_like(cache.lengths, length)
     return cache.replace(layers=layers, lengths=lengths, spare=jnp.zeros_like(cache.spare))
 
 
-def _segments(config, min_repeats) -> tuple[Segment, ...]:
-    return segments(config.layers, min_repeats)
+def _by_layer(config, min_repeats, cache, of, *others):
+    """A tuple for each segment, of what `of` makes of each layer of its unit.
 
-
-def _specs(config, segment):
-    return config.layers[segment.start : segment.start + segment.period]
-
-
-def _by_layer(config, min_repeats, cache, of):
-    """A tuple for each segment, of what `of` makes of each layer of its unit."""
-    return {
-        segment.name: tuple(
-            of(layer, spec)
-            for layer, spec in zip(cache.layers[segment.name], _specs(config, segment), strict=True)
-        )
-        for segment in _segments(config, min_repeats)
-    }
+    others: trees of the same form, whose parts `of` gets too.
+    """
+    found = {}
+    for segment in segments(config.layers, min_repeats):
+        specs = config.layers[segment.start : segment.start + segment.period]
+        parts = (tree[segment.name] for tree in others)
+        blocks = zip(cache.layers[segment.name], specs, *parts, strict=True)
+        found[segment.name] = tuple(of(*block) for block in blocks)
+    return found
 
 
 def _entries(layer, spec, read):

@@ -5,11 +5,9 @@ draws it, with the key of its own new token; a draft is accepted where it is tha
 draft changes how fast an answer comes, and nothing of the answer.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,8 +41,7 @@ def propose(model, variables, lane: Lane, draws: Draws, width: int):
     drafts_SP, confidence_SP = draft_lib.propose(
         model, variables, lane.draft, lane.anchor_S, width, pick
     )
-    everywhere = functools.partial(replicated, model)
-    return jax.tree.map(everywhere, (drafts_SP, confidence_SP))
+    return replicated(model, (drafts_SP, confidence_SP))
 
 
 def verify(
@@ -91,9 +88,8 @@ def verify(
         behind_ST = jnp.maximum(choice.token, 0)
         taps = draft_lib.taps(out, kind)
         state = draft_lib.commit(model, variables, state, taps, behind_ST, choice.count)
-        state = jax.tree.map(functools.partial(replicated, model), state)
-    everywhere = functools.partial(replicated, model)
-    return jax.tree.map(everywhere, choice), Lane(cache, replicated(model, anchor_S), state)
+        state = replicated(model, state)
+    return replicated(model, choice), Lane(cache, replicated(model, anchor_S), state)
 
 
 def _accepted(drafts_SP, token_SP, limit_S):

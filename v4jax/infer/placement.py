@@ -79,8 +79,8 @@ class Placement:
         )
 
 
-def replicated(model, x: jax.Array) -> jax.Array:
-    """x on every device of the model's mesh, so that each process can read it."""
+def replicated(model, x: Any) -> Any:
+    """An array or a tree of them on all devices of the model's mesh: each process can read it."""
     mesh = model.sharding.mesh
     if mesh is None:
         return x
