@@ -6,6 +6,7 @@ Imports inside functions count as well: they hide a circle, and do not open it.
 import ast
 import functools
 import graphlib
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,3 +134,11 @@ def test_public_names_come_from_modules_that_are_there():
         if isinstance(node, ast.Assign) and node.targets[0].id == "_MODULES"
     )
     assert set(ast.literal_eval(table).values()) <= imports().keys()
+
+
+def test_every_package_is_installed():
+    """An editable install has them all anyway: only a built one lacks what is not listed."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent for path in (ROOT / "v4jax").rglob("__init__.py")}
+    there = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(listed) - {"v4jax.configs"} == there  # which is configs/, beside the package
