@@ -16,6 +16,7 @@ LENGTH = 1 << 17
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_short_requests_go_on_beside_a_long_one():
     config = tiny_config(max_position_embeddings=2 * LENGTH, mtp_layers=())
     model = Transformer(config, min_repeats=2)
