@@ -1,12 +1,14 @@
 """The engine on a mesh gives the tokens of one device; each mesh is minutes of compilation."""
 
+import itertools
+
 import pytest
 
-from tests.support import meshes
+from tests.support import meshes, serving
+from tests.support.selection import first
 from v4jax.engine.engine import Engine
 from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.engine.request import Request
-from v4jax.errors import InputError
 from v4jax.sharding.rules import PREFILL
 
 SIZES = {"slots": 4, "max_length": 256, "prefill_chunk": 128, "exact": True}
@@ -36,7 +38,31 @@ def test_the_tokens_are_those_of_one_device(sizes):
     assert answers(model, variables, prefix_cache=PrefixCache()) == expected
 
 
-def test_drafts_do_not_run_on_a_mesh():
-    model, variables = meshes.on_mesh("data=2,expert=2", PREFILL)
-    with pytest.raises(InputError, match="where drafts do not run yet"):
-        Engine(model, variables, **SIZES, draft="mtp")
+# Slots that the mesh divides have their caches whole, others have theirs in parts.
+DRAFTED = itertools.product(("data=2,expert=2", "sequence=4"), (4, 3), ("mtp", "dspark"))
+
+
+@pytest.mark.parametrize("sizes, slots, kind", first([("data=2,expert=2", 4, "mtp")], DRAFTED))
+def test_drafts_change_no_token(sizes, slots, kind):
+    """Plain decoding's tokens; and one device's drafts, as often right."""
+    (plain, _), (alone, drafts_alone), (found, drafts) = (
+        drafted_answers(*serving.made(mesh, kind), slots, draft)
+        for mesh, draft in ((None, None), (None, kind), (sizes, kind))
+    )
+    assert found == alone == plain
+    assert drafts == drafts_alone
+    assert any(accepted for _, accepted in drafts)
+
+
+def drafted_answers(model, variables, slots, draft):
+    """Of each request the tokens; and how many drafts were proposed and accepted."""
+    engine = Engine(model, variables, **(SIZES | {"slots": slots}), draft=draft)
+    # At a high temperature the noise decides, which the draft and the model share.
+    requests = [
+        Request([(7 * i * n + i) % 64 for i in range(n)], max_new_tokens=14, seed=n, temperature=t)
+        for n in (1, 5, 127, 130, 200)
+        for t in (0.0, 1.0, 6.0)
+    ]
+    streams = [engine.submit(request) for request in requests]
+    results = [stream.result() for stream in streams]
+    return [x.tokens for x in results], [(x.drafted, x.accepted) for x in results]

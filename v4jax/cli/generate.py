@@ -28,6 +28,7 @@ from v4jax.infer.generation_config import read_generation_config
 from v4jax.infer.sampling import Sampling
 from v4jax.infer.tokenizer import Tokenizer
 from v4jax.quant import QTensor
+from v4jax.sharding import processes
 from v4jax.sharding.mesh import mesh_of
 from v4jax.sharding.rules import ONE_DEVICE, PREFILL, Layout
 from v4jax.tables import short
@@ -119,7 +120,8 @@ def _run(texts):
     except KeyboardInterrupt:
         report.finish(report.so_far())
         raise
-    report.finish(result)
+    if result is not None:
+        report.finish(result)
     return 0
 
 
@@ -135,12 +137,15 @@ def _load(directory, announced):
     )
 
 
-def _generate(model, params, prompts, on_token, settings) -> Generation:
-    """By the engine where a draft or a prefix cache is asked for."""
+def _generate(model, params, prompts, on_token, settings) -> Generation | None:
+    """By the engine where a draft or a prefix cache is asked for.
+
+    None in a process that only computes with process 0.
+    """
     options = {"on_compile": _tell_compiling, "programs": compilation_cache.programs()}
     draft = draft_of(model.config, None if FLAGS.draft == "none" else FLAGS.draft)
-    if FLAGS.draft == "auto" and (FLAGS.mesh or FLAGS.stream_weights):
-        draft = None  # drafts run on one device, with all weights in memory
+    if FLAGS.draft == "auto" and FLAGS.stream_weights:
+        draft = None  # drafts run with all weights in memory
     if draft is None and FLAGS.prefix_cache is None:
         return generate(model, params, prompts, on_token=on_token, **options, **settings)
     engine = Engine(
@@ -153,6 +158,9 @@ def _generate(model, params, prompts, on_token, settings) -> Generation:
         **options,
     )
     with engine:
+        if processes.index():
+            engine.follow()
+            return None
         del settings["max_length"]
         return engine.generate(prompts, on_token=on_token, **settings)
 

@@ -1,7 +1,8 @@
 """Many requests at once: slots of one cache, prompts read in chunks, one decode round for all.
 
 `Engine` is what callers see: requests in, streams of events out. `loop.Loop` does the work, a step
-at a time; a thread may make the steps (`Engine.start`), or whoever waits for an event does.
+at a time; a thread may make the steps (`Engine.start`), or whoever waits for an event does. On a
+mesh of many processes each makes the same engine: process 0 takes requests, the others `follow`.
 """
 
 import itertools
@@ -15,15 +16,19 @@ from v4jax.engine.job import Job
 from v4jax.engine.loop import Loop
 from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.engine.prefixes import Prefixes
+from v4jax.engine.processes import Leader, follow
 from v4jax.engine.programs import Programs
 from v4jax.engine.request import Request, check
 from v4jax.engine.settings import chunk_of, draft_tokens_of
 from v4jax.engine.stream import Stream
 from v4jax.errors import InputError
 from v4jax.infer.arguments import read_prompts, whole_number
+from v4jax.infer.cache_file import fingerprint
 from v4jax.infer.executables import executables_of
 from v4jax.infer.generate import Generation
 from v4jax.infer.placement import Placement
+from v4jax.sharding import processes
+from v4jax.sharding.messages import Messages
 
 
 class Engine:
@@ -70,16 +75,9 @@ class Engine:
         self._config, self._tokenizer = model.config, tokenizer
         self._seed = whole_number("seed", seed, 0, 2**32 - 1)
         chunk = chunk_of(model.config, prefill_chunk, max_length)
-        if model.sharding.mesh is not None:
-            if draft not in (None, "auto"):
-                raise InputError(
-                    f"draft is {draft!r} and the model is on a mesh, where drafts do not run yet; "
-                    "leave draft out, or load the model on one device"
-                )
-            draft = None
         kind, drafted = draft_tokens_of(model.config, draft, draft_tokens)
         placement = Placement.of(model, slots, one_at_a_time=True)
-        self._programs = Programs(
+        self._programs: Any = Programs(
             placement,
             placement.variables(params),
             slots=slots,
@@ -92,17 +90,29 @@ class Engine:
             executables=None if programs is None else executables_of(os.fspath(programs)),
             on_compile=on_compile,
         )
-        prefixes = None
-        if prefix_cache is not None:
-            prefixes = Prefixes(prefix_cache, self._programs, model, params, chunk, exact, kind)
-        self._loop = Loop(
-            self._programs, prefixes, slots=slots, chunk=chunk, exact=exact, drafted=drafted
-        )
         self._arrivals = itertools.count()
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._closed = False
+        # All processes read the weights' fingerprint: each has a part of them.
+        weights = None if prefix_cache is None else fingerprint(params)
+        self._followed: Messages | None = None  # of process 0, in the others
+        if _in_many_processes(model):
+            settings = {"slots": slots, "max_length": max_length, "chunk": chunk, "exact": exact}
+            settings |= {"draft": kind, "draft_tokens": drafted, "prefixes": weights}
+            processes.agree("the engine", settings)
+            messages = Messages()
+            if processes.index():
+                self._followed = messages
+                return
+            self._programs = Leader(self._programs, messages)
+        prefixes = None
+        if prefix_cache is not None:
+            prefixes = Prefixes(prefix_cache, self._programs, model, weights, chunk, exact, kind)
+        self._loop = Loop(
+            self._programs, prefixes, slots=slots, chunk=chunk, exact=exact, drafted=drafted
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -115,6 +125,7 @@ class Engine:
         Raises:
           InputError: a value out of range, a prompt that no slot holds, or a closed engine.
         """
+        self._check_leads()
         checked = check(request, self._config, self._max_length, self._tokenizer is not None)
         stream = Stream(len(checked.tokens), self._wait, self._cancel)
         text = None if self._tokenizer is None else self._tokenizer.stream()
@@ -175,29 +186,52 @@ class Engine:
 
     def warm_up(self) -> float:
         """Compiles every program, so that no request waits for one; the seconds that it took."""
+        self._check_leads()
         with self._lock:
             return self._programs.warm_up()
 
     def stats(self) -> dict[str, Any]:
         """Counters since the engine was made, and how many requests wait and run now."""
+        self._check_leads()
         with self._lock:
             return self._loop.stats()
 
     def start(self) -> None:
         """Runs the loop in a thread, until `close`."""
+        self._check_leads()
         with self._lock:
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, daemon=True, name="v4jax-engine")
                 self._thread.start()
 
     def close(self) -> None:
-        """Ends every request with `cancelled`, and the thread. A second call does nothing."""
+        """Ends every request with `cancelled`, and the thread. A second call does nothing.
+
+        In process 0 of many it lets the others go; in these it does nothing.
+        """
+        if self._followed is not None:
+            return
         with self._news:
             self._closed = True
             self._loop.end("cancelled")
+            if isinstance(self._programs, Leader):
+                self._programs.end()
             self._news.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def follow(self) -> None:
+        """In all processes but the first: computes with it, until it closes its engine.
+
+        Raises:
+          InputError: in process 0, or on a mesh of one process.
+        """
+        if self._followed is None:
+            raise InputError(
+                "follow() was called where requests are taken; expected it in the processes other "
+                "than 0 of a mesh of several: here use submit, generate or start"
+            )
+        follow(self._programs, self._followed)
 
     def __enter__(self) -> "Engine":
         return self
@@ -207,6 +241,7 @@ class Engine:
 
     def step(self) -> bool:
         """One chunk of a prompt and one decode round, at most; whether there was anything to do."""
+        self._check_leads()
         with self._lock:
             try:
                 return self._loop.step()
@@ -216,6 +251,13 @@ class Engine:
                 reason = f"{type(error).__name__}: {str(error)[:300]}"
                 self._loop.end("error", f"the engine stopped: {reason}")
                 raise
+
+    def _check_leads(self):
+        if self._followed is not None:
+            raise InputError(
+                f"this is process {processes.index()} of an engine on many, and process 0 alone "
+                "takes requests and makes steps; call follow() here"
+            )
 
     def _run(self):
         while True:
@@ -238,6 +280,11 @@ class Engine:
         with self._news:
             self._loop.cancel(stream)
             self._news.notify_all()
+
+
+def _in_many_processes(model):
+    mesh = model.sharding.mesh
+    return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
 
 
 def _generation(results, seconds, compiled, reading) -> Generation:

@@ -11,9 +11,8 @@ from v4jax.engine import slots as slots_lib
 from v4jax.engine import speculate
 from v4jax.engine.choice import choose, logprobs
 from v4jax.engine.speculate import Lane
-from v4jax.infer.placement import replicated
+from v4jax.infer.placement import as_called, replicated
 from v4jax.model import draft as draft_lib
-from v4jax.model import sharded
 from v4jax.model.mtp_draft import MTPState
 
 _SCORED_AT_ONCE = 128  # tokens whose logits stand in memory together
@@ -28,18 +27,21 @@ class Row(NamedTuple):
 
 # The same for engines of one model, which then share what is compiled.
 @functools.lru_cache(maxsize=16)
-def jitted(decoder, kind, drafted, rounds):
-    """The jitted functions by name and whether log-probabilities are wanted."""
+def jitted(drafter, kind, drafted, rounds):
+    """The jitted functions by name and whether log-probabilities are wanted.
+
+    drafter: the model that runs a draft of one row.
+    """
 
     def of(function, donated, **fixed):
         bound = functools.partial(function, **fixed)
         return jax.jit(bound, static_argnames="model", donate_argnames=donated)
 
-    drafting = {"decoder": decoder, "kind": kind}
+    drafting = {"drafter": drafter, "kind": kind}
     functions = {
         ("read", False): of(_read, "row", **drafting),
         ("read_scored", False): of(_read_scored, "row", **drafting),
-        ("put", False): of(_put, "lane"),
+        ("put", False): of(_put, "lane", drafter=drafter),
         ("propose", False): of(speculate.propose, (), width=drafted),
         ("read_page", False): of(read_page, ()),
         ("write_page", False): of(_write_page, "row"),
@@ -54,31 +56,31 @@ def jitted(decoder, kind, drafted, rounds):
     return functions
 
 
-def _read(model, variables, row: Row, tokens_1T, lengths_1, *, decoder, kind):
+def _read(model, variables, row: Row, tokens_1T, lengths_1, *, drafter, kind):
     aux = () if kind is None else draft_lib.aux(kind)
     out = model.apply(
         variables, tokens_1T, cache=row.cache, lengths=lengths_1, logits="last", aux=aux
     )
-    row = _after(row, out, variables, tokens_1T, lengths_1, decoder, kind)
+    row = _after(row, out, variables, tokens_1T, lengths_1, drafter, kind)
     return replicated(model, out.logits[:, 0]), row
 
 
-def _after(row, out, variables, tokens_1T, lengths_1, decoder, kind):
+def _after(row, out, variables, tokens_1T, lengths_1, drafter, kind):
     """The row after a chunk."""
     if kind is None:
         return row._replace(cache=out.cache)
-    taps = replicated(decoder, draft_lib.taps(out, kind))
-    state = draft_lib.seed(decoder, variables, row.draft, taps, tokens_1T, lengths_1)
-    return Row(out.cache, replicated(decoder, state))
+    taps = replicated(drafter, draft_lib.taps(out, kind))
+    state = draft_lib.seed(drafter, variables, row.draft, taps, tokens_1T, lengths_1)
+    return Row(out.cache, replicated(drafter, state))
 
 
-def _read_scored(model, variables, row: Row, tokens_1T, lengths_1, following_1T, *, decoder, kind):
+def _read_scored(model, variables, row: Row, tokens_1T, lengths_1, following_1T, *, drafter, kind):
     """A chunk with the log-probability of each next token, a block of tokens after the other."""
     aux = () if kind is None else draft_lib.aux(kind)
     out = model.apply(
         variables, tokens_1T, cache=row.cache, lengths=lengths_1, logits="normed", aux=aux
     )
-    row = _after(row, out, variables, tokens_1T, lengths_1, decoder, kind)
+    row = _after(row, out, variables, tokens_1T, lengths_1, drafter, kind)
     normed_TD, following_T = replicated(model, out.normed[0]), following_1T[0]
     head_VD = variables["params"]["head"]["weight"].astype(jnp.float32)
 
@@ -98,17 +100,15 @@ def _first(model, logits_1V, draws, scored):
     return replicated(model, choice)
 
 
-def _put(model, variables, lane: Lane, slot, row: Row, token_11):
+def _put(model, variables, lane: Lane, slot, row: Row, token_11, *, drafter):
     """The row in its slot; its draft is told of the first new token."""
     token_1 = jnp.maximum(token_11[:, 0], 0)
     cache, state = slots_lib.put(lane.cache, slot, row.cache), lane.draft
     if state is not None:
-        began = draft_lib.begin(model, variables, row.draft, token_1, jnp.ones(1, bool))
+        began = draft_lib.begin(drafter, variables, row.draft, token_1, jnp.ones(1, bool))
         state = slots_lib.put_row(state, slot, began)
         state = replicated(model, state)
-    if model.sharding.mesh is not None:
-        places = sharded.cache_shardings(model.sharding, cache)
-        cache = jax.lax.with_sharding_constraint(cache, places)
+    cache = as_called(model, cache)
     return Lane(cache, replicated(model, slots_lib.put_row(lane.anchor_S, slot, token_1)), state)
 
 

@@ -16,7 +16,7 @@ from v4jax.engine.functions import Row
 from v4jax.engine.prefix_cache import Hit, PrefixCache
 from v4jax.engine.programs import Programs
 from v4jax.engine.speculate import Lane
-from v4jax.infer.cache_file import fingerprint, identity
+from v4jax.infer.cache_file import identity
 
 EVERY = 32  # pages between units of a long prompt; from FAR tokens on eight times as many
 FAR = 65536
@@ -39,12 +39,13 @@ class Prefixes:
     Args:
       cache: where; it is bound to this model and these settings.
       programs, chunk, exact: the engine's. draft: its kind, or None.
+      weights: the fingerprint of the model's variables.
 
     Raises:
       InputError: the cache is bound to another model.
     """
 
-    def __init__(self, cache: PrefixCache, programs: Programs, model, params, chunk, exact, draft):
+    def __init__(self, cache: PrefixCache, programs: Programs, model, weights, chunk, exact, draft):
         self._cache, self._programs, self._exact = cache, programs, exact
         self._chunk, self.page = chunk, slots.page_tokens(model.config)
         page, rest = programs.described
@@ -52,7 +53,7 @@ class Prefixes:
         self._page_names, self._rest_names = _names(page), _names(rest)
         about = {
             "model": identity(model),
-            "weights": fingerprint(params),
+            "weights": weights,
             "kernels": model.kernels,
             "min_repeats": model.min_repeats,
             "page": [str(x) for x in jax.tree.leaves(page)],

@@ -67,7 +67,7 @@ class Programs:
         several = kind == "dspark" and not exact
         self.rounds = speculate.verified_widths(drafted) if several else (drafted + 1,)
         self._programs = CompiledPrograms(executables, on_compile)
-        self._functions = jitted(placement.decode, kind, drafted, self.rounds)
+        self._functions = jitted(placement.one_row, kind, drafted, self.rounds)
         self._fresh_row = jax.jit(
             lambda: Row(placement.prefill.init_cache(1, max_length, drafted), _state(1))
         )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4jax.engine.choice import Choice, Draws, choose, draw
-from v4jax.infer.placement import replicated
+from v4jax.infer.placement import as_called, replicated
 from v4jax.model import draft as draft_lib
 from v4jax.model.cache import Cache
 
@@ -83,7 +83,7 @@ def verify(
     anchor_S = jnp.where(draws.active, jnp.maximum(newest_S, 0), lane.anchor_S)
     cache, state = out.cache, lane.draft
     if drafts_SP.shape[1]:
-        cache = cache.rollback(active_S * (limit_S - accepted_S))
+        cache = as_called(model, cache.rollback(active_S * (limit_S - accepted_S)))
     if kind is not None:
         behind_ST = jnp.maximum(choice.token, 0)
         taps = draft_lib.taps(out, kind)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.flax import save
 
@@ -123,24 +124,32 @@ def load_cache(
 def fingerprint(params: dict[str, Any]) -> str:
     """A digest of a model's variables: of every array its name, type, shape and 1,024 numbers.
 
-    Small arrays are read whole. Weights that are only carried along do not count.
+    Small arrays are read whole. Weights that are only carried along do not count. Where arrays lie
+    in many processes, all of these have to ask.
     """
     digest = hashlib.sha256()
     used = {name: tree for name, tree in params.items() if name != "carried"}
     for path, leaf in jax.tree_util.tree_flatten_with_path(used)[0]:
         about = f"{jax.tree_util.keystr(path)} {np.dtype(leaf.dtype).name} {tuple(leaf.shape)}\n"
         digest.update(about.encode())
-        digest.update(np.asarray(_samples(leaf)).tobytes())
+        digest.update(_samples(leaf).tobytes())
     return digest.hexdigest()
 
 
 def _samples(leaf):
     """Numbers spread evenly over an array, the first and the last among them."""
-    if leaf.size <= _SAMPLES:
-        return leaf
-    place = np.linspace(0, leaf.size - 1, _SAMPLES).astype(np.int64)
-    # Not of a flat view, which is a copy of the whole on some devices.
-    return leaf[np.unravel_index(place, leaf.shape)]
+
+    def read(leaf):
+        if leaf.size <= _SAMPLES:
+            return leaf
+        place = np.linspace(0, leaf.size - 1, _SAMPLES).astype(np.int64)
+        # Not of a flat view, which is a copy of the whole on some devices.
+        return leaf[np.unravel_index(place, leaf.shape)]
+
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        return np.asarray(jax.jit(read, out_shardings=whole)(leaf))
+    return np.asarray(read(leaf))
 
 
 def identity(model):

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from v4jax.model import sharded
 from v4jax.sharding.mesh import replicate
-from v4jax.sharding.rules import DECODE, DECODE_LONG, PREFILL, PREFILL_ONE
+from v4jax.sharding.rules import DECODE, DECODE_LONG, DECODE_ONE, PREFILL, PREFILL_ONE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,14 @@ class Placement:
         many, few = as_by(DECODE), as_by(DECODE_LONG)
         reading = as_by(PREFILL_ONE if one_at_a_time else PREFILL)
         return cls(reading, few if rows % many.sharding.size("batch") else many)
+
+    @property
+    def one_row(self):
+        """The model that runs a draft of a single row, which no mesh cuts into parts."""
+        layout = self.decode.sharding
+        if layout.mesh is None:
+            return self.decode
+        return self.decode.clone(sharding=dataclasses.replace(layout, strategy=DECODE_ONE))
 
     def variables(self, params):
         """The variables where both models want them.
@@ -85,3 +93,11 @@ def replicated(model, x: Any) -> Any:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def as_called(model, cache: Any) -> Any:
+    """A cache that was changed between two calls of the model, placed as they take it."""
+    if model.sharding.mesh is None:
+        return cache
+    places = sharded.cache_shardings(model.sharding, cache)
+    return jax.lax.with_sharding_constraint(cache, places)

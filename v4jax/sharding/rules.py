@@ -110,6 +110,15 @@ DECODE_LONG = _strategy(
     mlp=("tensor",),
     vocab=("tensor",),
 )
+# One row that every shard has whole, as a draft follows the prompt that is being read.
+DECODE_ONE = _strategy(
+    "decode_one",
+    exchange="gather",
+    expert=("fsdp", "expert"),
+    heads=("tensor",),
+    mlp=("tensor",),
+    vocab=("tensor",),
+)
 STRATEGIES = {s.name: s for s in (TRAIN, TRAIN_LONG, PREFILL, DECODE, DECODE_LONG)}
 
 
