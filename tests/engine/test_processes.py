@@ -1,16 +1,20 @@
-"""An engine in two processes gives the tokens of one; its messages come whole and in order."""
+"""An engine in two processes gives the tokens of one."""
 
+import dataclasses
 import json
+import sys
 
 import pytest
 
 from tests.support import serving, spawn
+from tests.support.checkpoints import synthetic
+from tests.support.serving import Play
 
-SERVING = "tests.support.serving:"
+QUICK = Play(10, scored=False, layers=1)
 
 
-def agree(found, expected):
-    """A request that was cancelled got as far as it got; no step says when in tokens."""
+def check_agree(found, expected):
+    """A request that was cancelled got as far as it got."""
     for mine, theirs in zip(found, expected, strict=True):
         if "cancelled" in (mine["finish"], theirs["finish"]):
             count = min(len(mine["tokens"]), len(theirs["tokens"]))
@@ -19,49 +23,61 @@ def agree(found, expected):
             assert mine == theirs
 
 
-def served(mesh, count, processes=2, pause="0", **options):
-    """What process 0 says of `serving.serve`."""
-    arguments = (mesh, json.dumps({"draft": None} | options), str(count), pause)
-    ended = spawn.run_function(SERVING + "serve", processes, *arguments, timeout=500)
+def check_served(mesh, play, processes=2):
+    """Two processes agree with one device; what process 0 counted."""
+    asked = json.dumps(dataclasses.asdict(play))
+    ended = spawn.run_function("tests.support.serving:serve", processes, mesh, asked, timeout=1000)
     for each in ended:
         assert each.status == 0, each.stderr[-3000:]
     assert all(each.stdout == "" for each in ended[1:])
-    return json.loads(ended[0].stdout)
+    said = json.loads(ended[0].stdout)
+    expected = serving.alone(dataclasses.replace(play, prefixes=False, pause=0.0))
+    for mine, theirs in zip(said["found"], expected, strict=True):
+        check_agree(mine, theirs)
+    assert {x["finish"] for x in expected[0]} == {"stop", "length", "cancelled"}
+    assert said["stats"]["finished_error"] == 0
+    return said["stats"]
 
 
 def test_two_processes_give_the_tokens_of_one():
-    said = served("data=2,expert=2", 12, prefixes=True)
-    expected = serving.alone(12)
-    for found in said["found"]:
-        agree(found, expected)
-    assert {x["finish"] for x in expected} == {"stop", "length", "cancelled"}
-    assert said["stats"]["cached_tokens"] > 0 and said["stats"]["finished_error"] == 0
+    check_served("data=2,expert=2", QUICK)
+
+
+@pytest.mark.slow
+def test_prefixes_in_two_processes():
+    """And a process that hears nothing for longer than one look goes on waiting."""
+    play = Play(16, times=2, prefixes=True, pause=25.0)
+    assert check_served("data=2,expert=2", play)["cached_tokens"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh, options",
+    "mesh, options, prefixes",
     [
-        ("sequence=4", {"draft": "mtp"}),
-        ("sequence=4", {"draft": "dspark", "slots": 3, "exact": False, "prefixes": True}),
-        ("data=2,expert=2", {"draft": "dspark", "exact": False}),
+        ("sequence=4", {"draft": "mtp"}, False),
+        ("sequence=4", {"draft": "dspark", "slots": 3, "exact": False}, True),
+        ("data=2,expert=2", {"draft": "dspark", "exact": False}, False),
     ],
 )
-def test_drafts_in_two_processes(mesh, options):
+def test_drafts_in_two_processes(mesh, options, prefixes):
     """Also where the clock decides how many drafts are verified."""
-    said = served(mesh, 40, **options)
-    expected = serving.alone(40, draft=options["draft"])
-    for found in said["found"]:
-        agree(found, expected)
-    assert said["stats"]["accepted"] > 0
+    play = Play(24, times=2, options=options, prefixes=prefixes)
+    assert check_served(mesh, play)["accepted"] > 0
 
 
 @pytest.mark.slow
-def test_an_engine_that_is_idle_for_longer_than_one_look():
-    assert served("data=2,expert=2", 3, pause="25")["found"]
-
-
-def test_engines_that_differ():
-    ended = spawn.run_function(SERVING + "differ", 2)
-    assert [each.status for each in ended] == [2, 2]
-    assert "disagree on the engine: slots is 4 in process 0 and 8 in process 1" in ended[0].stderr
+def test_generate_with_a_prefix_cache(tmp_path):
+    """The command, twice: the second run finds the prompt that the first one has read."""
+    prompt = ",".join(str(7 * i % 60) for i in range(150))
+    flags = [f"--checkpoint={synthetic(tmp_path / 'official')}", f"--prompt_ids={prompt}"]
+    flags += ["--max_new_tokens=8", "--format=json"]
+    command = [sys.executable, "-m", "v4jax.cli.main", "generate", *flags]
+    (alone,) = spawn.run(lambda _: command, 1, devices=1)
+    flags += ["--mesh=sequence=4", f"--prefix_cache={tmp_path / 'prefixes'}"]
+    for cached in (0, 128):
+        ended = spawn.run_command(["generate", *flags], 2, timeout=500)
+        assert [each.status for each in ended] == [0, 0], ended[0].stderr[-2000:]
+        said = json.loads(ended[0].stdout)
+        assert said["tokens"] == json.loads(alone.stdout)["tokens"]
+        assert said["cached_tokens"] == [cached]
+        assert ended[1].stdout == ""

@@ -18,7 +18,7 @@ from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import processes
 from v4jax.sharding.mesh import make_mesh, parse_sizes
-from v4jax.sharding.rules import ONE_DEVICE, PREFILL, Layout
+from v4jax.sharding.rules import PREFILL, Layout
 
 SIZES = {"slots": 4, "max_length": 256, "prefill_chunk": 128, "exact": True, "draft": None}
 
@@ -36,10 +36,10 @@ class Letters:
         return ""
 
 
-def config(draft: str | None = None):
-    """A layer of each kind that compresses, and the draft's."""
+def config(draft: str | None = None, layers: int = 2):
+    """A layer of each kind that compresses, or one alone, and the draft's."""
     sizes = meshes.config()
-    sizes = dataclasses.replace(sizes, layers=sizes.layers[1:3])
+    sizes = dataclasses.replace(sizes, layers=sizes.layers[1 : 1 + layers])
     if draft != "mtp":
         sizes = dataclasses.replace(sizes, mtp_layers=())
     if draft == "dspark":
@@ -48,9 +48,9 @@ def config(draft: str | None = None):
     return sizes
 
 
-def made(mesh: str | None, draft: str | None = None):
+def made(mesh: str | None, draft: str | None = None, layers: int = 2):
     """A model and its variables; mesh: such as "data=2,expert=2", None for one device."""
-    model = Transformer(config(draft), min_repeats=2)
+    model = Transformer(config(draft, layers), min_repeats=2)
     variables = drawn(model)
     if mesh is None:
         return model, variables
@@ -61,9 +61,9 @@ def made(mesh: str | None, draft: str | None = None):
     return model, jax.device_put(host, sharded.variable_shardings(model))
 
 
-def requests(count: int, seed: int = 0) -> list[Request]:
-    """Some begin alike; greedy or drawn, scored or not, with stops of both kinds."""
-    rng = np.random.default_rng(seed)
+def requests(count: int, scored: bool) -> list[Request]:
+    """Some begin alike; greedy or drawn, perhaps scored, with stops of both kinds."""
+    rng = np.random.default_rng(0)
     head = rng.integers(0, 64, 250)
     found = []
     for number in range(count):
@@ -71,19 +71,19 @@ def requests(count: int, seed: int = 0) -> list[Request]:
         tokens = head[:length] if same else rng.integers(0, 64, length)
         options = {"temperature": 1.1, "top_p": 0.9} if number % 2 else {}
         options |= {"seed": number} if number % 4 == 1 else {}
-        options |= {"logprobs": 2} if number % 5 == 3 else {}
-        options |= {"prompt_logprobs": 0} if number % 5 == 4 else {}
+        if scored:
+            options |= {3: {"logprobs": 2}, 4: {"prompt_logprobs": 0}}.get(number % 5, {})
         options |= {"stop_ids": (7, 11)} if number % 3 == 1 else {}
         options |= {"stop": ("ab", "q")} if number % 3 == 2 else {}
         found.append(Request(tokens.tolist(), int(rng.integers(1, 20)), **options))
     return found
 
 
-def played(engine: Engine, count: int) -> list[dict]:
+def played(engine: Engine, count: int, scored: bool) -> list[dict]:
     """The results of random requests, some cancelled on the way, others read as they come."""
     rng = np.random.default_rng(1)
     streams, streamed = [], {}
-    for number, request in enumerate(requests(count)):
+    for number, request in enumerate(requests(count, scored)):
         streams.append(engine.submit(request))
         for _ in range(int(rng.integers(0, 5))):
             engine.step()
@@ -97,15 +97,40 @@ def played(engine: Engine, count: int) -> list[dict]:
     return [{"tokens": x.tokens, "text": x.text, "finish": x.finish} for x in results]
 
 
-def serve(mesh: str, options: str, count: str, pause: str = "0"):
-    """All processes make one engine; prints what the first one's requests came to.
+@dataclasses.dataclass(frozen=True)
+class Play:
+    """What is asked of an engine.
 
-    pause: seconds in which nothing is asked, before and after.
+    Attributes:
+      count: requests. times: how often. scored: whether some ask for log-probabilities.
+      layers, options: of the model, of the engine. prefixes: whether it has a prefix cache.
+      pause: seconds in which nothing is asked, before and after.
     """
-    options = json.loads(options)
-    model, variables = made(mesh, options["draft"])
-    cache = PrefixCache() if options.pop("prefixes", False) else None
-    engine = Engine(model, variables, **(SIZES | options), prefix_cache=cache, tokenizer=Letters())
+
+    count: int
+    times: int = 1
+    scored: bool = True
+    layers: int = 2
+    options: dict = dataclasses.field(default_factory=dict)
+    prefixes: bool = False
+    pause: float = 0.0
+
+    def engine(self, mesh):
+        model, variables = made(mesh, self.options.get("draft"), self.layers)
+        cache = PrefixCache() if self.prefixes else None
+        options = SIZES | self.options | {"prefix_cache": cache, "tokenizer": Letters()}
+        if processes.count() > 1:
+            _check_agreement(model, variables)
+        return Engine(model, variables, **options)
+
+    def on(self, engine):
+        return [played(engine, self.count, self.scored) for _ in range(self.times)]
+
+
+def serve(mesh: str, play: str):
+    """All processes make one engine; prints what the first one's requests came to."""
+    play = Play(**json.loads(play))
+    engine = play.engine(mesh)
     if processes.index():
         for refused in (engine.step, engine.stats, engine.warm_up, engine.start):
             _refused(refused)
@@ -115,11 +140,9 @@ def serve(mesh: str, options: str, count: str, pause: str = "0"):
         return
     _refused(engine.follow)
     with engine:
-        time.sleep(float(pause))
-        found = [played(engine, int(count))]
-        time.sleep(float(pause))
-        if cache is not None:
-            found.append(played(engine, int(count)))
+        time.sleep(play.pause)
+        found = play.on(engine)
+        time.sleep(play.pause)
         open_ = engine.submit(Request([1, 2, 3], max_new_tokens=9))
         engine.step()
         stats = engine.stats()
@@ -127,12 +150,21 @@ def serve(mesh: str, options: str, count: str, pause: str = "0"):
     print(json.dumps({"found": found, "stats": stats}))
 
 
-def alone(count: int, **options) -> list[dict]:
+def alone(play: Play) -> list[list[dict]]:
     """What one device comes to."""
-    model, variables = made(None, options.get("draft"))
-    assert model.sharding == ONE_DEVICE
-    with Engine(model, variables, **(SIZES | options), tokenizer=Letters()) as engine:
-        return played(engine, count)
+    with play.engine(None) as engine:
+        return play.on(engine)
+
+
+def _check_agreement(model, variables):
+    """Processes whose engines differ find out."""
+    try:
+        Engine(model, variables, **(SIZES | {"slots": 4 + 4 * processes.index()}))
+    except processes.Disagreement as error:
+        expected = "disagree on the engine: slots is 4 in process 0 and 8 in process 1"
+        assert expected in str(error), error
+    else:
+        raise AssertionError("expected a disagreement")
 
 
 def _refused(call):
@@ -142,9 +174,3 @@ def _refused(call):
         assert "follow()" in str(error), error
     else:
         raise AssertionError("expected a refusal")
-
-
-def differ():
-    """Two processes make engines of different sizes."""
-    model, variables = made("data=2,expert=2")
-    Engine(model, variables, **(SIZES | {"slots": 4 + 4 * processes.index()}))
