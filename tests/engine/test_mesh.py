@@ -5,7 +5,6 @@ import itertools
 import pytest
 
 from tests.support import meshes, serving
-from tests.support.selection import first
 from v4jax.engine.engine import Engine
 from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.engine.request import Request
@@ -38,13 +37,19 @@ def test_the_tokens_are_those_of_one_device(sizes):
     assert answers(model, variables, prefix_cache=PrefixCache()) == expected
 
 
+def test_a_draft_changes_no_token():
+    expected, _ = drafted_answers(*serving.made(None, "mtp", layers=1), 4, None)
+    found, drafts = drafted_answers(*serving.made("data=2,expert=2", "mtp", layers=1), 4, "mtp")
+    assert found == expected
+    assert any(accepted for _, accepted in drafts)
+
+
 # Slots that the mesh divides have their caches whole, others have theirs in parts.
-DRAFTED = itertools.product(("data=2,expert=2", "sequence=4"), (4, 3), ("mtp", "dspark"))
-
-
-@pytest.mark.parametrize("sizes, slots, kind", first([("data=2,expert=2", 4, "mtp")], DRAFTED))
-def test_drafts_change_no_token(sizes, slots, kind):
-    """Plain decoding's tokens; and one device's drafts, as often right."""
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", ["data=2,expert=2", "sequence=4"])
+@pytest.mark.parametrize("slots, kind", itertools.product((4, 2), ("mtp", "dspark")))
+def test_drafts_are_those_of_one_device(sizes, slots, kind):
+    """Plain decoding's tokens; and as many drafts were accepted of each request."""
     (plain, _), (alone, drafts_alone), (found, drafts) = (
         drafted_answers(*serving.made(mesh, kind), slots, draft)
         for mesh, draft in ((None, None), (None, kind), (sizes, kind))
