@@ -38,8 +38,9 @@ def test_the_tokens_are_those_of_one_device(sizes):
 
 
 def test_a_draft_changes_no_token():
-    expected, _ = drafted_answers(*serving.made(None, "mtp", layers=1), 4, None)
-    found, drafts = drafted_answers(*serving.made("data=2,expert=2", "mtp", layers=1), 4, "mtp")
+    alone, on_mesh = (serving.made(mesh, "mtp", (1, 2)) for mesh in (None, "data=2,expert=2"))
+    expected, _ = drafted_answers(*alone, 4, None)
+    found, drafts = drafted_answers(*on_mesh, 4, "mtp")
     assert found == expected
     assert any(accepted for _, accepted in drafts)
 

@@ -10,7 +10,7 @@ from tests.support import serving, spawn
 from tests.support.checkpoints import synthetic
 from tests.support.serving import Play
 
-QUICK = Play(10, scored=False, layers=1)
+QUICK = Play(10, scored=False, layers=(0, 1))
 
 
 def check_agree(found, expected):

@@ -36,10 +36,10 @@ class Letters:
         return ""
 
 
-def config(draft: str | None = None, layers: int = 2):
-    """A layer of each kind that compresses, or one alone, and the draft's."""
+def config(draft: str | None = None, layers=(1, 3)):
+    """Some of the layers window, CSA, HCA of `meshes.config`; and the draft's."""
     sizes = meshes.config()
-    sizes = dataclasses.replace(sizes, layers=sizes.layers[1 : 1 + layers])
+    sizes = dataclasses.replace(sizes, layers=sizes.layers[slice(*layers)])
     if draft != "mtp":
         sizes = dataclasses.replace(sizes, mtp_layers=())
     if draft == "dspark":
@@ -48,7 +48,7 @@ def config(draft: str | None = None, layers: int = 2):
     return sizes
 
 
-def made(mesh: str | None, draft: str | None = None, layers: int = 2):
+def made(mesh: str | None, draft: str | None = None, layers=(1, 3)):
     """A model and its variables; mesh: such as "data=2,expert=2", None for one device."""
     model = Transformer(config(draft, layers), min_repeats=2)
     variables = drawn(model)
@@ -110,7 +110,7 @@ class Play:
     count: int
     times: int = 1
     scored: bool = True
-    layers: int = 2
+    layers: tuple[int, int] = (1, 3)
     options: dict = dataclasses.field(default_factory=dict)
     prefixes: bool = False
     pause: float = 0.0
