@@ -141,7 +141,7 @@ def _write_rest(model, row: Row, rest, length):
     state = row.draft
     if state is not None:
         lengths = jnp.full_like(state.lengths, length)
-        state = state.replace(**rest["draft"], lengths=lengths)
+        state = replicated(model, state.replace(**rest["draft"], lengths=lengths))
     return Row(cache, state)
 
 
