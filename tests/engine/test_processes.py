@@ -1,14 +1,21 @@
 """An engine in two processes gives the tokens of one."""
 
+import collections
 import dataclasses
 import json
+import pickle
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from tests.support import serving, spawn
 from tests.support.checkpoints import synthetic
 from tests.support.serving import Play
+from v4jax.engine.functions import Row
+from v4jax.engine.processes import Leader, follow
+from v4jax.errors import InputError
 
 QUICK = Play(10, scored=False, layers=(0, 1))
 
@@ -81,3 +88,73 @@ def test_generate_with_a_prefix_cache(tmp_path):
         assert said["tokens"] == json.loads(alone.stdout)["tokens"]
         assert said["cached_tokens"] == [cached]
         assert ended[1].stdout == ""
+
+
+class Calls:
+    """Stands in for programs: keeps what it is called with, returns arrays of its own."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            leaves = jax.tree.leaves(arguments)
+            self.seen.append((name, jax.tree.structure(arguments), list(map(_bits, leaves))))
+            made = [np.full(3, 10 * len(self.seen) + i, np.float32) for i in range(2)]
+            return Row(*map(jax.device_put, made)), 0.5, None
+
+        return call
+
+
+def _bits(leaf):
+    """A leaf's type, shape and bytes."""
+    array = np.asarray(leaf)
+    return str(array.dtype), array.shape, array.tobytes()
+
+
+class Queue:
+    """Messages within one process."""
+
+    def __init__(self):
+        self.sent = collections.deque()
+        self.sizes = []
+
+    def send(self, value):
+        self.sent.append(pickle.dumps(value))
+        self.sizes.append(len(self.sent[-1]))
+
+    def receive(self):
+        return pickle.loads(self.sent.popleft())
+
+
+def test_the_others_make_the_same_calls():
+    """Random calls, whose arguments are results of earlier ones or arrays of the host."""
+    rng = np.random.default_rng(0)
+    first, second, messages = Calls(), Calls(), Queue()
+    leader = Leader(first, messages)
+    kept = [leader.fresh_row()[0]]
+    host = [
+        np.full((4, 1000), 0xFFFFFFFF, np.uint32),
+        np.array([0.0, -0.0] * 100),
+        np.zeros(100, bool),
+        np.arange(999),
+        np.array([np.nan] * 99, np.float32),
+        7,
+        True,
+    ]
+    for _ in range(300):
+        row = kept[rng.integers(len(kept))]
+        chosen = [host[i] for i in rng.integers(0, len(host), rng.integers(0, 4))]
+        name = ("read", "put", "verify", "write_rest")[rng.integers(4)]
+        kept.append(getattr(leader, name)(row, row.draft, *chosen)[0])
+        if len(kept) > 5:
+            kept.pop(rng.integers(5))
+    assert len(leader._known) <= 2 * len(kept)  # what is gone here may go there
+    assert max(messages.sizes) < 16_000  # the mask of ones has as many bytes
+    leader.end()
+    leader.end()
+    follow(second, messages)
+    assert second.seen == first.seen
+    assert not messages.sent
+    with pytest.raises(InputError, match="the engine is closed"):
+        leader.fresh_row()

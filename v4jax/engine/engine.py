@@ -77,7 +77,7 @@ class Engine:
         chunk = chunk_of(model.config, prefill_chunk, max_length)
         kind, drafted = draft_tokens_of(model.config, draft, draft_tokens)
         placement = Placement.of(model, slots, one_at_a_time=True)
-        self._programs: Any = Programs(
+        self._programs: Programs | Leader = Programs(
             placement,
             placement.variables(params),
             slots=slots,

@@ -15,6 +15,7 @@ from v4jax.engine.constraint import fitted
 from v4jax.engine.functions import Row
 from v4jax.engine.job import Job, Pending
 from v4jax.engine.prefixes import Prefixes
+from v4jax.engine.processes import Leader
 from v4jax.engine.programs import Programs
 from v4jax.engine.request import Event, TokenLogprob
 from v4jax.engine.scheduler import Scheduler
@@ -34,7 +35,7 @@ class Loop:
 
     def __init__(
         self,
-        programs: Programs,
+        programs: Programs | Leader,
         prefixes: Prefixes | None,
         *,
         slots: int,

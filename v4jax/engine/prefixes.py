@@ -14,6 +14,7 @@ import numpy as np
 from v4jax.engine import slots
 from v4jax.engine.functions import Row
 from v4jax.engine.prefix_cache import Hit, PrefixCache
+from v4jax.engine.processes import Leader
 from v4jax.engine.programs import Programs
 from v4jax.engine.speculate import Lane
 from v4jax.infer.cache_file import identity
@@ -45,7 +46,16 @@ class Prefixes:
       InputError: the cache is bound to another model.
     """
 
-    def __init__(self, cache: PrefixCache, programs: Programs, model, weights, chunk, exact, draft):
+    def __init__(
+        self,
+        cache: PrefixCache,
+        programs: Programs | Leader,
+        model,
+        weights,
+        chunk,
+        exact,
+        draft,
+    ):
         self._cache, self._programs, self._exact = cache, programs, exact
         self._chunk, self.page = chunk, slots.page_tokens(model.config)
         page, rest = programs.described

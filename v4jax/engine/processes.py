@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from v4jax.engine.programs import Programs
 from v4jax.errors import InputError
-from v4jax.sharding.messages import Messages
 
 CALLS = frozenset(
     {
@@ -41,10 +39,10 @@ class Leader:
     """Stands in for `Programs` in process 0: what is called here is called in all processes.
 
     Args:
-      programs: those of this process. messages: to the others.
+      programs: the `Programs` of this process. messages: the `Messages` to the others.
     """
 
-    def __init__(self, programs: Programs, messages: Messages):
+    def __init__(self, programs: Any, messages: Any):
         self._programs, self._messages = programs, messages
         self._numbers = itertools.count()
         self._known: dict[int, tuple[int, Any]] = {}  # by id: number, and what tells of its end
@@ -91,7 +89,7 @@ class Leader:
         return value
 
 
-def follow(programs: Programs, messages: Messages) -> None:
+def follow(programs: Any, messages: Any) -> None:
     """Makes the calls of process 0 in another process, until it ends them."""
     numbers, known = itertools.count(), {}
 
