@@ -99,9 +99,9 @@ class Engine:
         weights = None if prefix_cache is None else fingerprint(params)
         self._followed: Messages | None = None  # of process 0, in the others
         if _in_many_processes(model):
-            settings = {"slots": slots, "max_length": max_length, "chunk": chunk, "exact": exact}
-            settings |= {"draft": kind, "draft_tokens": drafted, "prefixes": weights}
-            processes.agree("the engine", settings)
+            settings = {"slots": slots, "max_length": self._max_length, "chunk": chunk}
+            settings |= {"exact": bool(exact), "draft": kind, "draft_tokens": drafted}
+            processes.agree("the engine", settings | {"prefixes": weights})
             messages = Messages()
             if processes.index():
                 self._followed = messages
