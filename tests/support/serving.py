@@ -87,8 +87,8 @@ def played(engine: Engine, count: int, scored: bool) -> list[dict]:
         streams.append(engine.submit(request))
         for _ in range(int(rng.integers(0, 5))):
             engine.step()
-        if rng.random() < 0.2:
-            streams[int(rng.integers(max(0, number - 3), number + 1))].cancel()
+        if rng.random() < 0.4:
+            streams[int(rng.integers(max(0, number - 1), number + 1))].cancel()
         if rng.random() < 0.3:
             tokens = [token for event in streams[number] for token in event.tokens]
             streamed[number] = tokens
