@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
 # The same for engines of one model, which then share what is compiled.
 @functools.lru_cache(maxsize=16)
-def jitted(drafter, kind, drafted, rounds):
+def jitted(drafter, kind, drafted, rounds, rule):
     """The jitted functions by name and whether log-probabilities are wanted.
 
     drafter: the model that runs a draft of one row.
@@ -38,11 +38,11 @@ def jitted(drafter, kind, drafted, rounds):
         return jax.jit(bound, static_argnames="model", donate_argnames=donated)
 
     drafting = {"drafter": drafter, "kind": kind}
+    proposing = {"drafted": drafted, "rule": rule}
     functions = {
         ("read", False): of(_read, "row", **drafting),
         ("read_scored", False): of(_read_scored, "row", **drafting),
-        ("put", False): of(_put, "lane", drafter=drafter),
-        ("propose", False): of(speculate.propose, (), width=drafted),
+        ("put", False): of(_put, "lane", drafter=drafter, **proposing),
         ("read_page", False): of(read_page, ()),
         ("write_page", False): of(_write_page, "row"),
         ("read_rest", False): of(read_rest, ()),
@@ -51,7 +51,7 @@ def jitted(drafter, kind, drafted, rounds):
     for scored in (False, True):
         functions["first", scored] = of(_first, (), scored=scored)
         for width in rounds:
-            fixed = {"kind": kind, "scored": scored, "width": width}
+            fixed = {"kind": kind, "scored": scored, "width": width, **proposing}
             functions[f"verify {width}", scored] = of(speculate.verify, "lane", **fixed)
     return functions
 
@@ -100,16 +100,21 @@ def _first(model, logits_1V, draws, scored):
     return replicated(model, choice)
 
 
-def _put(model, variables, lane: Lane, slot, row: Row, token_11, *, drafter):
-    """The row in its slot; its draft is told of the first new token."""
+def _put(
+    model, variables, lane: Lane, slot, row: Row, token_11, draws_1, *, drafter, drafted, rule
+):
+    """The row in its slot; its draft is told of the first new token, and proposes the next ones."""
     token_1 = jnp.maximum(token_11[:, 0], 0)
-    cache, state = slots_lib.put(lane.cache, slot, row.cache), lane.draft
+    cache, state, proposal = slots_lib.put(lane.cache, slot, row.cache), lane.draft, lane.proposal
     if state is not None:
         began = draft_lib.begin(drafter, variables, row.draft, token_1, jnp.ones(1, bool))
-        state = slots_lib.put_row(state, slot, began)
-        state = replicated(model, state)
+        alone = Lane(row.cache, token_1, began)
+        ahead = speculate.propose(drafter, variables, alone, draws_1, drafted, rule)
+        state = replicated(model, slots_lib.put_row(state, slot, began))
+        proposal = replicated(model, slots_lib.put_row(proposal, slot, ahead))
     cache = as_called(model, cache)
-    return Lane(cache, replicated(model, slots_lib.put_row(lane.anchor_S, slot, token_1)), state)
+    anchor_S = slots_lib.put_row(lane.anchor_S, slot, token_1)
+    return Lane(cache, replicated(model, anchor_S), state, proposal)
 
 
 def read_page(model, state: Row | Lane, slot, number):

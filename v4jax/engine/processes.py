@@ -18,7 +18,7 @@ from v4jax.errors import InputError
 CALLS = frozenset(
     {
         *("warm_up", "fresh_row", "fresh_lane", "read", "read_scored", "first", "put"),
-        *("propose", "verify", "read_page", "write_page", "read_rest", "write_rest"),
+        *("verify", "read_page", "write_page", "read_rest", "write_rest"),
     }
 )
 _LARGE = 256  # bytes from which an array of one value is sent as that value
