@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.support.selection import first
-from v4jax.kernels.grouped_matmul import api, cases, every_expert
+from v4jax.kernels.grouped_matmul import api, cases, every_expert, work_items
 from v4jax.sharding import expert
 from v4jax.sharding.rules import ONE_DEVICE
 
@@ -42,8 +42,13 @@ def wanted(x_XD, chosen_XK, gates_XK, weights):
 
 
 @functools.cache
+def inputs(sizes, d, f, dtype="float32"):
+    """By one program."""
+    return jax.jit(lambda: cases.inputs(sizes, d, f, dtype=dtype))()
+
+
 def weights():
-    return cases.inputs((1,) * EXPERTS, D, F)[2]
+    return inputs((1,) * EXPERTS, D, F)[2]
 
 
 def tokens(count, seed=0, pool=EXPERTS):
@@ -97,15 +102,16 @@ def test_gradients_are_the_references(count):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("d, f", [(64, 48), (96, 32), (600, 40)])
-def test_rows_read_in_place(d, f, dtype):
-    """Widths that 16 sums side by side divide, and one that they do not (600)."""
-    x, gate, stacks, sizes = cases.inputs((2, 0, 3, 0, 1), d, f, dtype=dtype)
+@pytest.mark.parametrize("d, f", first([(96, 32)], [(64, 48), (96, 32), (600, 40)]))
+@pytest.mark.parametrize("sizes", [(2, 0, 3, 0, 1), (0, 0, 4, 1, *[0] * 10, 5, *[0] * 5)])
+def test_rows_read_in_place(sizes, d, f, dtype):
+    """Widths that 16 sums side by side divide, and one that they do not; unrolled and as a loop."""
+    x, gate, stacks, sizes = inputs(sizes, d, f, dtype=dtype)
     options = {"limit": 1.0, "rounding": api.Rounding(dtype)}
 
     def of(implementation):
-        y = api.expert_ffn(x, gate, sizes, *stacks, **options, implementation=implementation)
-        return np.asarray(y, np.float32)
+        run = functools.partial(api.expert_ffn, **options, implementation=implementation)
+        return np.asarray(jax.jit(run)(x, gate, sizes, *stacks), np.float32)
 
     mine, other = of("xla"), of("reference")
     tolerance = 1e-5 if dtype == "float32" else 2**-7  # a bfloat16 sum on the neighbouring value
@@ -122,3 +128,17 @@ def test_where_every_expert_pays():
     assert not every_expert.pays(9, CHOICES, stacks, api.Rounding("bfloat16", native=True))
     many = tuple(jnp.zeros((256, *w.shape[1:])) for w in stacks)
     assert not every_expert.pays(8, CHOICES, many, api.Rounding())
+
+
+@pytest.mark.parametrize("tile", [2, 16])
+def test_items_are_no_more_than_a_decode_step_needs(tile):
+    """12 rows of 40 groups: an item for each pair of a tile and a group, in a table that short."""
+    rng, find = np.random.default_rng(tile), jax.jit(work_items.tiles, static_argnums=(1, 2))
+    for most in (1, 3, 40):
+        sizes = np.bincount(rng.integers(0, most, 12), minlength=40)
+        work = find(jnp.asarray(sizes, jnp.int32), 12, tile)
+        assert work.group_I.size == -(-12 // tile) + 12 - 1
+        count = int(work.count_1[0])
+        found = zip(np.asarray(work.tile_I)[:count], np.asarray(work.group_I)[:count], strict=True)
+        owner = np.repeat(np.arange(40), sizes)
+        assert list(found) == sorted({(row // tile, group) for row, group in enumerate(owner)})

@@ -27,6 +27,7 @@ def pays(tokens: int, choices: int, weights, rounding) -> bool:
     return tokens <= MOST_TOKENS and 2 * tokens * choices >= weights[0].shape[0]
 
 
+@jax.named_scope("expert_ffn")
 def of_tokens(x_XD, chosen_XK, gates_XK, weights, limit, rounding):
     """The sum over each token's experts, in the order of its choices, [X, D]; all float32."""
     del rounding  # float32: see `pays`

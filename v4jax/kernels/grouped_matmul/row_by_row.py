@@ -1,4 +1,4 @@
-"""One row at a time through its expert, in plain XLA: a decode step of a row or two.
+"""One row at a time through its expert, in plain XLA: few rows, or many more experts than rows.
 
 XLA:CPU copies an expert's matrix out of its stack before a product. Written as sums of a few terms
 the product is an elementwise operation, which reads the stack where it stands.
@@ -24,6 +24,7 @@ def serves(rows: int, weights, rounding) -> bool:
     return _reads_in_place(weights, rounding) and 2 * rows <= weights[0].shape[0]
 
 
+@jax.named_scope("expert_ffn")
 def of_tokens(x_XD, chosen_XK, gates_XK, weights, limit, rounding):
     """The sum over each token's experts, in the order of its choices, [X, D] float32."""
     ffn = _in_place if _reads_in_place(weights, rounding) else _copied
