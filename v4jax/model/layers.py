@@ -19,8 +19,6 @@ from v4jax.sharding import collectives
 from v4jax.sharding.rules import ONE_DEVICE, Layout
 from v4jax.weights import Initializer, Weight
 
-FEW_TOKENS = 64  # of a decode step
-
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
@@ -171,7 +169,7 @@ class Projection(nn.Module):
             ]
             return jnp.stack(parts, axis=2)
 
-        if isinstance(w, quant.QTensor) or x.shape[0] * x.shape[1] <= FEW_TOKENS:
+        if isinstance(w, quant.QTensor):
             return self.execution.round(together(x, w))
         # A CPU transposes all of x before a batched product; other backends do not.
         y = jax.lax.platform_dependent(x, w, cpu=one_by_one, default=together)

@@ -103,7 +103,7 @@ def _form_for_few(tokens, choices, weights, rounding):
     """How a CPU runs so few tokens without sorting rows by expert, or None."""
     if every_expert.pays(tokens, choices, weights, rounding):
         return every_expert.of_tokens
-    return row_by_row.of_tokens if tokens * choices <= row_by_row.UNROLLED else None
+    return row_by_row.of_tokens if tokens * choices <= row_by_row.FEW_ROWS else None
 
 
 @jax.named_scope("gated_ffn")

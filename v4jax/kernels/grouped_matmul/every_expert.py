@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from v4jax.kernels.grouped_matmul import swiglu
 
-MOST_TOKENS = 64
+MOST_TOKENS = 32
 
 
 def pays(tokens: int, choices: int, weights, rounding) -> bool:

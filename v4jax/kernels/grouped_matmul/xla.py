@@ -5,7 +5,7 @@ of a few static sizes that covers what is left, so little is wasted on uneven gr
 pieces of one size are a loop of their own, which writes its results where they belong: a branch on
 the size would have to give back results padded to the longest. A piece may run into the next
 expert's rows, which it leaves as they were. Float w1 and w3 are one matrix, for one product in
-place of two. A handful of rows (a decode step) skips all that: see row_by_row.
+place of two. A handful of rows (a decode step) skips all that: row_by_row.
 """
 
 import functools
@@ -28,7 +28,7 @@ FORWARD_PARTS, BACKWARD_PARTS = 8, 4
 def forward(x_XD, gate_X, group_sizes_E, weights, *, limit, rounding):
     """See api.expert_ffn."""
     rows = x_XD.shape[0]
-    if row_by_row.serves(rows, weights, rounding):
+    if rows <= row_by_row.FEW_ROWS:
         return row_by_row.forward(x_XD, gate_X, group_sizes_E, weights, limit, rounding)
     pieces = _piece_sizes(rows, group_sizes_E.size, FORWARD_PARTS)
     inputs = _pad_rows((x_XD, gate_X), pieces)
