@@ -23,6 +23,7 @@ import v4jax
 RIVAL = flags.DEFINE_bool("rival", True, "Also time transformers' DeepseekV4ForCausalLM.")
 LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096", "16384", "32768"], "Prefill lengths.")
 DECODE = flags.DEFINE_list("decode", ["1024", "4096", "32768"], "Contexts of a decoded token.")
+ROWS = flags.DEFINE_list("rows", ["8", "32"], "Rows of a decoded batch, at the first context.")
 RIVAL_LIMIT = flags.DEFINE_integer("rival_limit", 4096, "Longest context given to transformers.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each figure.")
 OUT = flags.DEFINE_string("out", None, "JSON lines file to add the result to.")
@@ -76,8 +77,8 @@ def median_seconds(runs):
     return {name: float(np.median(seconds)) for name, seconds in times.items()}
 
 
-def tokens_of(length):
-    return np.random.default_rng(0).integers(0, SIZES["vocab_size"], (1, length))
+def tokens_of(length, rows=1):
+    return np.random.default_rng(0).integers(0, SIZES["vocab_size"], (rows, length))
 
 
 class Ours:
@@ -101,10 +102,10 @@ class Ours:
 
         return run
 
-    def decode(self, length):
-        tokens = jnp.asarray(tokens_of(length), jnp.int32)
-        cache = self.model.init_cache(1, length + 64 + STEPS * (REPEATS.value + 1))
-        chunk = min(length, 4096)
+    def decode(self, length, rows=1):
+        tokens = jnp.asarray(tokens_of(length, rows), jnp.int32)
+        cache = self.model.init_cache(rows, length + 64 + STEPS * (REPEATS.value + 1))
+        chunk = min(length, 4096 // rows)
         for at in range(0, length, chunk):
             _, cache = self.call(self.variables, tokens[:, at : at + chunk], cache)
         state = [cache]
@@ -135,8 +136,8 @@ class Theirs:
 
         return run
 
-    def decode(self, length):
-        tokens = self.torch.tensor(tokens_of(length))
+    def decode(self, length, rows=1):
+        tokens = self.torch.tensor(tokens_of(length, rows))
         with self.torch.no_grad():
             past = self.model(tokens, use_cache=True, logits_to_keep=1).past_key_values
 
@@ -148,13 +149,13 @@ class Theirs:
         return run
 
 
-def measure(what, length, ours, theirs):
-    """One row of the result: seconds of a prefill, or of one decoded token."""
-    runs = {"ours": getattr(ours, what)(length)}
+def measure(what, length, ours, theirs, **batch):
+    """One row of the result: seconds of a prefill, or of one decoded token of every row."""
+    runs = {"ours": getattr(ours, what)(length, **batch)}
     if theirs is not None and length <= RIVAL_LIMIT.value:
-        runs["transformers"] = getattr(theirs, what)(length)
+        runs["transformers"] = getattr(theirs, what)(length, **batch)
     once = STEPS if what == "decode" else 1
-    row = {"what": what, "length": length}
+    row = {"what": f"{what} of {batch['rows']} rows" if batch else what, "length": length}
     row |= {name: seconds / once for name, seconds in median_seconds(runs).items()}
     if "transformers" in row:
         row["ratio"] = row["transformers"] / row["ours"]
@@ -170,6 +171,9 @@ def main(_):
         ours = Ours(folder)
     rows = [measure("prefill", int(n), ours, theirs) for n in LENGTHS.value]
     rows += [measure("decode", int(n), ours, theirs) for n in DECODE.value]
+    if DECODE.value:
+        context = int(DECODE.value[0])
+        rows += [measure("decode", context, ours, theirs, rows=int(n)) for n in ROWS.value]
     if OUT.value:
         record = {**bench_history.origin(), "rows": rows}
         with Path(OUT.value).open("a") as file:

@@ -66,28 +66,30 @@ class Experts(nn.Module):
         self, x_BTD: Array, chosen_BTK: Int[Array, "b t k"], weights_BTK: Array
     ) -> Float[Array, "b t d"]:
         """The sum over a token's experts, float32, not yet rounded."""
-        config = self.config
-        declared, dtype = weights.experts(config), self.execution.dtype
-        w1, w2, w3 = (weight(self, name, declared[name], dtype) for name in ("w1", "w2", "w3"))
+        config, execution = self.config, self.execution
+        declared = weights.experts(config)
+        stacks = tuple(weight(self, n, declared[n], execution.dtype) for n in ("w1", "w2", "w3"))
+        options = {
+            "limit": config.swiglu_limit,
+            "rounding": grouped_matmul.Rounding(execution.dtype, execution.native),
+            "implementation": execution.kernels,
+        }
+
+        def routed(x_XD, chosen_XK, gates_XK, stacks):
+            def ffn(x_RD, gate_R, sizes_E):
+                with jax.named_scope("experts"):
+                    return grouped_matmul.expert_ffn(x_RD, gate_R, sizes_E, *stacks, **options)
+
+            tokens = (x_XD, chosen_XK, gates_XK)
+            count, kernels = config.n_routed_experts, execution.kernels
+            return expert.route(execution.layout, *tokens, count, ffn, kernels)
+
         d, k = x_BTD.shape[-1], chosen_BTK.shape[-1]
-
-        def ffn(x_RD, gate_R, sizes_E):
-            with jax.named_scope("experts"):
-                return grouped_matmul.expert_ffn(
-                    x_RD,
-                    gate_R,
-                    sizes_E,
-                    w1,
-                    w2,
-                    w3,
-                    limit=config.swiglu_limit,
-                    rounding=grouped_matmul.Rounding(self.execution.dtype, self.execution.native),
-                    implementation=self.execution.kernels,
-                )
-
         tokens = x_BTD.reshape(-1, d), chosen_BTK.reshape(-1, k), weights_BTK.reshape(-1, k)
-        layout, kernels = self.execution.layout, self.execution.kernels
-        y = expert.route(layout, *tokens, config.n_routed_experts, ffn, kernels)
+        if execution.layout.axes("expert"):
+            y = routed(*tokens, stacks)
+        else:
+            y = grouped_matmul.of_tokens(routed, *tokens, stacks, **options)
         return y.reshape(x_BTD.shape)
 
 

@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 from jaxtyping import Array, Float, Inexact, Int
 
 from v4jax import quant
 from v4jax.kernels import dispatch
-from v4jax.kernels.grouped_matmul import reference, xla
+from v4jax.kernels.grouped_matmul import every_expert, reference, row_by_row, xla
 from v4jax.kernels.grouped_matmul.gpu import matmul as pallas_gpu
 from v4jax.kernels.grouped_matmul.tpu import matmul as pallas_tpu
+from v4jax.ops import varying
 
 IMPLEMENTATIONS = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 
@@ -63,6 +65,47 @@ def expert_ffn(
     return _ffn(limit, rounding, implementation, x_XD, gate_X, group_sizes_E, weights)
 
 
+def of_tokens(
+    routed: Callable[..., jax.Array],
+    x_XD: Inexact[Array, "x d"],
+    chosen_XK: Int[Array, "x k"],
+    gates_XK: Float[Array, "x k"],
+    weights: tuple[Array | quant.QTensor, ...],
+    *,
+    limit: float,
+    rounding: Rounding = Rounding(),
+    implementation: str | None = None,
+) -> Float[Array, "x d"]:
+    """The sum over each token's experts: `routed`, or without it where that is faster.
+
+    Args:
+      routed: (x, chosen, gates, weights) -> the sum, by sorting rows for `expert_ffn`. It captures
+        no arrays. Gradients are always its own.
+      x_XD: tokens.
+      chosen_XK: a token's experts, different from one another.
+      gates_XK: their routing weights.
+      weights: stacked w1, w2, w3 of all experts, as `expert_ffn` takes them.
+      limit, rounding, implementation: as `expert_ffn` takes them.
+
+    Returns:
+      [X, D] float32. A decode step on a CPU may differ from `routed` by rounding.
+    """
+    args = (x_XD, chosen_XK, gates_XK, weights)
+    form = None
+    if implementation in (None, "xla") and not varying.checked():
+        form = _form_for_few(*chosen_XK.shape, weights, rounding)
+    if form is None:
+        return routed(*args)
+    return _of_few_tokens(routed, functools.partial(form, limit=limit, rounding=rounding), *args)
+
+
+def _form_for_few(tokens, choices, weights, rounding):
+    """How a CPU runs so few tokens without sorting rows by expert, or None."""
+    if every_expert.pays(tokens, choices, weights, rounding):
+        return every_expert.of_tokens
+    return row_by_row.of_tokens if tokens * choices <= row_by_row.FEW_ROWS else None
+
+
 @jax.named_scope("gated_ffn")
 def gated_ffn(
     x, w1_FD, w2_DF, w3_FD, *, limit, rounding=Rounding(), gate=None, implementation=None
@@ -99,3 +142,22 @@ def _ffn_backward(limit, rounding, implementation, args, dy):
 
 
 _ffn.defvjp(_ffn_forward, _ffn_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _of_few_tokens(routed, form, *args):
+    return jax.lax.platform_dependent(*args, cpu=form, default=routed)
+
+
+def _of_few_tokens_forward(routed, form, *args):
+    return _of_few_tokens(routed, form, *args), args
+
+
+def _of_few_tokens_backward(routed, form, args, dy):
+    x, chosen, *differentiable = args
+    pull = jax.vjp(lambda x, *rest: routed(x, chosen, *rest), x, *differentiable)[1]
+    dx, dgates, dweights = pull(dy)
+    return dx, None, dgates, dweights
+
+
+_of_few_tokens.defvjp(_of_few_tokens_forward, _of_few_tokens_backward)

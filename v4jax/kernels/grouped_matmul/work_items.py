@@ -55,7 +55,9 @@ def tiles(group_sizes_E: jax.Array, rows: int, tile: int, empty: bool = False) -
     count = -(-rows // tile)
     first_E = jnp.minimum(begin_E // tile, count - 1)
     visits_E = jnp.where(sizes_E > 0, (end_E - 1) // tile - first_E + 1, int(empty))
-    group_I, nth_I, total = _unrolled(visits_E, count + sizes_E.shape[0] - 1)
+    # A decode step has fewer rows than there are groups, and every item is a step of the grid.
+    busy = sizes_E.shape[0] if empty else min(rows, sizes_E.shape[0])
+    group_I, nth_I, total = _unrolled(visits_E, count + busy - 1)
     return Items(group_I, first_E[group_I] + nth_I, begin_E[group_I], end_E[group_I], total[None])
 
 

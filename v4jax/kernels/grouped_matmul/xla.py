@@ -5,8 +5,7 @@ of a few static sizes that covers what is left, so little is wasted on uneven gr
 pieces of one size are a loop of their own, which writes its results where they belong: a branch on
 the size would have to give back results padded to the longest. A piece may run into the next
 expert's rows, which it leaves as they were. Float w1 and w3 are one matrix, for one product in
-place of two. A handful of rows (a decode step) skips all that: one matrix-vector product a row and
-weight.
+place of two. A handful of rows (a decode step) skips all that: row_by_row.
 """
 
 import functools
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax import quant
-from v4jax.kernels.grouped_matmul import formats, reference
+from v4jax.kernels.grouped_matmul import formats, reference, row_by_row
 from v4jax.ops import varying
 
 LONGEST = 384
@@ -24,14 +23,13 @@ ALIGNED = 16  # rows
 # Steps from one size to the next, in parts of the mean group. The gradients' pieces are fewer: they
 # take three times as long to compile.
 FORWARD_PARTS, BACKWARD_PARTS = 8, 4
-FEW_ROWS = 8
 
 
 def forward(x_XD, gate_X, group_sizes_E, weights, *, limit, rounding):
     """See api.expert_ffn."""
     rows = x_XD.shape[0]
-    if rows <= FEW_ROWS:
-        return _row_by_row(limit, rounding, x_XD, gate_X, weights, group_sizes_E)
+    if rows <= row_by_row.FEW_ROWS:
+        return row_by_row.forward(x_XD, gate_X, group_sizes_E, weights, limit, rounding)
     pieces = _piece_sizes(rows, group_sizes_E.size, FORWARD_PARTS)
     inputs = _pad_rows((x_XD, gate_X), pieces)
     joins = formats.trained(weights)
@@ -109,17 +107,6 @@ def _joined_ffn(x, gate, expert, limit, rounding):
     a, b = jnp.split(reference.matmul(x, up, rounding), 2, axis=1)
     z = reference.swiglu(a, b, gate, limit)
     return reference.matmul(quant.round_to(z, rounding.dtype), down, rounding)
-
-
-def _row_by_row(limit, rounding, x_XD, gate_X, weights, group_sizes_E):
-    end = jnp.cumsum(group_sizes_E)
-    rows = []
-    for row in range(x_XD.shape[0]):
-        expert = jnp.sum(end <= row)  # the first group that ends behind this row
-        own = _expert(weights, expert)
-        one = slice(row, row + 1)
-        rows.append(reference.gated_ffn(x_XD[one], gate_X[one], own, limit, rounding))
-    return jnp.concatenate(rows)
 
 
 def _expert(weights, index):
