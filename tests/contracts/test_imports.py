@@ -38,6 +38,7 @@ FLOORS = (
     "checkpoints",
     "infer",
     "engine",
+    "chat",
     "train",
     "plan",
     "cli",
