@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from v4jax.engine.adjust import Adjust, adjusted
 from v4jax.engine.request import TOP_LOGPROBS
 from v4jax.infer import sampling as sampling_lib
 from v4jax.infer.sampling import Sampling
@@ -26,6 +27,7 @@ class Draws(NamedTuple):
       seed: uint32. row, step: as of `Request.seed`; step counts new tokens, that of the first
         place.
       allowed_SPW: uint32, a bit for each token of the vocabulary that may be chosen.
+      adjust: penalties and biases; `Programs` puts in none where there are none.
     """
 
     active: Any
@@ -34,6 +36,7 @@ class Draws(NamedTuple):
     row: Any
     step: Any
     allowed_SPW: Any
+    adjust: Adjust | None = None
 
 
 class Choice(NamedTuple):
@@ -83,13 +86,15 @@ def draw(logits_SPV, draws: Draws, first: int = 0):
     return sampling_lib.sample(flat, keys.reshape(-1), sampling).reshape(slots, places)
 
 
-def choose(logits_SPV, draws: Draws, scored: bool) -> Choice:
+def choose(logits_SPV, draws: Draws, scored: bool, drafts_SD) -> Choice:
     """Draws the tokens of all places, one of each slot accepted; `scored`: log-probabilities too.
+
+    drafts_SD: what the places behind the first one have read, which penalties count.
 
     A place is drawn with the filters of its slot and the key of its new token, whatever was
     drafted there: so an answer is the same with drafts and without.
     """
-    token_SP = draw(only_allowed(logits_SPV, draws.allowed_SPW), draws)
+    token_SP = draw(wanted(logits_SPV, draws, drafts_SD), draws)
     finite_SP = jnp.isfinite(logits_SPV).all(axis=-1)
     count_S = draws.active.astype(jnp.int32)
     token_SP = jnp.where(finite_SP, token_SP, -1)
@@ -98,6 +103,12 @@ def choose(logits_SPV, draws: Draws, scored: bool) -> Choice:
     flat = logits_SPV.reshape(-1, logits_SPV.shape[2])
     scores = logprobs(flat, token_SP.reshape(-1))
     return Choice(token_SP, count_S, *(x.reshape(*token_SP.shape, *x.shape[1:]) for x in scores))
+
+
+def wanted(logits_SPV, draws: Draws, drafts_SD):
+    """The logits that are drawn from: with penalties and biases, without what is not allowed."""
+    assert draws.adjust is not None
+    return only_allowed(adjusted(logits_SPV, draws.adjust, drafts_SD), draws.allowed_SPW)
 
 
 def _key(seed, row, step):

@@ -75,7 +75,7 @@ def verify(
         logits="all",
         aux=() if kind is None else draft_lib.aux(kind),
     )
-    choice = choose(replicated(model, out.logits), draws, scored)
+    choice = choose(replicated(model, out.logits), draws, scored, drafts_SP)
     accepted_S = _accepted(drafts_SP, choice.token, limit_S)
     choice = choice._replace(count=active_S * (accepted_S + 1))
     # A slot whose logits are not finite ends: what it reads until then does not matter.
