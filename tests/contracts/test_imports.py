@@ -32,7 +32,7 @@ FLOORS = (
     "weights",
     "hf",
     "model",
-    "stream",
+    "streamed",
     "accounting",
     "datasets",
     "checkpoints",
