@@ -1,6 +1,7 @@
 """Requests to ids and settings: what is mapped, what is refused, what fuzzing must not break."""
 
 import json
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -117,7 +118,10 @@ def test_where_a_prompt_is_worth_storing(chat):
         ({"chat_template_kwargs": 3}, "chat_template_kwargs"),
         ({"tool_choice": "required"}, "no tools"),
         ({"tool_choice": "required", "tools": [WEATHER]}, "Thinking"),
-        ({"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": [WEATHER]}, "x"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": [WEATHER]},
+            "names a tool",
+        ),
         ({"tools": [WEATHER], "parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"messages": [user([{"type": "image_url", "image_url": {"url": "x"}}])]}, "image_url"),
         ({"messages": [{"role": "developer", "content": "x"}]}, "use system"),
@@ -130,8 +134,6 @@ def test_where_a_prompt_is_worth_storing(chat):
     ],
 )
 def test_what_cannot_be_obeyed_is_refused(chat, more, says):
-    import re
-
     message = refused(chat, body(user("Hi")) | more).body["error"]["message"]
     assert re.search(says, message)
 

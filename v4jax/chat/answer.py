@@ -59,7 +59,7 @@ class Answer:
     def begin(self, cached_tokens: int = 0) -> list[ServerEvent]:
         """The first events. cached_tokens: of the prompt, that were not read again."""
         self._began = True
-        return self._shaped(self._events.begin(len(self._prompt), cached_tokens))
+        return self._events.begin(len(self._prompt), cached_tokens)
 
     def push(
         self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob] = ()
@@ -72,10 +72,10 @@ class Answer:
         if not count:
             return started
         self._tokens += tokens[:count]
-        events = started + self._shaped(self._events.push(tokens[:count], logprobs[:count]))
+        events = self._events.push(tokens[:count], logprobs[:count])
         if self._events.finished:  # a stop text
-            return events + self._ended("stop")
-        return events
+            events = self._ended("stop", events)
+        return started + events
 
     def finish(self, finish: str, error: str | None = None) -> list[ServerEvent]:
         """The last events.
@@ -87,7 +87,7 @@ class Answer:
             return []
         if finish in ("stop", "length"):
             started = [] if self._began else self.begin()
-            return started + self._ended(finish)
+            return started + self._ended(finish, [])
         self.done, self.finish_reason = True, finish
         self._events.close()
         return [] if finish == "cancelled" else [_failure(self._turn.api, error or finish)]
@@ -98,9 +98,10 @@ class Answer:
             raise RuntimeError("the answer has not come to its end")
         return self._whole
 
-    def _ended(self, finish):
+    def _ended(self, finish, events):
+        """The events, and those behind them up to the last."""
         self.done = True
-        events = self._events.finish(finish)
+        events = events + self._events.finish(finish)
         whole = self._whole = self._events.whole()
         self.finish_reason, self.output_tokens, self.reasoning_tokens = _counts(whole)
         if self._turn.tools and (ids := _call_ids(whole)):
@@ -115,15 +116,16 @@ class Answer:
         reports = [each._asdict() for each in self.problems]
         if reports:
             _report(whole, reports)
-        return self._shaped(events, reports) + self._events.done()
+        return self._last(events, reports) + self._events.done()
 
-    def _shaped(self, events, reports=()):
-        """Events as this API's clients expect them, with a report of calls in the last."""
+    def _last(self, events, reports):
+        """The last events as this API's clients expect them, with a report of calls."""
+        if self._turn.api == "chat":
+            *events, last = events
+            return [*events, *self._last_chunks(json.loads(last.data), reports)]
         shaped = []
         for event in events:
-            if self._turn.api == "chat" and not event.data.endswith('"usage":null}'):
-                shaped += self._last_chunks(json.loads(event.data), reports)
-            elif reports and event.event in ("response.completed", "response.incomplete"):
+            if reports and event.event in ("response.completed", "response.incomplete"):
                 values = json.loads(event.data)
                 _report(values["response"], reports)
                 shaped.append(ServerEvent(event.event, _text(values)))

@@ -204,9 +204,11 @@ def _lower_effort(api, taken):
 def _must_call(api, taken) -> tuple[str, ...]:
     """Names of the tools of which one has to be called."""
     choice, tools = taken.get("tool_choice"), taken.get("tools")
-    names = tuple(_name(tool) for tool in tools if isinstance(tool, dict)) if tools else ()
+    tools = tools if isinstance(tools, list) else ()  # the reader refuses anything else
+    names = tuple(_name(tool) for tool in tools if isinstance(tool, dict))
     kind = choice.get("type") if isinstance(choice, dict) else choice
-    if kind not in ("required", "any", "function", "tool"):
+    named = isinstance(choice, dict) and kind in ("any", "function", "tool")
+    if kind != "required" and not named:
         return ()
     if not names:
         raise refusal(api, "tool_choice requires a call and there are no tools", "tool_choice")

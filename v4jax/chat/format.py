@@ -12,6 +12,7 @@ from v4jax.chat.errors import refusal
 from v4jax.chat.kept import KeptTurns
 from v4jax.chat.recipe import APIS, Recipe, Turn, specials
 from v4jax.checkpoints.load import locate
+from v4jax.engine import adjust
 from v4jax.errors import InputError
 from v4jax.files.regular import read_regular
 from v4jax.hf.config import read_config
@@ -155,19 +156,20 @@ class ChatFormat:
         return found
 
 
-_NEUTRAL = {"presence": 0, "frequency": 0, "repetition": 1, "bias": {}}
+_NO_PENALTIES = {"presence": 0, "frequency": 0, "repetition": 1, "bias": None}
 
 
 def _sampling(api, fields):
     """Fields of the engine's request, checked."""
-    asked = {name: value for name, value in fields.items() if value != _NEUTRAL.get(name)}
-    if refused := sorted(asked.keys() & _NEUTRAL.keys()):
-        raise refusal(api, f"{refused[0]} penalties and biases are not there yet; leave them out")
+    filters = {name: value for name, value in fields.items() if name in Sampling._fields}
+    penalties = {name: value for name, value in fields.items() if name not in filters}
     try:
-        checked = sampling_lib.check(Sampling(**asked))
+        checked = sampling_lib.check(Sampling(**filters))
+        # The engine knows how many tokens there are.
+        adjust.check(**(_NO_PENALTIES | penalties), vocab_size=2**31)
     except InputError as error:
         raise refusal(api, str(error)) from None
-    return {name: getattr(checked, name) for name in asked}
+    return {name: getattr(checked, name) for name in filters} | penalties
 
 
 def _max_length(directory, asked):
