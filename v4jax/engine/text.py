@@ -194,7 +194,7 @@ def _tokenizer(model, given, needed) -> Tokenizer | None:
     """The tokenizer that is given, or that of the checkpoint."""
     if given is not None:
         return given
-    source = _transformer(model).source
+    source = _source(model)
     if source is not None and os.path.exists(os.path.join(source, "tokenizer.json")):
         return Tokenizer(source) if needed else None
     if needed:
@@ -208,7 +208,7 @@ def _tokenizer(model, given, needed) -> Tokenizer | None:
 
 def _ends(model):
     """Ids that end a text of the checkpoint."""
-    source = _transformer(model).source
+    source = _source(model)
     ends = None if source is None else read_generation_config(source).eos_token_id
     own = model.config.eos_token_id
     return ends if ends is not None else () if own is None else own
@@ -225,8 +225,9 @@ def _engine(model, params, asked, slots, capacity, places, tokenizer, told) -> E
     return Engine(model, params, slots=slots, max_length=capacity, **options, **told)
 
 
-def _transformer(model) -> Transformer:
-    return model if isinstance(model, Transformer) else model.transformer
+def _source(model) -> str | None:
+    """The directory that a model came from; one with its weights on disk holds another."""
+    return getattr(getattr(model, "transformer", model), "source", None)
 
 
 def _with_text(result: Generation, tokenizer) -> Generation:
