@@ -31,7 +31,7 @@ import v4jax
 from v4jax.model.block import Block
 from v4jax.model.context import place_tokens
 from v4jax.named_configs import get_config
-from v4jax.stream import programs
+from v4jax.streamed import programs
 
 FLAGS = flags.FLAGS
 _PIECE = 8 << 20  # bytes of one plain read

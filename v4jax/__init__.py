@@ -22,7 +22,8 @@ _MODULES = {
     "Tokenizer": "v4jax.infer.tokenizer",
     "Transformer": "v4jax.model.transformer",
     "config_names": "v4jax.named_configs",
-    "generate": "v4jax.infer.generate",
+    "from_pretrained": "v4jax.checkpoints.load",
+    "generate": "v4jax.engine.text",
     "get_config": "v4jax.named_configs",
     "load": "v4jax.checkpoints.load",
     "read_config": "v4jax.hf.config",
@@ -30,6 +31,7 @@ _MODULES = {
     "save_cache": "v4jax.infer.cache_file",
     "save_official": "v4jax.checkpoints.load",
     "save_orbax": "v4jax.checkpoints.load",
+    "stream": "v4jax.engine.text",
 }
 
 __all__ = list(_MODULES)

@@ -18,6 +18,7 @@ SHOWN = "h\\xe9 \\u2013 \\u65e5\\u672c"
 # wrong. DIR stands for a folder of that name.
 WORDS = {
     "generate": (0, ["--checkpoint=DIR", "--max_length=32", "--max_new_tokens=2", ODD]),
+    "chat": (2, ["--checkpoint=DIR"]),
     "bench": (2, ["--out=DIR/no/waits.png"]),
     "inspect": (0, ["DIR"]),
     "convert": (2, ["--source=DIR/no", "--target=DIR/new", "--to=orbax"]),

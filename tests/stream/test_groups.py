@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from v4jax.stream.groups import groups_of, largest_group
+from v4jax.streamed.groups import groups_of, largest_group
 
 
 def test_rows_of_a_group_by_hand():

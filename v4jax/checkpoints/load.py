@@ -15,6 +15,7 @@ from typing import Any, Literal, overload
 
 import jax
 
+from v4jax.checkpoints import hub
 from v4jax.checkpoints.leaves import aligned, planned, variables_of
 from v4jax.checkpoints.orbax import OrbaxSource
 from v4jax.checkpoints.shards import ShardedLeaf, fill_leaves, identity
@@ -37,7 +38,7 @@ from v4jax.model import sharded
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import processes
 from v4jax.sharding.rules import ONE_DEVICE, Layout
-from v4jax.stream.model import StreamedTransformer
+from v4jax.streamed.model import StreamedTransformer
 
 THREADS = 8
 
@@ -87,8 +88,9 @@ def load(
     """Builds a model and loads its weights.
 
     Args:
-      path: a directory (official, transformers or our Orbax format), or "nano", which comes with
-        the package.
+      path: a directory (official, transformers or our Orbax format); "nano", which comes with
+        the package; a snapshot or a `models--org--name` directory of the hub's local cache, or the
+        id `org/name` of a model in it.
       dtype: of the activations; None for the checkpoint's own.
       weights: "stored" keeps FP8 and FP4 matrices as they are, as `quant.QTensor`s; "bf16" and
         "float32" expand them.
@@ -100,12 +102,12 @@ def load(
       announced: what `source.read_announced` found, where the caller has read config.json.
       stream: leave the weights on disk, for a model larger than memory. In place of variables an
         open `StreamedWeights` comes, from which each call of the model reads what it needs; see
-        `stream.model.StreamedTransformer`. One device, no MTP blocks.
+        `streamed.model.StreamedTransformer`. One device, no MTP blocks.
       layers: with stream, run the first so many layers only, then norm and head.
       **options: further fields of `Transformer`, such as `min_repeats`.
 
     Returns:
-      The model and its variables.
+      The model and its variables. `model.source` is the directory, for a tokenizer beside it.
 
     Raises:
       InputError: damaged or incomplete files, or tensors that are not those of the config.
@@ -117,7 +119,12 @@ def load(
     with open_checkpoint(path, verify, announced) as source:
         items = planned_items(source, weights)
         model = Transformer(
-            source.config, dtype=dtype, numerics=numerics, sharding=shards, **options
+            source.config,
+            dtype=dtype,
+            numerics=numerics,
+            sharding=shards,
+            source=os.path.abspath(source.path),
+            **options,
         )
         model.execution()  # a wrong dtype or numerics shows before gigabytes are read
         if shards.mesh is None:
@@ -126,6 +133,10 @@ def load(
         if processes.count() > 1:
             processes.agree("the checkpoint", identity(source) | {"weights": weights})
         return model, _fill_mesh(source, items, model)
+
+
+from_pretrained = load
+"""`load`, by the name that people type."""
 
 
 def _stream(path, dtype, weights, numerics, shards, verify, announced, layers, options):
@@ -140,7 +151,8 @@ def _stream(path, dtype, weights, numerics, shards, verify, announced, layers, o
         reader = StreamedWeights(source, planned_items(source, weights), layers)
         config = reader.config
         # Unrolled: each layer has programs and a cache of its own.
-        model = Transformer(config, dtype, numerics, min_repeats=len(config.layers) + 1, **options)
+        options |= {"min_repeats": len(config.layers) + 1, "source": os.path.abspath(source.path)}
+        model = Transformer(config, dtype, numerics, **options)
         model.execution()
     except BaseException:
         source.close()
@@ -197,9 +209,13 @@ def check_finished(path: str | os.PathLike) -> None:
 
 
 def locate(path: str | os.PathLike) -> str:
-    """The directory of a checkpoint: the path itself, or where "nano" lies in the package."""
+    """The directory of a checkpoint: where "nano" lies in the package, or as `hub.cached` finds it.
+
+    Raises:
+      InputError: the id of a model that is not in the hub's local cache.
+    """
     if os.fspath(path) != "nano":
-        return os.fspath(path)
+        return hub.cached(os.fspath(path))
     return str(Path(__file__).parents[1] / "data" / "nano")
 
 

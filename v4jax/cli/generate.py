@@ -149,7 +149,7 @@ def _generate(model, params, prompts, on_token, settings) -> Generation | None:
 
     None in a process that only computes with process 0.
     """
-    options = {"on_compile": _tell_compiling, "programs": compilation_cache.programs()}
+    options = {"on_compile": tell_compiling, "programs": compilation_cache.programs()}
     draft = draft_of(model.config, None if FLAGS.draft == "none" else FLAGS.draft)
     if FLAGS.draft == "auto" and FLAGS.stream_weights:
         draft = None  # drafts run with all weights in memory
@@ -275,7 +275,7 @@ class _Report:
         }
 
 
-def _tell_compiling(names, seconds):
+def tell_compiling(names, seconds):
     """One line on a terminal: what is compiled and, once it is, for how long."""
     if sys.stderr is None or not sys.stderr.isatty():
         return

@@ -53,6 +53,12 @@ SUBCOMMANDS = {
         ("[TEXT...]",),
         huge_pages=True,
     ),
+    "chat": Subcommand(
+        "v4jax.cli.chat",
+        "Talk to a model in the terminal.",
+        "v4jax chat --checkpoint DIR --system 'Answer briefly.'",
+        huge_pages=True,
+    ),
     "bench": Subcommand(
         "v4jax.cli.bench",
         "Measure the engine on a described load: tokens per second and both waits.",

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from v4jax.engine.adjust import Adjust, adjusted
 from v4jax.engine.request import TOP_LOGPROBS
 from v4jax.infer import sampling as sampling_lib
 from v4jax.infer.sampling import Sampling
@@ -26,6 +27,7 @@ class Draws(NamedTuple):
       seed: uint32. row, step: as of `Request.seed`; step counts new tokens, that of the first
         place.
       allowed_SPW: uint32, a bit for each token of the vocabulary that may be chosen.
+      adjust: penalties and biases; `Programs` puts in none where there are none.
     """
 
     active: Any
@@ -34,6 +36,7 @@ class Draws(NamedTuple):
     row: Any
     step: Any
     allowed_SPW: Any
+    adjust: Adjust | None = None
 
 
 class Choice(NamedTuple):
@@ -88,13 +91,15 @@ def keys(draws: Draws, first: int, places: int):
     return jax.vmap(jax.vmap(_key, (None, None, 0)))(draws.seed, draws.row, step_SP)
 
 
-def choose(logits_SPV, draws: Draws, scored: bool) -> Choice:
+def choose(logits_SPV, draws: Draws, scored: bool, drafts_SD) -> Choice:
     """Draws the tokens of all places, one of each slot accepted; `scored`: log-probabilities too.
+
+    drafts_SD: what the places behind the first one have read, which penalties count.
 
     A place is drawn with the filters of its slot and the key of its new token, whatever was
     drafted there: so an answer is the same with drafts and without.
     """
-    token_SP = draw(only_allowed(logits_SPV, draws.allowed_SPW), draws)
+    token_SP = draw(wanted(logits_SPV, draws, drafts_SD), draws)
     return chosen(logits_SPV, token_SP, draws, scored)
 
 
@@ -112,6 +117,12 @@ def chosen(logits_SPV, token_SP, draws: Draws, scored: bool) -> Choice:
 def finite(logits_SPV):
     """Whether a place [S,P] has logits to choose by."""
     return jnp.isfinite(logits_SPV).all(axis=-1)
+
+
+def wanted(logits_SPV, draws: Draws, drafts_SD):
+    """The logits that are drawn from: with penalties and biases, without what is not allowed."""
+    assert draws.adjust is not None
+    return only_allowed(adjusted(logits_SPV, draws.adjust, drafts_SD), draws.allowed_SPW)
 
 
 def _key(seed, row, step):

@@ -5,6 +5,7 @@ at a time; a thread may make the steps (`Engine.start`), or whoever waits for an
 mesh of many processes each makes the same engine: process 0 takes requests, the others `follow`.
 """
 
+import dataclasses
 import itertools
 import os
 import threading
@@ -179,7 +180,12 @@ class Engine:
                 raise InputError(f"prompt {row}: {result.error}")
         compiled = self._programs.compile_seconds - compiled
         seconds = time.perf_counter() - started
-        return _generation(results, seconds, compiled, compiled if reading is None else reading)
+        made = _generation(results, seconds, compiled, compiled if reading is None else reading)
+        if self._tokenizer is not None:
+            made = dataclasses.replace(made, text=[each.text for each in results])
+        if options.get("logprobs") is not None:
+            made = dataclasses.replace(made, logprobs=[each.logprobs for each in results])
+        return made
 
     def score(self, tokens) -> list[float]:
         """The log-probability of each token but the first, given those before it."""

@@ -96,7 +96,7 @@ def _read_scored(model, variables, row: Row, tokens_1T, lengths_1, following_1T,
 
 
 def _first(model, logits_1V, draws, scored):
-    choice = choose(logits_1V[:, None], draws, scored)
+    choice = choose(logits_1V[:, None], draws, scored, jnp.zeros((1, 0), jnp.int32))
     return replicated(model, choice)
 
 

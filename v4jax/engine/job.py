@@ -46,6 +46,12 @@ class Job:
         return len(self.request.tokens) + self.asked - 1
 
     @property
+    def waits(self) -> bool:
+        """Whether its next token can only be chosen once those before it are known."""
+        adjustment = self.request.adjustment
+        return self.matcher is not None or (adjustment is not None and adjustment.counts)
+
+    @property
     def wants_more(self) -> bool:
         return self.answer.finish is None and self.asked < self.request.max_new_tokens
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from v4jax.engine.adjust import Adjusting
 from v4jax.engine.choice import ALL, Draws, no_draws, words
 from v4jax.engine.constraint import fitted
 from v4jax.engine.functions import Row
@@ -50,6 +51,7 @@ class Loop:
         self._lane = programs.fresh_lane()
         self._row: Row | None = None  # of the prompt that is being read
         self._draws: Draws = programs.no_draws()
+        self._adjusting = Adjusting(slots, programs.vocab_size)
         self._pending: list[Pending] = []
         self._cancelled: list[Stream] = []
         self._widths = Widths(programs.rounds)
@@ -167,7 +169,9 @@ class Loop:
             return
         draws = jax.tree.map(lambda x: x[slot : slot + 1].copy(), self._draws)
         draws = draws._replace(active=np.ones(1, bool), allowed_SPW=draws.allowed_SPW[:, :1])
-        choice = self.programs.first(logits_1V, draws, job.request.logprobs is not None)
+        self._adjusting.begin(slot, job.request.adjustment, job.request.tokens)
+        adjust = self._adjusting.of(slice(slot, slot + 1))
+        choice = self.programs.first(logits_1V, draws, job.request.logprobs is not None, adjust)
         ahead = draws._replace(step=draws.step + 1)
         self._lane = self.programs.put(self._lane, slot, self._row, choice.token, ahead)
         self._row, job.asked = None, 1
@@ -189,6 +193,7 @@ class Loop:
         self._draws.active[:] = False
         for slot, job in jobs.items():
             self._draws.active[slot] = True
+            self._adjusting.count(slot, job.made)
             self._draws.step[slot] = job.asked
             limit_S[slot] = min(self._drafted, job.request.max_new_tokens - job.asked - 1)
             if self._stores_answers:
@@ -205,7 +210,8 @@ class Loop:
                 width = self._widths.choose(np.asarray(proposal.confidence), draws.active)
                 np.minimum(limit_S, width - 1, out=limit_S)
         began = time.perf_counter()
-        verified = self.programs.verify(self._lane, proposal, limit_S, draws, scored, width)
+        adjust = self._adjusting.of(slice(None))
+        verified = self.programs.verify(self._lane, proposal, limit_S, draws, scored, width, adjust)
         choice, self._lane = verified
         self._pending.append(Pending(choice, jobs, limit_S, width, began))
         self.counts["rounds"] += 1
@@ -231,7 +237,7 @@ class Loop:
     def _needs_tokens(self):
         """Whether the next round can only be asked for once the tokens before it are known."""
         jobs = self.scheduler.decoding.values()
-        return self._drafted > 0 or any(job.matcher is not None for job in jobs)
+        return self._drafted > 0 or any(job.waits for job in jobs)
 
     def _permitted(self, slot, job):
         """Whether the answer can go on; one whose grammar permits nothing ends."""
@@ -325,6 +331,8 @@ class Loop:
         if self.scheduler.reading is not None and self.scheduler.reading[1] is job:
             self._row = None
         slot = self.scheduler.remove(job)
+        if slot is not None:
+            self._adjusting.end(slot)
         if job.newest is not None and event.finish in ("stop", "length"):
             self.prefixes.add(job.newest)
         if event.finish == "error" and slot is not None and not self._ended:

@@ -14,6 +14,7 @@ import numpy as np
 
 from v4jax.engine import speculate
 from v4jax.engine.acceptance import COUPLED, REJECTION, Proposal
+from v4jax.engine.adjust import Adjust, neutral
 from v4jax.engine.choice import Choice, no_draws
 from v4jax.engine.functions import Row, jitted, read_page, read_rest
 from v4jax.engine.speculate import Lane
@@ -129,9 +130,9 @@ class Programs:
         logits_1V, row, scores = self._programs.run(self._scoring(padded, length, behind, row))
         return logits_1V, row, tuple(np.asarray(x)[: len(tokens)] for x in scores)
 
-    def first(self, logits_1V, draws, scored: bool) -> Choice:
+    def first(self, logits_1V, draws, scored: bool, adjust: Adjust | None = None) -> Choice:
         """The choice of a prompt's first new token; draws of one slot and one place."""
-        return self._programs.run(self._choosing(logits_1V, draws, scored))
+        return self._programs.run(self._choosing(logits_1V, draws, scored, adjust))
 
     def put(self, lane: Lane, slot: int, row: Row, token_11, draws) -> Lane:
         """The lane with the row in a slot, and the token [1,1] that it is to read next.
@@ -144,9 +145,10 @@ class Programs:
         """The next round's drafts of all slots."""
         return self.no_drafts()[0] if lane.proposal is None else lane.proposal
 
-    def verify(self, lane: Lane, proposal: Proposal, limit_S, draws, scored: bool, width: int):
-        """The round's choice, and the lane; see `speculate.verify`."""
-        return self._programs.run(self._verifying(lane, proposal, limit_S, draws, scored, width))
+    def verify(self, lane: Lane, proposal: Proposal, limit_S, draws, scored, width, adjust=None):
+        """The round's choice, and the lane; see `speculate.verify`. adjust: an `Adjust` or None."""
+        run = self._verifying(lane, proposal, limit_S, draws, scored, width, adjust)
+        return self._programs.run(run)
 
     def read_page(self, state: Row | Lane, slot: int, number: int):
         """The entries of a page of a slot, or of a row (slot 0); see `slots`."""
@@ -184,6 +186,17 @@ class Programs:
     def no_draws(self):
         """Draws of all slots and all places of a round."""
         return no_draws(self._slots, self._vocab, 1 + self._drafted)
+
+    @functools.cached_property
+    def _neutral(self):
+        """No adjustments, on the device: of one slot and of all; they cost a round no copy."""
+
+        def made(slots):
+            plain = neutral(slots, self._vocab)
+            large = (self._placement.replicate(jnp.asarray(x)) for x in (plain.seen, plain.bias))
+            return plain._replace(**dict(zip(("seen", "bias"), large, strict=True)))
+
+        return {slots: made(slots) for slots in (1, self._slots)}
 
     def _everywhere(self, state):
         """On a mesh all but the cache, which has places of its own, is on every device."""
@@ -231,7 +244,8 @@ class Programs:
         arguments = (self._variables, row, tokens_1T, lengths_1, following_1T)
         return self._of_prompt("scores of a prompt", "read_scored", arguments, (0, row, (0,) * 3))
 
-    def _choosing(self, logits_1V, draws, scored):
+    def _choosing(self, logits_1V, draws, scored, adjust=None):
+        draws = draws._replace(adjust=adjust or self._neutral[1])
         name = "first token" + (", scored" if scored else "")
         return self._of_lane(name, "first", (logits_1V, draws), _like(scored), scored)
 
@@ -239,7 +253,8 @@ class Programs:
         arguments = (self._variables, lane, np.int32(slot), row, token_11, draws)
         return self._of_lane("a row into a slot", "put", arguments, lane)
 
-    def _verifying(self, lane, proposal, limit_S, draws, scored, width):
+    def _verifying(self, lane, proposal, limit_S, draws, scored, width, adjust=None):
+        draws = draws._replace(adjust=adjust or self._neutral[self._slots])
         name = f"round of {self._slots} slots and {width - 1} of {self._drafted} drafts"
         name += ", scored" if scored else ""
         # What the lane holds is given away: drafts stand beside it.

@@ -2,12 +2,13 @@
 
 import dataclasses
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from v4jax.config import ModelConfig
+from v4jax.engine import adjust
 from v4jax.errors import InputError
 from v4jax.infer import sampling as sampling_lib
 from v4jax.infer.arguments import read_prompt, read_stop_ids, whole_number
@@ -39,6 +40,8 @@ class Request:
       salt: tells tenants apart whose stored prefixes must not be shared.
       request_id: the caller's own name for it.
       row: which of the seed's draws these are; `Engine.generate` numbers its prompts by it.
+      repetition, presence, frequency, bias: what is done to the logits before a token is chosen;
+        see `adjust`. bias: a number by token id, or None.
       keep_at: numbers of tokens after which the prompt is worth storing, such as where its last
         user turn begins; see `PrefixCache`.
     """
@@ -60,6 +63,10 @@ class Request:
     request_id: str | None = None
     row: int = 0
     keep_at: Sequence[int] = ()
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    bias: Mapping[int, float] | None = None
 
 
 class TokenLogprob(NamedTuple):
@@ -132,6 +139,7 @@ class Checked(NamedTuple):
     priority: int
     salt: str
     keep_at: tuple[int, ...]
+    adjustment: adjust.Adjustment | None
 
 
 def check(request: Request, config: ModelConfig, max_length: int, has_text: bool) -> Checked:
@@ -169,6 +177,13 @@ def check(request: Request, config: ModelConfig, max_length: int, has_text: bool
         priority=_priority(request.priority),
         salt=_text("salt", request.salt),
         keep_at=tuple(whole_number("keep_at", n, 0) for n in request.keep_at),
+        adjustment=adjust.check(
+            request.repetition,
+            request.presence,
+            request.frequency,
+            request.bias,
+            config.vocab_size,
+        ),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from v4jax.engine import acceptance
 from v4jax.engine.acceptance import COUPLED, Proposal
-from v4jax.engine.choice import Choice, Draws, choose, chosen, finite, only_allowed
+from v4jax.engine.choice import Choice, Draws, choose, chosen, finite, wanted
 from v4jax.infer.placement import as_called, replicated
 from v4jax.model import draft as draft_lib
 from v4jax.model.cache import Cache
@@ -112,10 +112,10 @@ def verify(
 def _choose(logits_SPV, proposal, limit_S, draws, scored):
     """The choice of every place, and how many drafts of each slot are accepted."""
     if proposal.probability is None:
-        choice = choose(logits_SPV, draws, scored)
+        choice = choose(logits_SPV, draws, scored, proposal.token)
         return choice, acceptance.coupled(proposal.token, choice.token, limit_S)
-    allowed_SPV = only_allowed(logits_SPV, draws.allowed_SPW)
-    token_SP, accepted_S = acceptance.rejection(allowed_SPV, proposal, limit_S, draws)
+    wanted_SPV = wanted(logits_SPV, draws, proposal.token)
+    token_SP, accepted_S = acceptance.rejection(wanted_SPV, proposal, limit_S, draws)
     choice = chosen(logits_SPV, token_SP, draws, scored)
     # A place without finite logits is the last: its draft would be kept by nothing.
     finite_SP = finite(logits_SPV).astype(jnp.int32)

@@ -35,6 +35,11 @@ class Stream:
         """Whether a token has come, or the request has ended without one."""
         return self._result.first_token_seconds is not None or self.finished
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were not read again; known once the first event has come."""
+        return self._result.cached_tokens
+
     def __iter__(self) -> Iterator[Event]:
         while not self._over:
             yield from self.ready()

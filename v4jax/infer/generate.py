@@ -7,7 +7,7 @@ its programs compiled (`v4jax/infer/programs.py`).
 import dataclasses
 import os
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from v4jax.infer.executables import executables_of
 from v4jax.infer.placement import Placement
 from v4jax.infer.programs import Decoder
 from v4jax.infer.streamed import StreamedDecoder
-from v4jax.stream.model import StreamedTransformer
+from v4jax.streamed.model import StreamedTransformer
 
 PREFILL_CHUNK = 2048
 
@@ -39,6 +39,8 @@ class Generation:
         when there are none.
       cached_tokens: tokens of each prompt that an engine found stored; None without an engine.
       drafted, accepted: tokens that a draft proposed for each row, and that the model took.
+      text: of the new tokens, where a tokenizer is there.
+      logprobs: a `TokenLogprob` of the engine for each new token, where they were asked for.
     """
 
     tokens: list[list[int]]
@@ -50,6 +52,8 @@ class Generation:
     cached_tokens: list[int] | None = None
     drafted: list[int] | None = None
     accepted: list[int] | None = None
+    text: list[str] | None = None
+    logprobs: list[list[Any]] | None = None
 
 
 def generate(

@@ -1,4 +1,4 @@
-"""Generation with a model whose weights stay on disk; see `stream.model`."""
+"""Generation with a model whose weights stay on disk; see `streamed.model`."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ import numpy as np
 
 from v4jax.infer import sampling as sampling_lib
 from v4jax.infer.programs import choose
-from v4jax.stream.model import StreamedTransformer
-from v4jax.stream.source import LayerSource
+from v4jax.streamed.model import StreamedTransformer
+from v4jax.streamed.source import LayerSource
 
 
 class StreamedDecoder:

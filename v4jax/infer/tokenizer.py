@@ -57,6 +57,11 @@ class Tokenizer:
             ids = self._first_ids + ids
         return ids
 
+    def special_id(self, name: str) -> int | None:
+        """The id of an added token, such as "<|eos|>"; None where there is none of that name."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return next((i for i, token in added.items() if token.content == name), None)
+
     def decode(self, ids) -> str:
         """The text of the ids, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)

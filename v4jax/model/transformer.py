@@ -52,6 +52,8 @@ class Transformer:
         gradients and no other derivatives. "reference" is plain JAX on one device, slow, with
         derivatives of every order: jax.jvp, jax.linearize, jax.hessian.
       sharding: mesh and strategy to run on, by default one device; see `model.sharded`.
+      source: the directory that the weights came from, for what lies beside them; models that
+        differ in nothing else are equal.
     """
 
     config: ModelConfig
@@ -61,6 +63,7 @@ class Transformer:
     remat: bool = False
     kernels: str | None = None
     sharding: Layout = ONE_DEVICE
+    source: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def execution(self) -> Execution:
         """How a forward pass computes, from `dtype`, `numerics`, `kernels` and `sharding`."""

@@ -21,9 +21,9 @@ from v4jax.model.cache import Cache
 from v4jax.model.context import Context
 from v4jax.model.output import Output
 from v4jax.model.transformer import Transformer
-from v4jax.stream import programs
-from v4jax.stream.groups import Group, groups_of
-from v4jax.stream.source import LayerSource
+from v4jax.streamed import programs
+from v4jax.streamed.groups import Group, groups_of
+from v4jax.streamed.source import LayerSource
 
 OnLayer = Callable[[int, jax.Array], Any]  # (layer, streams) -> other streams, or None
 
