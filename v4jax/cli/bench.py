@@ -39,6 +39,12 @@ def define_flags():
         ["auto", "mtp", "dspark", "none"],
         "Draft of speculative decoding, which changes no token (auto: where it is faster)",
     )
+    flags.DEFINE_enum(
+        "draft_rule",
+        "coupled",
+        ["coupled", "rejection"],
+        "How drafts are accepted; rejection accepts more and draws other tokens, as likely",
+    )
     flags.DEFINE_boolean("prefix_cache", False, "Keep prefixes of prompts in memory")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Activations (default: the model's)")
     flags.DEFINE_enum("numerics", None, ["native"], "native: the official FP8 and FP4 rounding")
@@ -94,6 +100,7 @@ def _engine(load):
         max_length=load.prompt_tokens + load.new_tokens,
         prefill_chunk=FLAGS.prefill_chunk,
         draft=None if FLAGS.draft == "none" else FLAGS.draft,
+        draft_rule=FLAGS.draft_rule,
         prefix_cache=PrefixCache() if FLAGS.prefix_cache else None,
         programs=compilation_cache.programs(),
     )

@@ -19,6 +19,7 @@ from v4jax.accounting import count_parameters
 from v4jax.checkpoints import load as checkpoint
 from v4jax.checkpoints.source import read_announced
 from v4jax.cli import compilation_cache, process_flags, streaming
+from v4jax.engine.acceptance import COUPLED, RULES
 from v4jax.engine.engine import Engine
 from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.engine.settings import draft_of
@@ -80,6 +81,12 @@ def define_flags():
         "auto",
         ["auto", "mtp", "dspark", "none"],
         "Draft of speculative decoding, which changes no token (auto: where it is faster)",
+    )
+    flags.DEFINE_enum(
+        "draft_rule",
+        COUPLED,
+        RULES,
+        "How drafts are accepted; rejection accepts more and draws other tokens, as likely",
     )
     flags.DEFINE_string(
         "prefix_cache", None, "Directory in which prefixes of prompts and answers are kept"
@@ -149,6 +156,7 @@ def _generate(model, params, prompts, on_token, settings) -> Generation:
         slots=len(prompts),
         max_length=_check(model.config, prompts, settings).capacity,
         draft=draft,
+        draft_rule=FLAGS.draft_rule,
         prefix_cache=FLAGS.prefix_cache and PrefixCache(directory=FLAGS.prefix_cache),
         **options,
     )

@@ -76,11 +76,16 @@ def words(vocab_size: int) -> int:
 def draw(logits_SPV, draws: Draws, first: int = 0):
     """The tokens [S,P] of places `first`, `first` + 1, ..., before anything is masked."""
     slots, places, vocab = logits_SPV.shape
-    step_SP = draws.step[:, None] + jnp.arange(first, first + places, dtype=jnp.int32)[None]
-    keys = jax.vmap(jax.vmap(_key, (None, None, 0)))(draws.seed, draws.row, step_SP)
+    keys_X = keys(draws, first, places).reshape(-1)
     flat = logits_SPV.reshape(slots * places, vocab)
     sampling = jax.tree.map(lambda x: jnp.repeat(x, places), draws.sampling)
-    return sampling_lib.sample(flat, keys.reshape(-1), sampling).reshape(slots, places)
+    return sampling_lib.sample(flat, keys_X, sampling).reshape(slots, places)
+
+
+def keys(draws: Draws, first: int, places: int):
+    """The keys [S,P] of the new tokens of places `first`, `first` + 1, ..."""
+    step_SP = draws.step[:, None] + jnp.arange(first, first + places, dtype=jnp.int32)[None]
+    return jax.vmap(jax.vmap(_key, (None, None, 0)))(draws.seed, draws.row, step_SP)
 
 
 def choose(logits_SPV, draws: Draws, scored: bool) -> Choice:
@@ -90,14 +95,23 @@ def choose(logits_SPV, draws: Draws, scored: bool) -> Choice:
     drafted there: so an answer is the same with drafts and without.
     """
     token_SP = draw(only_allowed(logits_SPV, draws.allowed_SPW), draws)
-    finite_SP = jnp.isfinite(logits_SPV).all(axis=-1)
+    return chosen(logits_SPV, token_SP, draws, scored)
+
+
+def chosen(logits_SPV, token_SP, draws: Draws, scored: bool) -> Choice:
+    """The choice of these tokens, one of each slot accepted."""
+    token_SP = jnp.where(finite(logits_SPV), token_SP, -1)
     count_S = draws.active.astype(jnp.int32)
-    token_SP = jnp.where(finite_SP, token_SP, -1)
     if not scored:
         return Choice(token_SP, count_S)
     flat = logits_SPV.reshape(-1, logits_SPV.shape[2])
     scores = logprobs(flat, token_SP.reshape(-1))
     return Choice(token_SP, count_S, *(x.reshape(*token_SP.shape, *x.shape[1:]) for x in scores))
+
+
+def finite(logits_SPV):
+    """Whether a place [S,P] has logits to choose by."""
+    return jnp.isfinite(logits_SPV).all(axis=-1)
 
 
 def _key(seed, row, step):

@@ -10,6 +10,7 @@ import threading
 import time
 from typing import Any
 
+from v4jax.engine.acceptance import COUPLED
 from v4jax.engine.answer import Answer
 from v4jax.engine.job import Job
 from v4jax.engine.loop import Loop
@@ -17,7 +18,7 @@ from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.engine.prefixes import Prefixes
 from v4jax.engine.programs import Programs
 from v4jax.engine.request import Request, check
-from v4jax.engine.settings import chunk_of, draft_tokens_of
+from v4jax.engine.settings import chunk_of, draft_rule_of, draft_tokens_of
 from v4jax.engine.stream import Stream
 from v4jax.errors import InputError
 from v4jax.infer.arguments import read_prompts, whole_number
@@ -37,6 +38,8 @@ class Engine:
       exact: read every chunk in the same width, so that restored prefixes are exact to the bit.
       draft: "mtp" or "dspark", which the model must have; None for none; "auto": see `draft_of`.
       draft_tokens: how many tokens it proposes a round; by default all of a DSpark block, or 2.
+      draft_rule: "coupled", with which a draft changes no token; or "rejection", which accepts more
+        of them and changes tokens, though not their distribution: see `acceptance`.
       prefix_cache: where prefixes of prompts and answers are kept; None: nowhere.
       seed: of requests without one.
       tokenizer: for texts in events and for `Request.stop`.
@@ -58,6 +61,7 @@ class Engine:
         exact: bool = False,
         draft: str | None = "auto",
         draft_tokens: int | None = None,
+        draft_rule: str = COUPLED,
         prefix_cache: PrefixCache | None = None,
         seed: int = 0,
         tokenizer=None,
@@ -88,6 +92,7 @@ class Engine:
             exact=exact,
             kind=kind,
             drafted=drafted,
+            rule=draft_rule_of(draft_rule),
             pages=prefix_cache is not None,
             executables=None if programs is None else executables_of(os.fspath(programs)),
             on_compile=on_compile,

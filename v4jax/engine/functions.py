@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
 # The same for engines of one model, which then share what is compiled.
 @functools.lru_cache(maxsize=16)
-def jitted(decoder, kind, drafted, rounds):
+def jitted(decoder, kind, drafted, rounds, rule):
     """The jitted functions by name and whether log-probabilities are wanted."""
 
     def of(function, donated, **fixed):
@@ -40,7 +40,7 @@ def jitted(decoder, kind, drafted, rounds):
         ("read", False): of(_read, "row", **drafting),
         ("read_scored", False): of(_read_scored, "row", **drafting),
         ("put", False): of(_put, "lane"),
-        ("propose", False): of(speculate.propose, (), width=drafted),
+        ("propose", False): of(speculate.propose, (), width=drafted, rule=rule),
         ("read_page", False): of(read_page, ()),
         ("write_page", False): of(_write_page, "row"),
         ("read_rest", False): of(read_rest, ()),

@@ -183,7 +183,7 @@ class Loop:
         if not jobs:
             return False
         self._take_units(jobs)
-        drafts_SP, limit_S = self.programs.no_drafts()
+        proposal, limit_S = self.programs.no_drafts()
         self._draws.active[:] = False
         for slot, job in jobs.items():
             self._draws.active[slot] = True
@@ -198,13 +198,13 @@ class Loop:
         draws = jax.tree.map(np.copy, self._draws)
         width = self.programs.rounds[-1]
         if self._drafted:
-            drafts_SP, confidence_SP = self.programs.propose(self._lane, draws)
-            self._permit_behind(jobs, drafts_SP, draws, limit_S)
+            proposal = self.programs.propose(self._lane, draws)
+            self._permit_behind(jobs, proposal, draws, limit_S)
             if len(self.programs.rounds) > 1:
-                width = self._widths.choose(np.asarray(confidence_SP), draws.active)
+                width = self._widths.choose(np.asarray(proposal.confidence), draws.active)
                 np.minimum(limit_S, width - 1, out=limit_S)
         began = time.perf_counter()
-        verified = self.programs.verify(self._lane, drafts_SP, limit_S, draws, scored, width)
+        verified = self.programs.verify(self._lane, proposal, limit_S, draws, scored, width)
         choice, self._lane = verified
         self._pending.append(Pending(choice, jobs, limit_S, width, began))
         self.counts["rounds"] += 1
@@ -249,13 +249,19 @@ class Loop:
         self._draws.allowed_SPW[slot, 0] = allowed_W
         return bool(allowed_W.any())
 
-    def _permit_behind(self, jobs, drafts_SP, draws, limit_S):
-        """Which tokens may come behind each draft; drafts that a grammar forbids are cut off."""
+    def _permit_behind(self, jobs, proposal, draws, limit_S):
+        """Which tokens may come behind each draft; those behind one that is forbidden are cut off.
+
+        So is that one itself, but under rejection: there it is verified, and rejected for certain.
+        Were it left out, its place would be drawn from all that may come, of which the drafts that
+        are kept have had their share already.
+        """
         for slot, job in jobs.items():
             if job.matcher is not None:
-                drafts = np.asarray(drafts_SP)[slot, : limit_S[slot]].tolist()
+                drafts = np.asarray(proposal.token)[slot, : limit_S[slot]].tolist()
                 masks = job.matcher.walk(drafts)
-                limit_S[slot] = len(masks) - 1
+                legal, rejected = len(masks) - 1, proposal.probability is not None
+                limit_S[slot] = min(limit_S[slot], legal + rejected)
                 for place, mask in enumerate(masks):
                     fit = fitted(mask, words(self.programs.vocab_size))
                     draws.allowed_SPW[slot, place] = fit

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4jax.engine import speculate
+from v4jax.engine.acceptance import COUPLED, REJECTION, Proposal
 from v4jax.engine.choice import Choice, no_draws
 from v4jax.engine.functions import Row, jitted, read_page, read_rest
 from v4jax.engine.speculate import Lane
@@ -39,7 +40,8 @@ class Programs:
     Args:
       placement: the models that read prompts and that decode. variables: as both take them.
       chunk: tokens of a prompt that are read at once; exact: in no other width.
-      kind, drafted: of the draft and how many tokens it proposes; None and 0 without one.
+      kind, drafted: of the draft and how many tokens it proposes; None and 0 without one. rule: by
+        which they are accepted.
       pages: whether rows are stored and restored.
       executables, on_compile: see `CompiledPrograms`.
     """
@@ -55,6 +57,7 @@ class Programs:
         exact: bool,
         kind: str | None = None,
         drafted: int = 0,
+        rule: str = COUPLED,
         pages: bool = False,
         executables: Executables | None = None,
         on_compile: OnCompile | None = None,
@@ -63,11 +66,13 @@ class Programs:
         self._slots, self._vocab = slots, placement.decode.config.vocab_size
         self._chunk, self.widths = chunk, (chunk,) if exact else widths(chunk)
         self._drafted, self._kind, self._pages = drafted, kind, pages
-        # Only DSpark says which of its drafts are worth verifying.
-        several = kind == "dspark" and not exact
+        self._rule = rule if drafted else COUPLED
+        # Only DSpark says which of its drafts are worth verifying, by what it drafted: rejection
+        # would favour some tokens then.
+        several = kind == "dspark" and not exact and rule == COUPLED
         self.rounds = speculate.verified_widths(drafted) if several else (drafted + 1,)
         self._programs = CompiledPrograms(executables, on_compile)
-        self._functions = jitted(placement.decode, kind, drafted, self.rounds)
+        self._functions = jitted(placement.decode, kind, drafted, self.rounds, self._rule)
         self._fresh_row = jax.jit(
             lambda: Row(placement.prefill.init_cache(1, max_length, drafted), _state(1))
         )
@@ -131,13 +136,13 @@ class Programs:
         """The lane with the row in a slot, and the token [1,1] that it is to read next."""
         return self._programs.run(self._putting(lane, slot, row, token_11))
 
-    def propose(self, lane: Lane, draws):
-        """Drafts [S,P] and their confidences, which may be None."""
+    def propose(self, lane: Lane, draws) -> Proposal:
+        """Drafts of all slots."""
         return self._programs.run(self._proposing(lane, draws))
 
-    def verify(self, lane: Lane, drafts_SP, limit_S, draws, scored: bool, width: int):
+    def verify(self, lane: Lane, proposal: Proposal, limit_S, draws, scored: bool, width: int):
         """The round's choice, and the lane; see `speculate.verify`."""
-        return self._programs.run(self._verifying(lane, drafts_SP, limit_S, draws, scored, width))
+        return self._programs.run(self._verifying(lane, proposal, limit_S, draws, scored, width))
 
     def read_page(self, state: Row | Lane, slot: int, number: int):
         """The entries of a page of a slot, or of a row (slot 0); see `slots`."""
@@ -165,7 +170,10 @@ class Programs:
 
     def no_drafts(self):
         """Proposals and limits of a round without a draft."""
-        return np.zeros((self._slots, self._drafted), np.int32), np.zeros(self._slots, np.int32)
+        shape, chances = (self._slots, self._drafted), None
+        if self._rule == REJECTION:
+            chances = np.zeros((*shape, self._vocab), np.float32)
+        return Proposal(np.zeros(shape, np.int32), None, chances), np.zeros(self._slots, np.int32)
 
     def no_draws(self):
         """Draws of all slots and all places of a round."""
@@ -190,8 +198,8 @@ class Programs:
         row, lane = self.fresh_row(), self.fresh_lane()
         logits_1V = self._placement.replicate(jnp.zeros((1, self._vocab), jnp.float32))
         token_11 = self._placement.replicate(jnp.zeros((1, 1), jnp.int32))
-        drafts_SP, limit_S = self.no_drafts()
-        drafts_SP = self._placement.replicate(jnp.asarray(drafts_SP))
+        proposal, limit_S = self.no_drafts()
+        proposal = jax.tree.map(lambda x: self._placement.replicate(jnp.asarray(x)), proposal)
         for width in self.widths:
             yield self._reading(*_padded((), width), row)
         padded, length = _padded((), self._chunk)
@@ -199,7 +207,7 @@ class Programs:
         for scored in (False, True):
             yield self._choosing(logits_1V, no_draws(1, self._vocab), scored)
             for width in self.rounds:
-                yield self._verifying(lane, drafts_SP, limit_S, self.no_draws(), scored, width)
+                yield self._verifying(lane, proposal, limit_S, self.no_draws(), scored, width)
         yield self._putting(lane, 0, row, token_11)
         if self._drafted:
             yield self._proposing(lane, self.no_draws())
@@ -230,13 +238,14 @@ class Programs:
 
     def _proposing(self, lane, draws):
         name = f"draft of {self._drafted} tokens of {self._slots} slots"
-        like = (0, 0 if self._kind == "dspark" else None)
+        chances = 0 if self._rule == REJECTION else None
+        like = Proposal(0, 0 if self._kind == "dspark" else None, chances)
         return self._of_lane(name, "propose", (self._variables, lane, draws), like)
 
-    def _verifying(self, lane, drafts_SP, limit_S, draws, scored, width):
+    def _verifying(self, lane, proposal, limit_S, draws, scored, width):
         name = f"round of {self._slots} slots and {width - 1} of {self._drafted} drafts"
         name += ", scored" if scored else ""
-        arguments = (self._variables, lane, drafts_SP, limit_S, draws)
+        arguments = (self._variables, lane, proposal._replace(confidence=None), limit_S, draws)
         like = (_like(scored), lane)
         return self._of_lane(name, f"verify {width}", arguments, like, scored)
 

@@ -2,6 +2,7 @@
 
 import jax
 
+from v4jax.engine.acceptance import RULES
 from v4jax.engine.slots import page_tokens
 from v4jax.errors import InputError
 from v4jax.infer.arguments import whole_number
@@ -35,6 +36,13 @@ def draft_of(config, draft: str | None) -> str | None:
     if jax.default_backend() == "cpu":
         kinds = tuple(kind for kind in kinds if kind != "mtp")
     return next(iter(kinds), None)
+
+
+def draft_rule_of(rule: str) -> str:
+    """The rule by which drafts are accepted."""
+    if rule not in RULES:
+        raise InputError(f"draft_rule is {rule!r}; expected one of {RULES}")
+    return rule
 
 
 def draft_tokens_of(config, draft: str | None, tokens) -> tuple[str | None, int]:

@@ -1,8 +1,9 @@
 """Rounds: a draft proposes tokens, one call of the model verifies them (inference.md, section 3).
 
-Without a draft a round is the same with no tokens proposed. Every place is drawn as plain decoding
-draws it, with the key of its own new token; a draft is accepted where it is that very token. So a
-draft changes how fast an answer comes, and nothing of the answer.
+Without a draft a round is the same with no tokens proposed. `acceptance` has the rules by which
+drafts are kept. By default every place is drawn as plain decoding draws it, with the key of its own
+new token, and a draft is kept where it is that very token: a draft then changes how fast an answer
+comes, and nothing of the answer.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax.engine.choice import Choice, Draws, choose, draw
+from v4jax.engine import acceptance
+from v4jax.engine.acceptance import COUPLED, Proposal
+from v4jax.engine.choice import Choice, Draws, choose, chosen, finite, only_allowed
 from v4jax.infer.placement import replicated
 from v4jax.model import draft as draft_lib
 from v4jax.model.cache import Cache
@@ -28,27 +31,27 @@ class Lane(NamedTuple):
     draft: Any = None
 
 
-def propose(model, variables, lane: Lane, draws: Draws, width: int):
-    """Tokens that a draft expects behind each anchor [S,width], and its confidences or None.
-
-    It draws with the noise that the model will draw with: at a temperature above 0 two draws agree
-    far more often so.
-    """
+def propose(model, variables, lane: Lane, draws: Draws, width: int, rule: str) -> Proposal:
+    """What a draft expects behind each anchor, `width` tokens; rule: of `acceptance.RULES`."""
+    chances = []
 
     def pick(place, logits_SV):
-        return draw(logits_SV[:, None], draws, place)[:, 0]
+        token_S, chance_SV = acceptance.draft(logits_SV, draws, place, rule)
+        chances.append(chance_SV)
+        return token_S
 
     drafts_SP, confidence_SP = draft_lib.propose(
         model, variables, lane.draft, lane.anchor_S, width, pick
     )
-    return replicated(model, (drafts_SP, confidence_SP))
+    chance_SPV = None if rule == COUPLED else jnp.stack(chances, axis=1)
+    return replicated(model, Proposal(drafts_SP, confidence_SP, chance_SPV))
 
 
 def verify(
     model,
     variables,
     lane: Lane,
-    drafts_SP,
+    proposal: Proposal,
     limit_S,
     draws: Draws,
     kind: str | None,
@@ -58,15 +61,15 @@ def verify(
     """One call of the model on each anchor and its drafts; the answer's next tokens.
 
     Args:
-      drafts_SP: proposed tokens, perhaps none.
+      proposal: drafts, perhaps none; with probabilities they are held to the rejection rule.
       limit_S: how many of them each row may accept, below the width.
       kind: of the draft, None without one.
       scored: with log-probabilities. width: tokens of the call, the anchor and as many drafts.
     """
-    drafts_SP = drafts_SP[:, : width - 1]
+    proposal = proposal.first(width - 1)
     draws = draws._replace(allowed_SPW=draws.allowed_SPW[:, :width])
     active_S = draws.active.astype(jnp.int32)
-    tokens_ST = jnp.concatenate([lane.anchor_S[:, None], drafts_SP], axis=1)
+    tokens_ST = jnp.concatenate([lane.anchor_S[:, None], proposal.token], axis=1)
     out = model.apply(
         variables,
         tokens_ST,
@@ -75,14 +78,14 @@ def verify(
         logits="all",
         aux=() if kind is None else draft_lib.aux(kind),
     )
-    choice = choose(replicated(model, out.logits), draws, scored)
-    accepted_S = _accepted(drafts_SP, choice.token, limit_S)
+    logits_SPV = replicated(model, out.logits)
+    choice, accepted_S = _choose(logits_SPV, proposal, limit_S, draws, scored)
     choice = choice._replace(count=active_S * (accepted_S + 1))
     # A slot whose logits are not finite ends: what it reads until then does not matter.
     newest_S = jnp.take_along_axis(choice.token, accepted_S[:, None], axis=1)[:, 0]
     anchor_S = jnp.where(draws.active, jnp.maximum(newest_S, 0), lane.anchor_S)
     cache, state = out.cache, lane.draft
-    if drafts_SP.shape[1]:
+    if width > 1:
         cache = cache.rollback(active_S * (limit_S - accepted_S))
     if kind is not None:
         behind_ST = jnp.maximum(choice.token, 0)
@@ -92,11 +95,18 @@ def verify(
     return replicated(model, choice), Lane(cache, replicated(model, anchor_S), state)
 
 
-def _accepted(drafts_SP, token_SP, limit_S):
-    """How many drafts are what the model chose at the place before each, from the first on."""
-    place = jnp.arange(drafts_SP.shape[1], dtype=jnp.int32)[None]
-    right_SP = (drafts_SP == token_SP[:, :-1]) & (place < limit_S[:, None])
-    return jnp.cumprod(right_SP.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)
+def _choose(logits_SPV, proposal, limit_S, draws, scored):
+    """The choice of every place, and how many drafts of each slot are accepted."""
+    if proposal.probability is None:
+        choice = choose(logits_SPV, draws, scored)
+        return choice, acceptance.coupled(proposal.token, choice.token, limit_S)
+    allowed_SPV = only_allowed(logits_SPV, draws.allowed_SPW)
+    token_SP, accepted_S = acceptance.rejection(allowed_SPV, proposal, limit_S, draws)
+    choice = chosen(logits_SPV, token_SP, draws, scored)
+    # A place without finite logits is the last: its draft would be kept by nothing.
+    finite_SP = finite(logits_SPV).astype(jnp.int32)
+    sound_S = jnp.cumprod(finite_SP[:, :-1], axis=1).sum(axis=1, dtype=jnp.int32)
+    return choice, jnp.minimum(accepted_S, sound_S)
 
 
 class Widths:
