@@ -4,18 +4,23 @@ Three tokens, two drafts. The model's and the draft's next-token probabilities h
 before; what is drawn is held against the model's law of two tokens.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
-from tests.support.engines import prompt_of, tiny_engine
-from v4jax.engine import acceptance
+from tests.support.engines import SIZES, prompt_of, tiny_engine
+from tests.support.tiny import drawn, tiny_config
+from v4jax.engine import acceptance, speculate
 from v4jax.engine.acceptance import Proposal
 from v4jax.engine.choice import no_draws
+from v4jax.engine.engine import Engine
 from v4jax.engine.request import Request
 from v4jax.errors import InputError
+from v4jax.model.transformer import Transformer
 
 V, DRAWS = 3, 50_000
 AT_ONE = no_draws(DRAWS, V).sampling._replace(temperature=np.ones(DRAWS, np.float32))
@@ -183,3 +188,43 @@ def test_an_answer_depends_on_its_own_request(engines):
 def test_a_rule_that_there_is_not():
     with pytest.raises(InputError, match="draft_rule is 'typical'; expected one of"):
         tiny_engine(draft="mtp", draft_rule="typical")
+
+
+@pytest.mark.slow
+def test_what_a_model_says_has_its_own_law():
+    """50,000 pairs of tokens of a model of five words, by the programs of the engine."""
+    model, slots, words, anchor = Transformer(tiny_config(vocab_size=5), min_repeats=2), 1000, 5, 3
+    rule = {"draft_rule": acceptance.REJECTION, "draft": "mtp", "draft_tokens": 2}
+    engine = Engine(model, drawn(model), **(SIZES | rule | {"slots": slots, "max_length": 128}))
+    programs = engine._programs
+    variables, lane = programs._variables, programs.fresh_lane()
+    _, row = programs.read([1, 2, 4, 0], programs.fresh_row())
+    for slot in range(slots):
+        token_11 = np.full((1, 1), anchor, np.int32)
+        lane = programs.put(lane, slot, row, token_11, no_draws(1, words))
+    fixed = {"drafted": 2, "rule": acceptance.REJECTION}
+    propose = functools.partial(speculate.propose, width=2, rule=acceptance.REJECTION)
+    verify = functools.partial(speculate.verify, kind="mtp", scored=False, width=3, **fixed)
+    propose, verify = (jax.jit(f, static_argnames="model") for f in (propose, verify))
+    draws = no_draws(slots, words, 3)._replace(active=np.ones(slots, bool))
+    ones, limit_S = np.ones(slots, np.float32), np.full(slots, 2, np.int32)
+    draws = draws._replace(sampling=draws.sampling._replace(temperature=ones))
+    counts, accepted = np.zeros(words * words, int), 0
+    for batch in range(DRAWS // slots):
+        own = draws._replace(seed=np.arange(slots, dtype=np.uint32) + batch * slots)
+        proposal = propose(model, variables, lane, own)
+        choice, after = verify(model, variables, lane, proposal, limit_S, own)
+        own = own._replace(step=np.asarray(choice.count))
+        # The drafts that the first round made for the next.
+        again, _ = verify(model, variables, after, after.proposal, limit_S, own)
+        count_S, token_SP = np.asarray(choice.count), np.asarray(choice.token)
+        second_S = np.where(count_S > 1, token_SP[:, 1], np.asarray(again.token)[:, 0])
+        counts += np.bincount(token_SP[:, 0] * words + second_S, minlength=words * words)
+        accepted += int((count_S - 1).sum())
+    assert 0.5 < accepted / DRAWS < 1.95  # drafts are neither the model nor unlike it
+    tokens = np.array([[1, 2, 4, 0, anchor, first] for first in range(words)])
+    out = model.apply(variables, tokens, logits="all").logits[:, -2:]
+    law = np.asarray(jax.nn.softmax(out), np.float64)
+    wanted_VV = law[0, 0][:, None] * law[:, 1]
+    wanted = (wanted_VV / wanted_VV.sum()).ravel() * DRAWS
+    assert stats.chisquare(counts, wanted).pvalue > 0.001

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.support.engines import prompt_of, tiny_engine
+from v4jax.engine.acceptance import Proposal
 from v4jax.engine.request import Request
 from v4jax.engine.speculate import Widths, verified_widths
 from v4jax.errors import InputError
@@ -38,16 +39,16 @@ class Script:
         self._engine, self._right, self.round = engine, right, 0
         self._answers = answers  # by prompt
 
-    def __call__(self, lane, draws):
+    def __call__(self, lane):
         drafts_SP = np.zeros((4, GAMMA), np.int32)
         for slot, job in self._engine._loop.scheduler.decoding.items():
             tokens = self._answers[tuple(job.request.tokens.tolist())]
-            ahead = np.array(tokens[draws.step[slot] :][:GAMMA] + [0] * GAMMA)[:GAMMA]
+            ahead = np.array(tokens[job.asked :][:GAMMA] + [0] * GAMMA)[:GAMMA]
             right = self._right(self.round, slot)
             ahead[right:] = (ahead[right:] + 1) % 331
             drafts_SP[slot] = ahead
         self.round += 1
-        return drafts_SP, None
+        return Proposal(drafts_SP)
 
 
 RIGHT = {
@@ -66,7 +67,7 @@ def test_the_tokens_are_plain_decodings(plain, engine, monkeypatch, name, settin
     expected = [plain.submit(request) for request in requests]
     expected = [stream.result() for stream in expected]
     answers = {tuple(r.tokens): x.tokens for r, x in zip(requests, expected, strict=True)}
-    monkeypatch.setattr(engine._programs, "propose", Script(engine, answers, RIGHT[name]))
+    monkeypatch.setattr(engine._programs, "proposed", Script(engine, answers, RIGHT[name]))
     before = engine.stats()
     streams = [engine.submit(request) for request in requests]
     for stream, alone in zip(streams, expected, strict=True):
@@ -100,14 +101,14 @@ def test_a_rejected_draft_leaves_no_trace(engine, monkeypatch):
     """After a round the slot gives what a slot gives that was only ever fed the right tokens."""
     request = Request(prompt_of(130), max_new_tokens=30, logprobs=0)
     monkeypatch.setattr(
-        engine._programs, "propose", lambda lane, draws: (np.zeros((4, GAMMA), np.int32), None)
+        engine._programs, "proposed", lambda lane: Proposal(np.zeros((4, GAMMA), np.int32))
     )
     rejected = engine.submit(request).result()
     wrong = min(set(range(1, 331)) - set(rejected.tokens))
     monkeypatch.setattr(
         engine._programs,
-        "propose",
-        lambda lane, draws: (np.full((4, GAMMA), wrong, np.int32), None),
+        "proposed",
+        lambda lane: Proposal(np.full((4, GAMMA), wrong, np.int32)),
     )
     other = engine.submit(request).result()
     assert rejected.accepted == other.accepted == 0

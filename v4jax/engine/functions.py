@@ -36,11 +36,11 @@ def jitted(decoder, kind, drafted, rounds, rule):
         return jax.jit(bound, static_argnames="model", donate_argnames=donated)
 
     drafting = {"decoder": decoder, "kind": kind}
+    proposing = {"drafted": drafted, "rule": rule}
     functions = {
         ("read", False): of(_read, "row", **drafting),
         ("read_scored", False): of(_read_scored, "row", **drafting),
-        ("put", False): of(_put, "lane"),
-        ("propose", False): of(speculate.propose, (), width=drafted, rule=rule),
+        ("put", False): of(_put, "lane", **proposing),
         ("read_page", False): of(read_page, ()),
         ("write_page", False): of(_write_page, "row"),
         ("read_rest", False): of(read_rest, ()),
@@ -49,7 +49,7 @@ def jitted(decoder, kind, drafted, rounds, rule):
     for scored in (False, True):
         functions["first", scored] = of(_first, (), scored=scored)
         for width in rounds:
-            fixed = {"kind": kind, "scored": scored, "width": width}
+            fixed = {"kind": kind, "scored": scored, "width": width, **proposing}
             functions[f"verify {width}", scored] = of(speculate.verify, "lane", **fixed)
     return functions
 
@@ -98,18 +98,21 @@ def _first(model, logits_1V, draws, scored):
     return replicated(model, choice)
 
 
-def _put(model, variables, lane: Lane, slot, row: Row, token_11):
-    """The row in its slot; its draft is told of the first new token."""
+def _put(model, variables, lane: Lane, slot, row: Row, token_11, draws_1, *, drafted, rule):
+    """The row in its slot; its draft is told of the first new token, and proposes the next ones."""
     token_1 = jnp.maximum(token_11[:, 0], 0)
-    cache, state = slots_lib.put(lane.cache, slot, row.cache), lane.draft
+    cache, state, proposal = slots_lib.put(lane.cache, slot, row.cache), lane.draft, lane.proposal
     if state is not None:
         began = draft_lib.begin(model, variables, row.draft, token_1, jnp.ones(1, bool))
-        state = slots_lib.put_row(state, slot, began)
-        state = replicated(model, state)
+        alone = Lane(row.cache, token_1, began)
+        ahead = speculate.propose(model, variables, alone, draws_1, drafted, rule)
+        state = replicated(model, slots_lib.put_row(state, slot, began))
+        proposal = replicated(model, slots_lib.put_row(proposal, slot, ahead))
     if model.sharding.mesh is not None:
         places = sharded.cache_shardings(model.sharding, cache)
         cache = jax.lax.with_sharding_constraint(cache, places)
-    return Lane(cache, replicated(model, slots_lib.put_row(lane.anchor_S, slot, token_1)), state)
+    anchor_S = slots_lib.put_row(lane.anchor_S, slot, token_1)
+    return Lane(cache, replicated(model, anchor_S), state, proposal)
 
 
 def read_page(model, state: Row | Lane, slot, number):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from v4jax.engine.choice import ALL, Draws, words
+from v4jax.engine.choice import ALL, Draws, no_draws, words
 from v4jax.engine.constraint import fitted
 from v4jax.engine.functions import Row
 from v4jax.engine.job import Job, Pending
@@ -167,7 +167,8 @@ class Loop:
         draws = jax.tree.map(lambda x: x[slot : slot + 1].copy(), self._draws)
         draws = draws._replace(active=np.ones(1, bool), allowed_SPW=draws.allowed_SPW[:, :1])
         choice = self.programs.first(logits_1V, draws, job.request.logprobs is not None)
-        self._lane = self.programs.put(self._lane, slot, self._row, choice.token)
+        ahead = draws._replace(step=draws.step + 1)
+        self._lane = self.programs.put(self._lane, slot, self._row, choice.token, ahead)
         self._row, job.asked = None, 1
         self._pending.append(Pending(choice, {0: job}))
 
@@ -183,7 +184,7 @@ class Loop:
         if not jobs:
             return False
         self._take_units(jobs)
-        proposal, limit_S = self.programs.no_drafts()
+        proposal, limit_S = self.programs.proposed(self._lane), self.programs.no_drafts()[1]
         self._draws.active[:] = False
         for slot, job in jobs.items():
             self._draws.active[slot] = True
@@ -198,7 +199,6 @@ class Loop:
         draws = jax.tree.map(np.copy, self._draws)
         width = self.programs.rounds[-1]
         if self._drafted:
-            proposal = self.programs.propose(self._lane, draws)
             self._permit_behind(jobs, proposal, draws, limit_S)
             if len(self.programs.rounds) > 1:
                 width = self._widths.choose(np.asarray(proposal.confidence), draws.active)
@@ -334,7 +334,8 @@ class Loop:
     def _clear(self, slot):
         """Numbers that are not finite do not stay behind."""
         row, token_11 = self.programs.fresh_row(), np.zeros((1, 1), np.int32)
-        self._lane = self.programs.put(self._lane, slot, row, token_11)
+        draws = no_draws(1, self.programs.vocab_size)
+        self._lane = self.programs.put(self._lane, slot, row, token_11, draws)
 
 
 _COUNTS = (

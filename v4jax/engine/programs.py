@@ -81,6 +81,7 @@ class Programs:
                 placement.decode.init_cache(slots, max_length, drafted),
                 jnp.zeros(slots, jnp.int32),
                 _state(slots),
+                None if kind is None else jax.tree.map(jnp.asarray, self.no_drafts()[0]),
             )
         )
 
@@ -132,13 +133,16 @@ class Programs:
         """The choice of a prompt's first new token; draws of one slot and one place."""
         return self._programs.run(self._choosing(logits_1V, draws, scored))
 
-    def put(self, lane: Lane, slot: int, row: Row, token_11) -> Lane:
-        """The lane with the row in a slot, and the token [1,1] that it is to read next."""
-        return self._programs.run(self._putting(lane, slot, row, token_11))
+    def put(self, lane: Lane, slot: int, row: Row, token_11, draws) -> Lane:
+        """The lane with the row in a slot, and the token [1,1] that it is to read next.
 
-    def propose(self, lane: Lane, draws) -> Proposal:
-        """Drafts of all slots."""
-        return self._programs.run(self._proposing(lane, draws))
+        draws: of that slot alone, from the token behind it on.
+        """
+        return self._programs.run(self._putting(lane, slot, row, token_11, draws))
+
+    def proposed(self, lane: Lane) -> Proposal:
+        """The next round's drafts of all slots."""
+        return self.no_drafts()[0] if lane.proposal is None else lane.proposal
 
     def verify(self, lane: Lane, proposal: Proposal, limit_S, draws, scored: bool, width: int):
         """The round's choice, and the lane; see `speculate.verify`."""
@@ -169,11 +173,13 @@ class Programs:
         return page, jax.eval_shape(functools.partial(read_rest, model), row, 0)
 
     def no_drafts(self):
-        """Proposals and limits of a round without a draft."""
-        shape, chances = (self._slots, self._drafted), None
+        """Proposals and limits of a round in which nothing is proposed."""
+        shape, sure, chances = (self._slots, self._drafted), None, None
+        if self._kind == "dspark":
+            sure = np.zeros(shape, np.float32)
         if self._rule == REJECTION:
             chances = np.zeros((*shape, self._vocab), np.float32)
-        return Proposal(np.zeros(shape, np.int32), None, chances), np.zeros(self._slots, np.int32)
+        return Proposal(np.zeros(shape, np.int32), sure, chances), np.zeros(self._slots, np.int32)
 
     def no_draws(self):
         """Draws of all slots and all places of a round."""
@@ -198,8 +204,7 @@ class Programs:
         row, lane = self.fresh_row(), self.fresh_lane()
         logits_1V = self._placement.replicate(jnp.zeros((1, self._vocab), jnp.float32))
         token_11 = self._placement.replicate(jnp.zeros((1, 1), jnp.int32))
-        proposal, limit_S = self.no_drafts()
-        proposal = jax.tree.map(lambda x: self._placement.replicate(jnp.asarray(x)), proposal)
+        proposal, limit_S = self.proposed(lane), self.no_drafts()[1]
         for width in self.widths:
             yield self._reading(*_padded((), width), row)
         padded, length = _padded((), self._chunk)
@@ -208,9 +213,7 @@ class Programs:
             yield self._choosing(logits_1V, no_draws(1, self._vocab), scored)
             for width in self.rounds:
                 yield self._verifying(lane, proposal, limit_S, self.no_draws(), scored, width)
-        yield self._putting(lane, 0, row, token_11)
-        if self._drafted:
-            yield self._proposing(lane, self.no_draws())
+        yield self._putting(lane, 0, row, token_11, no_draws(1, self._vocab))
         if self._pages:
             page, rest = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.described)
             for state in (row, lane):
@@ -232,20 +235,16 @@ class Programs:
         name = "first token" + (", scored" if scored else "")
         return self._of_lane(name, "first", (logits_1V, draws), _like(scored), scored)
 
-    def _putting(self, lane, slot, row, token_11):
-        arguments = (self._variables, lane, np.int32(slot), row, token_11)
+    def _putting(self, lane, slot, row, token_11, draws):
+        arguments = (self._variables, lane, np.int32(slot), row, token_11, draws)
         return self._of_lane("a row into a slot", "put", arguments, lane)
-
-    def _proposing(self, lane, draws):
-        name = f"draft of {self._drafted} tokens of {self._slots} slots"
-        chances = 0 if self._rule == REJECTION else None
-        like = Proposal(0, 0 if self._kind == "dspark" else None, chances)
-        return self._of_lane(name, "propose", (self._variables, lane, draws), like)
 
     def _verifying(self, lane, proposal, limit_S, draws, scored, width):
         name = f"round of {self._slots} slots and {width - 1} of {self._drafted} drafts"
         name += ", scored" if scored else ""
-        arguments = (self._variables, lane, proposal._replace(confidence=None), limit_S, draws)
+        # What the lane holds is given away: drafts stand beside it.
+        alone, proposal = lane._replace(proposal=None), proposal._replace(confidence=None)
+        arguments = (self._variables, alone, proposal, limit_S, draws)
         like = (_like(scored), lane)
         return self._of_lane(name, f"verify {width}", arguments, like, scored)
 

@@ -21,14 +21,18 @@ from v4jax.model.cache import Cache
 
 
 class Lane(NamedTuple):
-    """The state of all slots: their cache, the token that each is to read next [S], the draft's.
+    """The state of all slots.
 
-    The last is None without a draft.
+    Attributes:
+      cache: of all of them. anchor_S: the token that each is to read next.
+      draft: what the draft remembers, and proposal: what it expects behind each anchor; None
+        without a draft.
     """
 
     cache: Cache
     anchor_S: Any
     draft: Any = None
+    proposal: Proposal | None = None
 
 
 def propose(model, variables, lane: Lane, draws: Draws, width: int, rule: str) -> Proposal:
@@ -57,14 +61,20 @@ def verify(
     kind: str | None,
     scored: bool,
     width: int,
+    drafted: int,
+    rule: str,
 ) -> tuple[Choice, Lane]:
     """One call of the model on each anchor and its drafts; the answer's next tokens.
+
+    The next round's drafts are made here too: a program of their own costs a small model as much
+    again to call as to run.
 
     Args:
       proposal: drafts, perhaps none; with probabilities they are held to the rejection rule.
       limit_S: how many of them each row may accept, below the width.
       kind: of the draft, None without one.
       scored: with log-probabilities. width: tokens of the call, the anchor and as many drafts.
+      drafted, rule: of the next round's drafts, see `propose`.
     """
     proposal = proposal.first(width - 1)
     draws = draws._replace(allowed_SPW=draws.allowed_SPW[:, :width])
@@ -92,7 +102,11 @@ def verify(
         taps = draft_lib.taps(out, kind)
         state = draft_lib.commit(model, variables, state, taps, behind_ST, choice.count)
         state = replicated(model, state)
-    return replicated(model, choice), Lane(cache, replicated(model, anchor_S), state)
+    lane = Lane(cache, replicated(model, anchor_S), state)
+    if kind is not None:
+        ahead = draws._replace(step=draws.step + choice.count)
+        lane = lane._replace(proposal=propose(model, variables, lane, ahead, drafted, rule))
+    return replicated(model, choice), lane
 
 
 def _choose(logits_SPV, proposal, limit_S, draws, scored):
