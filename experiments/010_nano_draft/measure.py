@@ -7,6 +7,7 @@ measured. Prompts are held-out documents, what follows them is nano's own text. 
 turns on each prompt. It writes measured.json and speed.png; --draw makes the picture alone.
 """
 
+import itertools
 import json
 import random
 import sys
@@ -38,17 +39,22 @@ def engines(run):
 
 
 def measure(run):
+    """Writes what is measured after every prompt."""
     made, lines = engines(run), []
-    for domain in answers.DOMAINS:
-        prompts = answers.prompts(domain, True, PROMPTS, PROMPT, random.Random(1))
-        for engine in made.values():  # each width of a DSpark draft is tried once first
-            engine.generate(prompts[:1], max_new_tokens=16)
-        for number, prompt in enumerate(prompts):
-            for temperature in TEMPERATURES:
-                options = {"temperature": temperature, "seed": number, "max_new_tokens": NEW}
-                for name, engine in made.items():
-                    lines.append(one(engine, prompt, options) | {"draft": name, "domain": domain})
-    return lines
+    prompts = {
+        domain: answers.prompts(domain, True, PROMPTS, PROMPT, random.Random(1))
+        for domain in answers.DOMAINS
+    }
+    for engine in made.values():  # each width of a DSpark draft is tried once first
+        engine.generate(prompts["code"][:1], max_new_tokens=16)
+    for number in range(PROMPTS):
+        for domain, temperature in itertools.product(answers.DOMAINS, TEMPERATURES):
+            options = {"temperature": temperature, "seed": number, "max_new_tokens": NEW}
+            for name, engine in made.items():
+                line = one(engine, prompts[domain][number], options)
+                lines.append(line | {"draft": name, "domain": domain})
+        rows = "\n".join(f"  {json.dumps(row)}," for row in summary(lines))[:-1]
+        (HERE / "measured.json").write_text(f"[\n{rows}\n]\n")
 
 
 def one(engine, prompt, options):
@@ -100,6 +106,7 @@ def summary(lines):
                     (NEW - 1) * len(found) / sum(x["rounds"] for x in found), 3
                 ),
                 "tokens_per_second": np.percentile(speeds, (10, 50, 90)).round(1).tolist(),
+                "prompts": len(found),
                 "times_plain": round(float(np.median(np.divide(speeds, plain))), 3),
             }
         )
@@ -130,7 +137,7 @@ def draw(rows):
         column[0].set(title=f"{domain}: speed of one request", xticks=range(len(names)))
         column[0].set_xticklabels(names)
         column[1].set(title=f"{domain}: drafts accepted", xlabel="place of the draft", ylim=(0, 1))
-    axes[0, 0].set_ylabel("tokens per second\n(median; 10 to 90 % of 8 prompts)")
+    axes[0, 0].set_ylabel("tokens per second\n(median; 10 to 90 % of prompts)")
     axes[1, 0].set_ylabel("probability, if those\nbefore it are accepted")
     for row in axes:
         row[1].legend(fontsize=8)
@@ -138,13 +145,9 @@ def draw(rows):
 
 
 def main(arguments):
-    path = HERE / "measured.json"
     if "--draw" not in arguments:
-        lines = measure(arguments[0] if arguments else None)
-        rows = "\n".join(f"  {json.dumps(row)}," for row in summary(lines))[:-1]
-        path.write_text(f"[\n{rows}\n]\n")
-        (HERE / "runs" / "requests.json").write_text(json.dumps(lines))
-    rows = json.loads(path.read_text())
+        measure(arguments[0] if arguments else None)
+    rows = json.loads((HERE / "measured.json").read_text())
     for row in rows:
         print(*row.values(), sep="  ")
     draw(rows)
