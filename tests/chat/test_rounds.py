@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.support.chats import EOS, body, chat_directory, user
-from tests.support.tiny import tiny_model
+from tests.support.tiny import replaced, tiny_model
 from v4jax.chat.format import ChatFormat
 from v4jax.engine.engine import Engine
 from v4jax.engine.prefix_cache import PrefixCache
@@ -36,8 +36,9 @@ def chat(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(chat):
     model, params = tiny_model()
+    ending = replaced(model.config, eos_token_id=EOS)  # 1, the default, is a byte here
     return Engine(
-        model,
+        model.clone(config=ending),
         params,
         slots=2,
         max_length=LENGTH,

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from v4jax.chat.answer import Answer
 from v4jax.chat.errors import ChatError
 from v4jax.chat.format import ChatFormat
-from v4jax.engine.engine import Engine
 from v4jax.errors import InputError
 
 REASONING, CONTENT, NOTE = "reasoning", "content", "note"
@@ -24,7 +23,7 @@ class Session:
     """One conversation.
 
     Args:
-      engine: that runs the model; its thread runs if `ask` may be interrupted.
+      engine: an `Engine` that runs the model; its thread runs if `ask` may be interrupted.
       chat: the model's format.
       system: what the model is told first. effort: None, or as of `reasoning_effort`; "none"
         turns the reasoning off.
@@ -36,7 +35,7 @@ class Session:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Any,
         chat: ChatFormat,
         system: str | None = None,
         effort: str | None = None,

@@ -53,12 +53,6 @@ SUBCOMMANDS = {
         ("[TEXT...]",),
         huge_pages=True,
     ),
-    "chat": Subcommand(
-        "v4jax.cli.chat",
-        "Talk to a model in the terminal.",
-        "v4jax chat --checkpoint DIR --system 'Answer briefly.'",
-        huge_pages=True,
-    ),
     "bench": Subcommand(
         "v4jax.cli.bench",
         "Measure the engine on a described load: tokens per second and both waits.",
@@ -70,6 +64,12 @@ SUBCOMMANDS = {
         "Show a model's layers, parameters, bytes, KV cache and FLOPs; check a checkpoint.",
         "v4jax inspect flash --context 131072",
         ("DIR|NAME",),
+    ),
+    "chat": Subcommand(
+        "v4jax.cli.chat",
+        "Talk to a model in the terminal.",
+        "v4jax chat --checkpoint DIR --system 'Answer briefly.'",
+        huge_pages=True,
     ),
     "convert": Subcommand(
         "v4jax.cli.convert",

@@ -63,10 +63,10 @@ class Request:
     request_id: str | None = None
     row: int = 0
     keep_at: Sequence[int] = ()
-    repetition: float = 1.0
-    presence: float = 0.0
-    frequency: float = 0.0
-    bias: Mapping[int, float] | None = None
+    repetition: float | int = 1.0
+    presence: float | int = 0.0
+    frequency: float | int = 0.0
+    bias: Mapping[int, float | int] | None = None
 
 
 class TokenLogprob(NamedTuple):
