@@ -39,6 +39,7 @@ FLOORS = (
     "infer",
     "engine",
     "chat",
+    "serve",
     "train",
     "plan",
     "cli",

@@ -1,5 +1,6 @@
 """The engine's invariants on a tiny model of every layer kind (inference.md, 2.5)."""
 
+import concurrent.futures
 import itertools
 
 import jax
@@ -180,3 +181,22 @@ def test_nothing_is_compiled_after_the_warm_up(engine):
 def test_bad_requests_are_refused(engine, changes, message):
     with pytest.raises(InputError, match=message):
         engine.submit(Request(**({"tokens": [1], "max_new_tokens": 8} | changes)))
+
+
+def test_nobody_waits_for_a_step_to_hand_a_request_in(made):
+    """While a step holds the engine, requests, cancellations and counters answer at once."""
+    engine, told = made[0], []
+    expected = answer(engine, prompt_of(7), 5)
+    with engine._lock:
+        outside = concurrent.futures.ThreadPoolExecutor(1)
+        request = Request(prompt_of(7), max_new_tokens=5)
+        stream = outside.submit(engine.submit, request, lambda: told.append(1)).result(10)
+        other = outside.submit(engine.submit, Request(prompt_of(9))).result(10)
+        outside.submit(other.cancel).result(10)
+        assert outside.submit(engine.stats).result(10)["slots_busy"] == 0
+    assert not stream.admitted
+    assert stream.result().tokens == expected and stream.admitted
+    assert len(told) >= 2  # its slot, and an event or more
+    assert other.result().finish == "cancelled"
+    times = engine.stats()["step_seconds"]
+    assert times["decode"][0] > 0 and times["decode"][1] > 0

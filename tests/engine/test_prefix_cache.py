@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from v4jax.engine.prefix_cache import PrefixCache
+from v4jax.engine.prefix_files import forget_files, tag_of
 from v4jax.errors import InputError
 
 PAGE = 4
@@ -211,3 +212,37 @@ def test_it_belongs_to_one_model():
         cache.bind("b", PAGE)
     with pytest.raises(InputError, match="memory_bytes is -1"):
         PrefixCache(memory_bytes=-1)
+
+
+def test_a_salt_is_forgotten_in_memory_and_on_disk_and_nothing_else_is(tmp_path):
+    cache = bound(directory=tmp_path)
+    for salt in ("one", "two", ""):
+        put(cache, range(8), salt)
+    cache.flush()
+    cache.forget(salt="one")
+    other = bound(directory=tmp_path)  # another process
+    for each in (cache, other):
+        assert find(each, range(9), salt="one").length == 0
+        assert find(each, range(9), salt="two").length == 8
+        assert find(each, range(9)).length == 8
+    assert cache.stats()["units"] == 2 and cache.stats()["disk_units"] == 2
+    assert forget_files(tmp_path, tag_of("two")) == 3  # two pages and a unit
+    assert find(bound(directory=tmp_path), range(9), salt="two").length == 0
+    assert find(bound(directory=tmp_path), range(9)).length == 8
+
+
+def test_prefixes_that_nobody_used_are_forgotten(tmp_path):
+    cache = bound(directory=tmp_path)
+    put(cache, range(8))
+    put(cache, range(50, 58))
+    cache.flush()
+    for path in tmp_path.glob("*/*.entry"):
+        os.utime(path, (1, 1))
+    for unit in cache._units.values():
+        unit.used = 1.0
+    assert find(cache, range(9)).length == 8  # it is used, and so is not old
+    find(bound(directory=tmp_path), range(9))
+    cache.forget(unused_seconds=3600.0)
+    for each in (cache, bound(directory=tmp_path)):
+        assert find(each, range(9)).length == 8
+        assert find(each, range(50, 59)).length == 0

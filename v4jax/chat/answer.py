@@ -139,8 +139,8 @@ class Answer:
 
     def _last_chunks(self, chunk, reports):
         """The counts come in a chunk of their own, and only where they are asked for."""
-        usage = chunk.pop("usage")
-        if reports:
+        usage = chunk.pop("usage", None)  # no chunk has it where the counts are not asked for
+        if reports and chunk["choices"][0]["finish_reason"] is not None:
             _report(chunk, reports)
         chunks = [chunk]
         if self._include_usage:

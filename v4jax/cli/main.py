@@ -59,6 +59,23 @@ SUBCOMMANDS = {
         "v4jax bench --concurrency 8 --requests 64 --prompt_tokens 512 --new_tokens 128",
         huge_pages=True,
     ),
+    "serve": Subcommand(
+        "v4jax.cli.serve",
+        "Serve a checkpoint's model over HTTP, with the APIs of OpenAI.",
+        "v4jax serve --checkpoint nano --port 8000",
+        huge_pages=True,
+    ),
+    "keys": Subcommand(
+        "v4jax.cli.keys",
+        "Make, list and revoke the keys of a server.",
+        "v4jax keys create --file keys.json --name alice --requests_per_minute 60",
+        ("create|list|revoke",),
+    ),
+    "forget": Subcommand(
+        "v4jax.cli.forget",
+        "Delete what a server has kept: of a key, of a request, or from before so many days.",
+        "v4jax forget --audit audit --prefix_cache prefixes --key 0123456789abcdef",
+    ),
     "inspect": Subcommand(
         "v4jax.cli.inspect",
         "Show a model's layers, parameters, bytes, KV cache and FLOPs; check a checkpoint.",

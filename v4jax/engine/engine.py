@@ -5,11 +5,13 @@ at a time; a thread may make the steps (`Engine.start`), or whoever waits for an
 mesh of many processes each makes the same engine: process 0 takes requests, the others `follow`.
 """
 
+import collections
 import dataclasses
 import itertools
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from v4jax.engine.acceptance import COUPLED
@@ -97,8 +99,11 @@ class Engine:
             on_compile=on_compile,
         )
         self._arrivals = itertools.count()
-        self._lock = threading.RLock()
-        self._news = threading.Condition(self._lock)
+        self._lock = threading.RLock()  # of the loop; held for as long as a step takes
+        # Requests and cancellations wait here, so that nobody waits for a step to hand one in.
+        self._inbox: collections.deque[tuple[Callable, Any]] = collections.deque()
+        self._gate = threading.Lock()
+        self._news = threading.Event()
         self._thread: threading.Thread | None = None
         self._closed = False
         # All processes read the weights' fingerprint: each has a part of them.
@@ -125,15 +130,29 @@ class Engine:
         """Of the model."""
         return self._config.vocab_size
 
-    def submit(self, request: Request) -> Stream:
-        """Takes a request in; its stream of events.
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and answer that a slot holds."""
+        return self._max_length
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests: `close` was called, or a step has failed."""
+        return self._closed
+
+    def submit(self, request: Request, notify: Callable[[], None] = lambda: None) -> Stream:
+        """Takes a request in; its stream of events. It does not wait for a step to end.
+
+        Args:
+          notify: called once the request has a slot and after every event, by whichever thread
+            makes the steps; it should do no more than wake who reads them.
 
         Raises:
           InputError: a value out of range, a prompt that no slot holds, or a closed engine.
         """
         self._check_leads()
         checked = check(request, self._config, self._max_length, self._tokenizer is not None)
-        stream = Stream(len(checked.tokens), self._wait, self._cancel)
+        stream = Stream(len(checked.tokens), self._wait, self._cancel, notify)
         text = None if self._tokenizer is None else self._tokenizer.stream()
         matcher, stop_ids = None, checked.stop_ids
         if checked.constraint is not None:
@@ -141,14 +160,15 @@ class Engine:
             matcher = checked.constraint.matcher(self._tokenizer, eos)
             stop_ids |= frozenset() if eos is None else {eos}
         answer = Answer(stop_ids, checked.stop, checked.max_new_tokens, text)
-        with self._news:
+        with self._gate:
             if self._closed:
                 raise InputError("the engine is closed; make another one for further requests")
             number = next(self._arrivals)
             own = checked.seed is not None
             seed, row = (checked.seed, checked.row) if own else (self._seed, number)
-            self._loop.submit(Job(checked, stream, answer, seed, row, matcher))
-            self._news.notify_all()
+            job = Job(checked, stream, answer, seed, row, matcher)
+            self._inbox.append((self._loop.submit, job))
+        self._news.set()
         return stream
 
     def generate(self, prompts, max_new_tokens=64, seed=0, on_token=None, **options) -> Generation:
@@ -202,10 +222,17 @@ class Engine:
             return self._programs.warm_up()
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the engine was made, and how many requests wait and run now."""
+        """Counters since the engine was made, and how many requests wait and run now.
+
+        They are read while a step may be under way, so that two of them may differ by its work.
+        """
         self._check_leads()
-        with self._lock:
-            return self._loop.stats()
+        if self._lock.acquire(blocking=False):
+            try:
+                self._take_in()
+            finally:
+                self._lock.release()
+        return self._loop.stats()
 
     def start(self) -> None:
         """Runs the loop in a thread, until `close`."""
@@ -222,12 +249,14 @@ class Engine:
         """
         if self._followed is not None:
             return
-        with self._news:
+        with self._gate:
             self._closed = True
+        with self._lock:
+            self._take_in()
             self._loop.end("cancelled")
             if isinstance(self._programs, Leader):
                 self._programs.end()
-            self._news.notify_all()
+        self._news.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -254,11 +283,14 @@ class Engine:
         """One chunk of a prompt and one decode round, at most; whether there was anything to do."""
         self._check_leads()
         with self._lock:
+            self._take_in()
             try:
                 return self._loop.step()
             except Exception as error:
                 # The device or a program failed: no request can go on.
-                self._closed = True
+                with self._gate:
+                    self._closed = True
+                self._take_in()
                 reason = f"{type(error).__name__}: {str(error)[:300]}"
                 self._loop.end("error", f"the engine stopped: {reason}")
                 raise
@@ -271,14 +303,18 @@ class Engine:
             )
 
     def _run(self):
-        while True:
-            with self._news:
-                if self._closed:
-                    return
-                if self._loop.idle:
-                    self._news.wait()
-                else:
-                    self.step()
+        while not self._closed:
+            self._news.clear()
+            with self._lock:
+                worked = not self._closed and self.step()
+            if not (worked or self._inbox or self._closed) and self._loop.idle:
+                self._news.wait()
+
+    def _take_in(self):
+        """Has the loop know of what has come since the last step."""
+        while self._inbox:
+            tell, what = self._inbox.popleft()
+            tell(what)
 
     def _wait(self):
         """Called by whoever waits for an event."""
@@ -288,9 +324,8 @@ class Engine:
             time.sleep(0.0005)
 
     def _cancel(self, stream):
-        with self._news:
-            self._loop.cancel(stream)
-            self._news.notify_all()
+        self._inbox.append((self._loop.cancel, stream))
+        self._news.set()
 
 
 def _in_many_processes(model):

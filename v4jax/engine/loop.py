@@ -56,6 +56,7 @@ class Loop:
         self._cancelled: list[Stream] = []
         self._widths = Widths(programs.rounds)
         self._verified_at, self._accepted_at = np.zeros(drafted, int), np.zeros(drafted, int)
+        self._times = {kind: [0, 0.0] for kind in STEPS}
         self._ended = False
 
     def submit(self, job: Job) -> None:
@@ -88,11 +89,14 @@ class Loop:
             "slots_busy": self.scheduler.busy,
             "compilations": self.programs.compiled,
             "acceptance": (self._accepted_at / np.maximum(self._verified_at, 1)).round(4).tolist(),
+            "accepted_at": self._accepted_at.tolist(),
+            "step_seconds": {kind: tuple(times) for kind, times in self._times.items()},
         }
         return self.counts | now | ({} if self.prefixes is None else self.prefixes.stats())
 
     def step(self) -> bool:
         """One chunk of a prompt and one decode round, at most; whether there was anything to do."""
+        began = time.perf_counter()
         self._end_cancelled()
         if self.prefixes is not None:
             self.prefixes.store_due()
@@ -105,6 +109,9 @@ class Loop:
         decodes = self._decode_round()
         # The newest round goes on while the host looks at those before it.
         self._hand_out(1 if decodes and not self._needs_tokens() else 0)
+        if reads or decodes:
+            times = self._times["both" if reads and decodes else "read" if reads else "decode"]
+            times[0], times[1] = times[0] + 1, times[1] + time.perf_counter() - began
         return reads or decodes or bool(self._pending)
 
     def _end_cancelled(self):
@@ -347,6 +354,7 @@ class Loop:
         self._lane = self.programs.put(self._lane, slot, row, token_11, draws)
 
 
+STEPS = ("read", "decode", "both")  # what a step did: a chunk of a prompt, a round, or both
 _COUNTS = (
     *("requests", "cancelled", "prompt_tokens", "output_tokens", "rounds", "row_rounds"),
     *("drafted", "accepted", "cached_tokens"),

@@ -7,28 +7,19 @@ compared once more, so that nothing hangs on the hash alone.
 """
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
-import json
-import logging
 import os
-import queue
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
-from safetensors.numpy import load, save
 
+from v4jax.engine.prefix_files import FORMAT, Arrays, PrefixFiles, bytes_of, file_name, tag_of
 from v4jax.errors import InputError
-from v4jax.files.store import Store
-
-FORMAT = "v4jax-prefix-1"
-_WAITING = 256 << 20  # bytes that may wait to be written; beyond it prefixes stay out of the disk
-Arrays = Mapping[str, np.ndarray]
 
 
 class Hit(NamedTuple):
@@ -60,6 +51,8 @@ class _Unit:
     arrays: Arrays
     chain: tuple[bytes, ...]
     on_grid: bool
+    tag: str  # of the salt
+    used: float  # when, in seconds since the epoch
 
 
 class PrefixCache:
@@ -87,7 +80,7 @@ class PrefixCache:
         self._bytes = 0
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._lock = threading.RLock()
-        self._disk = None if directory is None else _Disk(Path(directory), disk_bytes)
+        self._disk = None if directory is None else PrefixFiles(Path(directory), disk_bytes)
         self._identity: str | None = None
         self._page = 0
 
@@ -119,11 +112,11 @@ class PrefixCache:
         """
         with self._lock:
             chain = self._chain(tokens[: len(tokens) - 1], salt)
-            there = 0
-            while there < len(chain) and self._find_page(chain, there, tokens) is not None:
+            there, tag = 0, tag_of(salt)
+            while there < len(chain) and self._find_page(chain, there, tokens, tag) is not None:
                 there += 1
             for count in range(there, 0, -1):
-                unit = self._find_unit(chain[:count])
+                unit = self._find_unit(chain[:count], tag)
                 if unit is not None and (unit.on_grid or not exact):
                     self._counts["hits"] += 1
                     pages = [self._pages[each].arrays for each in chain[:count]]
@@ -150,7 +143,7 @@ class PrefixCache:
     ) -> None:
         """Keeps a prefix of whole pages; pages: at least those that were `missing`."""
         with self._lock:
-            chain = tuple(self._chain(tokens, salt))
+            chain, tag = tuple(self._chain(tokens, salt)), tag_of(salt)
             for place, each in enumerate(chain):
                 if each not in self._pages and place not in pages:
                     return  # it was evicted in between
@@ -158,16 +151,33 @@ class PrefixCache:
                 if each not in self._pages:
                     arrays = dict(pages[place])
                     self._add_page(each, _Page(arrays, self._slice(tokens, place)))
-                    self._write(_name("page", each), arrays, tokens=self._slice(tokens, place))
+                    name = file_name("page", tag, each)
+                    self._write(name, arrays, tokens=self._slice(tokens, place))
                 self._pages[each].users += 1
             old = self._units.pop(chain[-1], None)
             if old is not None:
                 self._release(old)
-            self._units[chain[-1]] = _Unit(dict(unit), chain, bool(on_grid))
-            self._bytes += _bytes(unit)
+            self._units[chain[-1]] = _Unit(dict(unit), chain, bool(on_grid), tag, time.time())
+            self._bytes += bytes_of(unit)
             self._counts["stored"] += 1
-            self._write(_name("unit", chain[-1]), unit, on_grid=on_grid)
+            self._write(file_name("unit", tag, chain[-1]), unit, on_grid=on_grid)
             self._evict()
+
+    def forget(self, salt: str | None = None, unused_seconds: float | None = None) -> None:
+        """Removes prefixes from memory and disk; what a request reads or waits for is not touched.
+
+        Args:
+          salt: only those of this salt. unused_seconds: only those that nobody used for so long.
+        """
+        tag, now = None if salt is None else tag_of(salt), time.time()
+        with self._lock:
+            for digest, unit in list(self._units.items()):
+                old = unused_seconds is None or now - unit.used > unused_seconds
+                if old and tag in (None, unit.tag):
+                    del self._units[digest]
+                    self._release(unit)
+        if self._disk is not None:
+            self._disk.forget(tag, unused_seconds)
 
     def stats(self) -> dict[str, int]:
         """Counters, units and bytes in memory, files that were not read or not written."""
@@ -195,10 +205,10 @@ class PrefixCache:
         part = tokens[place * self._page : (place + 1) * self._page]
         return np.ascontiguousarray(part, "<i4").tobytes()
 
-    def _find_page(self, chain, place, tokens):
+    def _find_page(self, chain, place, tokens, tag):
         page = self._pages.get(chain[place])
         if page is None and self._disk is not None:
-            found = self._disk.read(_name("page", chain[place]))
+            found = self._disk.read(file_name("page", tag, chain[place]))
             if found is not None:
                 arrays, about = found
                 page = _Page(arrays, bytes.fromhex(about["tokens"]))
@@ -207,25 +217,27 @@ class PrefixCache:
             return None
         return page
 
-    def _find_unit(self, chain):
+    def _find_unit(self, chain, tag):
         """The unit at the end of a chain whose pages are all in memory."""
         unit = self._units.get(chain[-1])
         if unit is None and self._disk is not None:
-            found = self._disk.read(_name("unit", chain[-1]))
+            found = self._disk.read(file_name("unit", tag, chain[-1]))
             if found is not None:
                 arrays, about = found
-                unit = _Unit(arrays, tuple(chain), about["on_grid"] == "True")
+                on_grid = about["on_grid"] == "True"
+                unit = _Unit(arrays, tuple(chain), on_grid, tag, time.time())
                 self._units[chain[-1]] = unit
-                self._bytes += _bytes(arrays)
+                self._bytes += bytes_of(arrays)
                 for each in chain:
                     self._pages[each].users += 1
         if unit is not None:
+            unit.used = time.time()
             self._units.move_to_end(chain[-1])
         return unit
 
     def _add_page(self, digest, page):
         self._pages[digest] = page
-        self._bytes += _bytes(page.arrays)
+        self._bytes += bytes_of(page.arrays)
 
     def _evict(self):
         while self._bytes > self._limit and self._units:
@@ -234,7 +246,7 @@ class PrefixCache:
             self._release(unit)
 
     def _release(self, unit):
-        self._bytes -= _bytes(unit.arrays)
+        self._bytes -= bytes_of(unit.arrays)
         for each in unit.chain:
             self._pages[each].users -= 1
         self._drop_unused(unit.chain)
@@ -244,7 +256,7 @@ class PrefixCache:
         for each in digests:
             page = self._pages.get(each)
             if page is not None and page.users == 0:
-                self._bytes -= _bytes(page.arrays)
+                self._bytes -= bytes_of(page.arrays)
                 del self._pages[each]
 
     def _write(self, name, arrays, **about):
@@ -253,127 +265,3 @@ class PrefixCache:
 
 
 _COUNTS = ("hits", "misses", "stored", "evicted")
-
-
-def _name(kind, digest):
-    return f"{kind}-{digest.hex()}"
-
-
-def _bytes(arrays):
-    return sum(array.nbytes for array in arrays.values())
-
-
-class _Disk:
-    """The files of one identity in a directory, written by a thread behind the loop."""
-
-    def __init__(self, directory: Path, limit: int):
-        self._root, self._limit = directory, limit
-        self._store: Store | None = None
-        self._queue: queue.Queue = queue.Queue()
-        self._waiting = 0
-        self._lock = threading.Lock()
-        self._counts = dict.fromkeys(("disk_unread", "disk_dropped", "disk_foreign"), 0)
-        self._bad: set[str] = set()  # names of files that could not be read
-        self._said = False
-        self._thread: threading.Thread | None = None
-
-    def open(self, identity: str) -> None:
-        """Takes the files of an identity, and counts those of others."""
-        own = self._root / identity[:32]
-        with contextlib.suppress(OSError):
-            others = [each for each in self._root.iterdir() if each.is_dir() and each != own]
-            self._counts["disk_foreign"] = len(others)
-            if others:
-                logging.info(
-                    "%s holds prefixes of %d other models, versions or settings, which are not "
-                    "used",
-                    self._root,
-                    len(others),
-                )
-        self._store = Store(own, self._limit)
-
-    def read(self, name):
-        """Arrays and what was said of them, or None."""
-        if name in self._bad or not self._store.has(name):
-            return None
-        content = self._store.read(name)
-        # Whatever other bytes lead the reader to: a damaged file is no prefix, and no error.
-        with contextlib.suppress(Exception):
-            if content is not None:
-                return _decoded(content)
-        self._counts["disk_unread"] += 1
-        self._bad.add(name)
-        return None
-
-    def write(self, name, arrays, about):
-        """Writes a file later; drops it where too much waits."""
-        size = _bytes(arrays)
-        with self._lock:
-            if self._store.has(name) and name not in self._bad:
-                return
-            if self._waiting + size > _WAITING:
-                self._counts["disk_dropped"] += 1
-                return
-            self._waiting += size
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, daemon=True, name="v4jax-prefix")
-                self._thread.start()
-        self._queue.put((name, arrays, about, size))
-
-    def flush(self):
-        self._queue.join()
-
-    def stats(self):
-        return dict(self._counts) | {"disk_waiting_bytes": self._waiting}
-
-    def _run(self):
-        while True:
-            name, arrays, about, size = self._queue.get()
-            try:
-                self._write_now(name, arrays, about)
-            finally:
-                with self._lock:
-                    self._waiting -= size
-                self._queue.task_done()
-
-    def _write_now(self, name, arrays, about):
-        if self._store.write(name, _encoded(arrays, about)):
-            self._bad.discard(name)
-            return
-        self._counts["disk_dropped"] += 1
-        if not self._said:
-            self._said = True
-            logging.warning(
-                "%s cannot be written (full, or not this user's): prefixes are kept in memory only",
-                self._root,
-            )
-
-
-def _encoded(arrays, about) -> bytes:
-    """Safetensors bytes; types that numpy does not know are kept as whole numbers."""
-    types = {name: array.dtype.name for name, array in arrays.items()}
-    plain = {name: _as_integers(array) for name, array in arrays.items()}
-    said = {
-        name: value.hex() if isinstance(value, bytes) else str(bool(value))
-        for name, value in about.items()
-    }
-    return save(plain, metadata={"format": FORMAT, "types": json.dumps(types)} | said)
-
-
-def _decoded(content):
-    size = int.from_bytes(content[:8], "little")
-    about = json.loads(content[8 : 8 + size])["__metadata__"]
-    if about["format"] != FORMAT:
-        raise ValueError("of another version")
-    types = json.loads(about["types"])
-    arrays = {name: array.view(_type(types[name])) for name, array in load(content).items()}
-    return arrays, about
-
-
-def _as_integers(array):
-    array = np.ascontiguousarray(array)
-    return array if array.dtype.kind in "iufb" else array.view(f"u{array.dtype.itemsize}")
-
-
-def _type(name):
-    return np.dtype(getattr(ml_dtypes, name, name))

@@ -14,13 +14,19 @@ class Stream:
       prompt_tokens: length of the prompt.
       work: called while an event is awaited; makes the engine go on, or waits for its thread.
       cancel: called with this stream to end the request.
+      notify: called, by whichever thread makes the steps, once the request has a slot and after
+        every event.
     """
 
     def __init__(
-        self, prompt_tokens: int, work: Callable[[], None], cancel: Callable[["Stream"], None]
+        self,
+        prompt_tokens: int,
+        work: Callable[[], None],
+        cancel: Callable[["Stream"], None],
+        notify: Callable[[], None] = lambda: None,
     ):
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._work, self._cancel = work, cancel
+        self._work, self._cancel, self._notify = work, cancel, notify
         self._result = Result(prompt_tokens)
         self._began = time.perf_counter()
         self._over = False
@@ -29,6 +35,11 @@ class Stream:
     def finished(self) -> bool:
         """Whether the request has ended, whoever has read its events."""
         return self._result.finish is not None
+
+    @property
+    def admitted(self) -> bool:
+        """Whether the request has or had a slot, or has ended without one."""
+        return self._result.queue_seconds is not None or self.finished
 
     @property
     def begun_answer(self) -> bool:
@@ -62,6 +73,11 @@ class Stream:
             pass
         return self._result
 
+    @property
+    def so_far(self) -> Result:
+        """What has come by now; the engine adds to it."""
+        return self._result
+
     def cancel(self) -> None:
         """Ends the request wherever it is; its last event has `finish` "cancelled"."""
         self._cancel(self)
@@ -72,6 +88,7 @@ class Stream:
         """The request has a slot, and so many tokens of its prompt are there already."""
         self._result.queue_seconds = time.perf_counter() - self._began
         self._result.cached_tokens = cached_tokens
+        self._notify()
 
     def scored(self, prompt_logprobs: list[TokenLogprob | None]) -> None:
         """The prompt's log-probabilities."""
@@ -94,3 +111,4 @@ class Stream:
             result.error, result.seconds = event.error, since
             result.finish = event.finish  # last: `finished` asks for it
         self._events.put(event)
+        self._notify()

@@ -11,7 +11,7 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from v4jax.files.atomic import write_atomically
@@ -48,6 +48,14 @@ class Store:
     def has(self, key: str) -> bool:
         """Whether there is an entry of that name, to be trusted or not."""
         return self._file(key).exists()
+
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """Each entry's key and the bytes of its file."""
+        with contextlib.suppress(OSError), os.scandir(self._path) as found:
+            for entry in found:
+                if entry.name.endswith(SUFFIX):
+                    with contextlib.suppress(OSError):  # another process has removed it
+                        yield entry.name.removesuffix(SUFFIX), entry.stat().st_size
 
     def write(self, key: str, content: bytes) -> bool:
         """Keeps the content; False where the system does not let it, which costs only time."""

@@ -12,6 +12,17 @@ _WATCHED = frozenset({"add_bos_token", "bos_token", "content"})
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
+def _byte_characters():
+    """Character -> byte, as byte-level tokenizers write bytes: those that print as themselves."""
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    table = {chr(byte): byte for byte in printed}
+    return table | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
+
+
 class Tokenizer:
     """The tokenizer of one checkpoint directory.
 
@@ -65,6 +76,16 @@ class Tokenizer:
     def decode(self, ids) -> str:
         """The text of the ids, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def piece(self, token: int) -> str | bytes | None:
+        """What an id stands for alone: an added token's name, else bytes; None for no such id."""
+        added = self._tokenizer.get_added_tokens_decoder().get(token)
+        if added is not None:
+            return added.content
+        written = self._tokenizer.id_to_token(token)
+        if written is None or type(self._tokenizer.decoder).__name__ != "ByteLevel":
+            return None if written is None else self.decode([token])
+        return bytes(_BYTES[character] for character in written)
 
     def stream(self) -> "TextStream":
         return TextStream(self)
