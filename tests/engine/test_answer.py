@@ -73,9 +73,10 @@ def test_what_may_become_a_stop_text_is_held_back():
     answer = Answer(frozenset(), ("abc",), 100, TextStream(Bytes()))
     assert answer.add(120).tokens == (120,)
     assert answer.add(97) is None
-    assert answer.add(98) is None
+    assert answer.add(98, drafted=True) is None
     event = answer.add(100)
     assert (event.tokens, event.text) == ((97, 98, 100), "abd")
+    assert event.drafted == (1,)
 
 
 def test_without_a_tokenizer_tokens_come_at_once():

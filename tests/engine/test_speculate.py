@@ -71,8 +71,9 @@ def test_the_tokens_are_plain_decodings(plain, engine, monkeypatch, name, settin
     before = engine.stats()
     streams = [engine.submit(request) for request in requests]
     for stream, alone in zip(streams, expected, strict=True):
-        result = stream.result()
+        events, result = list(stream), stream.result()
         assert result.tokens == alone.tokens
+        assert sum(len(event.drafted) for event in events) == result.accepted
         np.testing.assert_allclose(
             [x.logprob for x in result.logprobs], [x.logprob for x in alone.logprobs], atol=1e-4
         )

@@ -61,8 +61,8 @@ def kept_engine(tokenizer, **changes):
     return Kept(engine, cache)
 
 
-def serving(engine, directory="nano", **settings):
-    """The parts of a server; directory: of the tokenizer."""
+def serving(engine, directory="nano", figures=None, **settings):
+    """The parts of a server; directory: of the tokenizer. figures: of the lens, if it is on."""
     config = read_config(f"{locate('nano')}/config.json")
     settings = Settings(**({"name": "nano"} | settings))
     chat, why_not = chat_format(directory, settings, engine.max_length)
@@ -76,6 +76,7 @@ def serving(engine, directory="nano", **settings):
         chat=chat,
         no_chat=why_not,
         prefix_cache=engine.cache,
+        figures=figures,
     )
 
 

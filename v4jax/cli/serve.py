@@ -49,6 +49,7 @@ def define_flags():
     )
     flags.DEFINE_string("prefix_cache", None, "Directory of prefixes (default: memory alone)")
     flags.DEFINE_float("prefix_memory", 1.0, "GB of prefixes in memory; 0: none are kept")
+    flags.DEFINE_boolean("lens", False, "Let the page look into requests; keeps them in memory")
     flags.DEFINE_string("mesh", None, "Run on many devices, as expert=4,sequence=2")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Activations (default: the model's)")
     flags.DEFINE_enum("numerics", None, ["native"], "native: the official FP8 and FP4 rounding")
@@ -152,6 +153,7 @@ def _options():
     return {
         "slots": FLAGS.slots,
         "max_length": FLAGS.max_length,
+        "lens": FLAGS.lens,
         "draft": None if FLAGS.draft == "none" else FLAGS.draft,
         "programs": compilation_cache.programs(),
     }

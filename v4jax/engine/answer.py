@@ -15,6 +15,7 @@ class _Held:
 
     token: int
     logprob: TokenLogprob | None
+    drafted: bool
     end: int | None = None
 
 
@@ -35,13 +36,15 @@ class Answer:
         self.count = 0  # tokens so far, held back or not
         self.finish: str | None = None
 
-    def add(self, token: int, logprob: TokenLogprob | None = None) -> Event | None:
+    def add(
+        self, token: int, logprob: TokenLogprob | None = None, drafted: bool = False
+    ) -> Event | None:
         """Takes one token; what can be handed out now, or None."""
         if token in self._stop_ids:
             self.finish = "stop"
             return self._all_out()
         self.count += 1
-        self._held.append(_Held(token, logprob))
+        self._held.append(_Held(token, logprob, drafted))
         if self._text is not None:
             self._take(self._text.add(token))
         if (at := self._found()) >= 0:
@@ -103,4 +106,6 @@ class Answer:
         if not out and not text and self.finish is None:
             return None
         logprobs = tuple(held.logprob for held in out if held.logprob is not None)
-        return Event(tuple(held.token for held in out), text, logprobs, self.finish)
+        drafted = tuple(place for place, held in enumerate(out) if held.drafted)
+        tokens = tuple(held.token for held in out)
+        return Event(tokens, text, logprobs, self.finish, drafted=drafted)

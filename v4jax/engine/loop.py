@@ -306,13 +306,13 @@ class Loop:
     def _take(self, job, choice):
         """The new tokens of one row, until one of them ends the answer."""
         for place in range(choice.count):
-            self._take_one(
-                job, jax.tree.map(lambda x, place=place: x[place], choice[2:]), choice.token[place]
-            )
+            scores = jax.tree.map(lambda x, place=place: x[place], choice[2:])
+            # The last one is the model's own; those before it were proposed.
+            self._take_one(job, scores, choice.token[place], place < choice.count - 1)
             if job.answer.finish is not None:
                 return
 
-    def _take_one(self, job, scores, token):
+    def _take_one(self, job, scores, token, drafted):
         token = int(token)
         job.made.append(token)
         if token < 0:
@@ -321,7 +321,7 @@ class Loop:
         logprob = None
         if job.request.logprobs is not None:
             logprob = _logprobs([token], [x[None] for x in scores], job.request.logprobs)[0]
-        event = job.answer.add(token, logprob)
+        event = job.answer.add(token, logprob, bool(drafted))
         if job.matcher is not None and job.answer.finish is None:
             job.matcher.advance(token)
             if job.matcher.done():
@@ -389,6 +389,7 @@ def _joined(event: Event, rest: Event) -> Event:
         event.logprobs + rest.logprobs,
         rest.finish,
         rest.error,
+        event.drafted + tuple(len(event.tokens) + place for place in rest.drafted),
     )
 
 

@@ -86,6 +86,7 @@ class Event(NamedTuple):
       logprobs: one a token, where asked for.
       finish: None, or one of `FINISHES` in the last event.
       error: with "error", one sentence.
+      drafted: which of the tokens a draft proposed, by their place among them.
     """
 
     tokens: tuple[int, ...] = ()
@@ -93,6 +94,7 @@ class Event(NamedTuple):
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: str | None = None
     error: str | None = None
+    drafted: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass

@@ -1,5 +1,6 @@
 """The HTTP interface (inference.md, section 6): which path does what."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -13,7 +14,9 @@ from v4jax.serve.call import Call, answered
 from v4jax.serve.completions import completions
 from v4jax.serve.conversations import chat, messages, responses
 from v4jax.serve.errors import Refused
+from v4jax.serve.look import Unavailable
 from v4jax.serve.metrics import CONTENT_TYPE
+from v4jax.serve.page import page_routes
 from v4jax.serve.serving import Serving
 from v4jax.serve.texts import detokenize, model, models, tokenize, tokenizer_info
 
@@ -45,6 +48,8 @@ def make_app(serving: Serving, more: list[Route] | None = None) -> Starlette:
         post("/tokenize", "tokenize", tokenize, works=False),
         post("/detokenize", "tokenize", detokenize, works=False),
         get("/tokenizer_info", "tokenize", tokenizer_info),
+        *page_routes(_about(serving)),
+        *([] if serving.look is None else [get("/lens", "lens", _lens)]),
         *(more or []),
     ]
     handlers: dict = {HTTPException: _elsewhere(serving)}
@@ -73,6 +78,25 @@ def _health(serving):
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     return health
+
+
+def _about(serving) -> dict[str, Any]:
+    """What the page has to know."""
+    return {
+        "model": serving.settings.name,
+        "chat": serving.chat is not None,
+        "lens": serving.look is not None,
+        "keys": serving.keys is not None,
+        "max_length": serving.engine.max_length,
+    }
+
+
+async def _lens(call: Call) -> Any:
+    try:
+        query = call.request.query_params
+        return await asyncio.to_thread(call.serving.look, query, call.tenant)
+    except Unavailable as error:
+        raise Refused(error.status, error.message, code="lens") from None
 
 
 async def _metrics(call: Call) -> Response:

@@ -11,6 +11,7 @@ from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.errors import InputError
 from v4jax.infer.generation_config import read_generation_config
 from v4jax.infer.tokenizer import Tokenizer
+from v4jax.serve.lens import Lens
 from v4jax.serve.serving import Serving
 from v4jax.serve.settings import Settings
 
@@ -24,6 +25,7 @@ def build(
     loading: dict[str, Any] | None = None,
     prefix_cache: PrefixCache | None = None,
     max_length: int | None = None,
+    lens: bool = False,
     **options: Any,
 ) -> Serving:
     """Loads a checkpoint and makes the server of it; nothing is compiled yet.
@@ -32,6 +34,7 @@ def build(
       path: a checkpoint's directory, or "nano". loading: options of `v4jax.load`.
       prefix_cache: where prefixes are kept; None: in memory.
       max_length: tokens of prompt and answer; None: 4,096, or what the model holds.
+      lens: whether `/lens` can look into requests that have ended.
       options: of `Engine`.
 
     Raises:
@@ -70,6 +73,7 @@ def build(
         chat=chat,
         no_chat=why_not,
         prefix_cache=prefix_cache,
+        figures=Lens(model, params).figures if lens else None,
     )
 
 

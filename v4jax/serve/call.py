@@ -16,6 +16,7 @@ from v4jax.errors import InputError
 from v4jax.serve import sse
 from v4jax.serve.access import check_own, key_of
 from v4jax.serve.body import ClientLeft, parse_json, read_body
+from v4jax.serve.detail import HEADER, Detail
 from v4jax.serve.errors import Refused, of_ours
 from v4jax.serve.keys import Key
 from v4jax.serve.running import Answering
@@ -60,6 +61,7 @@ class Call:
         self._last: dict[int, float] = {}
         self._counted = self._over = False
         self._reserved: list | None = None
+        self._detail: Detail | None = None  # of the first answer
 
     @property
     def tenant(self) -> str:
@@ -101,6 +103,7 @@ class Call:
         new: the most that each answer may have.
         """
         self.prompts = prompts
+        self._detail = Detail(self.id, len(prompts[0]))
         self.cost.prompt = sum(map(len, prompts))
         longest = max(map(len, prompts))
         limit, most = self.serving.engine.max_length, self.serving.max_prompt_tokens
@@ -136,6 +139,10 @@ class Call:
         """Takes the time of an event's tokens."""
         count, now, metrics = len(event.tokens), time.perf_counter(), self.serving.metrics
         self.cost.output += count
+        if place == 0:
+            self._detail.saw(event)
+            if event.finish is not None:
+                self._show_lens()
         if not count:
             return
         if self._first is None:
@@ -145,6 +152,21 @@ class Call:
             for _ in range(count):
                 metrics.between_tokens.observe((now - self._last[place]) / count)
         self._last[place] = now
+
+    def detail(self, place: int) -> dict | None:
+        """What the client asked to be told of the newest event of an answer, if anything."""
+        if place or self.request.headers.get(HEADER) != "1":
+            return None
+        return self._detail.told(self.answerings[0].stream.so_far)
+
+    def _show_lens(self):
+        """From now on the lens can look into the first answer."""
+        if self.serving.look is None or not self.answerings or self.answerings[0].stream is None:
+            return
+        result, prompt = self.answerings[0].stream.so_far, self.prompts[0]
+        tokens, cached = [*prompt, *result.tokens], result.cached_tokens
+        drafted = self._detail.drafted
+        self.serving.look.requests.add(self.id, self.tenant, tokens, len(prompt), cached, drafted)
 
     def cancel(self) -> None:
         """Ends whatever of it still runs in the engine."""
@@ -157,6 +179,7 @@ class Call:
             return None
         self._over = True
         self.cancel()
+        self._show_lens()
         results = [each.stream.so_far for each in self.answerings if each.stream is not None]
         self.cost.cached = sum(each.cached_tokens for each in results)
         serving, cost, seconds = self.serving, self.cost, time.perf_counter() - self._began

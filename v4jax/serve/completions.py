@@ -9,6 +9,7 @@ from v4jax.engine.request import STOP_STRINGS, TOP_LOGPROBS, Event, Request, Res
 from v4jax.serve import sse
 from v4jax.serve.body import unless_left
 from v4jax.serve.call import Call, Streamed, checked_end
+from v4jax.serve.detail import EVENT
 from v4jax.serve.errors import Refused
 from v4jax.serve.fields import Fields, check_text, wrong
 from v4jax.serve.running import merged
@@ -318,6 +319,8 @@ async def _streamed(call, asked):
             _merge(told, prompts[place].logprobs.of(list(event.logprobs)))
         call.answer[place] += event.text
         call.finish = event.finish
+        if (more := call.detail(place)) is not None:
+            yield sse.data(more, EVENT)
         choice = {"index": place, "text": text, "logprobs": told, "finish_reason": event.finish}
         yield sse.data(_head(call) | {"choices": [choice]})
     if asked.include_usage:

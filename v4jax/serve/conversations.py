@@ -1,11 +1,14 @@
 """POST /v1/chat/completions, /v1/responses and /v1/messages: `v4jax.chat` speaks with clients."""
 
+import json
 from typing import Any
 
 from v4jax.chat.errors import ChatError
+from v4jax.chat.recipe import ServerEvent
 from v4jax.serve import sse
 from v4jax.serve.body import unless_left
 from v4jax.serve.call import Call, Streamed, checked_end
+from v4jax.serve.detail import EVENT
 from v4jax.serve.errors import Refused
 from v4jax.serve.running import merged
 
@@ -70,6 +73,8 @@ async def _events(call, answer):
             begun = True
             for each in answer.begin(stream.so_far.cached_tokens):
                 yield each
+        if (told := call.detail(0)) is not None:
+            yield ServerEvent(EVENT, json.dumps(told))
         for each in answer.push(event.tokens, event.logprobs):
             yield each
         if event.finish is not None:

@@ -15,8 +15,10 @@ from v4jax.serve.errors import Refused
 from v4jax.serve.forget import Watch
 from v4jax.serve.keys import KeyFile
 from v4jax.serve.limits import Limits, Rate
+from v4jax.serve.look import Figures, Look
 from v4jax.serve.metrics import Metrics
 from v4jax.serve.running import Running
+from v4jax.serve.seen import SeenRequests
 from v4jax.serve.settings import Settings
 from v4jax.serve.token_names import TokenNames
 
@@ -32,6 +34,7 @@ class Serving:
       eos: ids that end a text. bos, eos_token: ids of the config, or None.
       chat: a `ChatFormat`, or None: the checkpoint cannot chat, for the reason `no_chat`.
       prefix_cache: the engine's, or None.
+      figures: `Lens.figures` of the model, or None: nobody can look into requests.
 
     Attributes:
       state: "warming up", "ready", "stopping" or "failed".
@@ -52,10 +55,14 @@ class Serving:
         chat: Any = None,
         no_chat: str = "",
         prefix_cache: PrefixCache | None = None,
+        figures: Figures | None = None,
     ):
         self.settings, self.engine, self.tokenizer = settings, engine, tokenizer
         self.names, self.stop_ids = TokenNames(tokenizer, bos, eos), stop_ids
         self.chat, self.no_chat, self.prefix_cache = chat, no_chat, prefix_cache
+        self.look: Look | None = None
+        if figures is not None:
+            self.look = Look(figures, self.names.name, SeenRequests())
         self.keys = None if settings.keys is None else KeyFile(settings.keys)
         self.limits = Limits()
         self.unknown = Rate(_UNKNOWN_LINES)
@@ -166,6 +173,11 @@ class Serving:
         if self.chat is not None:
             for salt in asked["salts"]:
                 self.chat.kept.forget(salt)
+        if self.look is not None:
+            for salt in asked["salts"]:
+                self.look.requests.delete(tenant=salt)
+            if (days := asked["older_than_days"]) is not None:
+                self.look.requests.delete(older_than=days * DAY)
         if self.prefix_cache is not None:
             for salt in asked["salts"]:
                 await asyncio.to_thread(self.prefix_cache.forget, salt)
