@@ -40,6 +40,7 @@ FLOORS = (
     "engine",
     "train",
     "plan",
+    "eval",
     "cli",
 )
 

@@ -59,6 +59,13 @@ SUBCOMMANDS = {
         "v4jax bench --concurrency 8 --requests 64 --prompt_tokens 512 --new_tokens 128",
         huge_pages=True,
     ),
+    "eval": Subcommand(
+        "v4jax.cli.eval",
+        "Evaluate a checkpoint or endpoint: long context, tools, latency, cost, data controls.",
+        "v4jax eval needle --checkpoint nano --lengths 512,1024,4096 --samples 40 --out needles",
+        ("SUITE", "[DIR...]"),
+        huge_pages=True,
+    ),
     "inspect": Subcommand(
         "v4jax.cli.inspect",
         "Show a model's layers, parameters, bytes, KV cache and FLOPs; check a checkpoint.",
