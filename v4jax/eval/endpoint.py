@@ -105,13 +105,36 @@ class EndpointTarget:
             "seed": seed,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **({"stop": list(stop)} if stop else {}),
         }
         return self._patiently("/completions", body)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text.
+
+        Raises:
+          InputError: no tokenizer was given.
+        """
+        return self._known().encode(text)
+
+    def decode(self, ids) -> str:
+        return self._known().decode(ids)
+
+    def _known(self):
+        if self._tokenizer is None:
+            raise InputError(
+                "the suite places tokens exactly, and nothing is known of the endpoint's "
+                "tokenizer: give --tokenizer with its checkpoint's directory"
+            )
+        return self._tokenizer
 
     @property
     def vocab_size(self) -> int:
         """Ids that every tokenizer has: printable bytes, where nothing else is known."""
         return 128 if self._tokenizer is None else self._tokenizer.vocab_size
+
+    def resize(self, slots: int) -> None:
+        """The endpoint has the slots that it has."""
 
     def warm_up(self) -> float:
         return 0.0

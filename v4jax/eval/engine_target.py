@@ -77,6 +77,7 @@ class EngineTarget:
             "weights": _weights(directory),
         }
         self._engine: Engine | None = None
+        self._loaded: tuple | None = None
 
     def measure(self, prompt: Prompt) -> int:
         """Tokens of a prompt as the model reads it."""
@@ -129,10 +130,10 @@ class EngineTarget:
     def engine(self) -> Engine:
         """The engine; loads the model when it is first asked for."""
         if self._engine is None:
-            model, params = load(self._checkpoint, **self._load)
+            if self._loaded is None:
+                self._loaded = load(self._checkpoint, **self._load)
             self._engine = Engine(
-                model,
-                params,
+                *self._loaded,
                 slots=self._slots,
                 max_length=self._length,
                 prefill_chunk=min(CHUNK, -(-self._length // 128) * 128),
@@ -144,9 +145,21 @@ class EngineTarget:
             self._engine.start()
         return self._engine
 
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def decode(self, ids) -> str:
+        return self._tokenizer.decode(ids)
+
     @property
     def vocab_size(self) -> int:
         return self._tokenizer.vocab_size
+
+    def resize(self, slots: int) -> None:
+        """Has so many questions answered together from now on, by another engine if need be."""
+        if slots != self._slots:
+            self.close()
+            self._engine, self._slots = None, slots
 
     def warm_up(self) -> float:
         """Compiles all programs; the seconds that it took."""

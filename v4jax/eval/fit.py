@@ -6,6 +6,10 @@ from v4jax.errors import InputError
 from v4jax.eval.sample import Measure, Prompt
 
 
+class TooShort(InputError):
+    """A length into which not even the shortest prompt of a task fits."""
+
+
 def most_steps(
     build: Callable[[int], Prompt], measure: Measure, length: int, budget: int, what: str
 ) -> int:
@@ -16,12 +20,12 @@ def most_steps(
       what: the task, for the message.
 
     Raises:
-      InputError: even the prompt without haystack is too long.
+      TooShort: even the prompt without haystack is too long.
     """
     room = length - budget
     low, least = 0, measure(build(0))
     if least > room:
-        raise InputError(
+        raise TooShort(
             f"{what}: the length is {length} tokens, and the shortest prompt has {least} with "
             f"{budget} more for the answer; expected a length of {least + budget} or more"
         )

@@ -57,8 +57,12 @@ class Client:
     def post(self, path: str, body: Any, **changes) -> Any:
         return self._whole("POST", self._path + path, body, **changes)
 
+    def get_root(self, path: str) -> Any:
+        """As `get`, beside the API's version: without its /v1."""
+        return self._whole("GET", self._path.removesuffix("/v1") + path, None)
+
     def post_root(self, path: str, body: Any) -> Any:
-        """As `post`, beside the API's version: without its /v1."""
+        """As `post`, there."""
         return self._whole("POST", self._path.removesuffix("/v1") + path, body)
 
     def stream(self, path: str, body: Any, **changes) -> Iterator[dict[str, Any]]:
@@ -77,13 +81,20 @@ class Client:
         finally:
             connection.close()
 
-    def status(self, method: str, path: str, body: Any = None, **changes) -> int:
-        """The status of a request, whatever it is."""
+    def exchange(self, path: str, body: Any, **changes) -> tuple[int, dict[str, str], str]:
+        """Status, headers (names in small letters) and text of a POST, whatever they are.
+
+        Raises:
+          Refused: nothing answers.
+        """
+        connection = self._connect()
         try:
-            self._whole(method, self._path + path, body, **changes)
-        except Refused as error:
-            return error.status
-        return 200
+            with _answering(self._timeout):
+                response = self._response(connection, "POST", self._path + path, body, **changes)
+                headers = {name.lower(): value for name, value in response.getheaders()}
+                return response.status, headers, response.read().decode(errors="replace")
+        finally:
+            connection.close()
 
     def _whole(self, method, path, body, **changes):
         connection = self._connect()
@@ -100,19 +111,22 @@ class Client:
             )
         return http.client.HTTPConnection(self._parts.hostname, self._port, timeout=self._timeout)
 
-    def _send(self, connection, method, path, body, key=""):
+    def _send(self, connection, method, path, body, **changes):
+        with _answering(self._timeout):
+            response = self._response(connection, method, path, body, **changes)
+            if not 200 <= response.status < 300:
+                raise Refused(response.status, _message(response.read(1 << 16)), _after(response))
+        return response
+
+    def _response(self, connection, method, path, body, key=""):
         """key: another one than the client's own; None: none."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         key = self._key if key == "" else key
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
         content = None if body is None else json.dumps(body).encode()
-        with _answering(self._timeout):
-            connection.request(method, path, content, headers)
-            response = connection.getresponse()
-            if not 200 <= response.status < 300:
-                raise Refused(response.status, _message(response.read(1 << 16)), _after(response))
-        return response
+        connection.request(method, path, content, headers)
+        return connection.getresponse()
 
     def _json(self, response):
         with _answering(self._timeout):

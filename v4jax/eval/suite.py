@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from v4jax.errors import InputError
+from v4jax.eval.fit import TooShort
 from v4jax.eval.records import Key, Records
 from v4jax.eval.sample import Answer, Measure, Prompt, Sample, Task
 
@@ -59,17 +60,33 @@ class Job:
         return self.task, self.length, self.sample
 
 
-def jobs_of(task: Task, lengths: Sequence[int], samples: int, seed: int) -> list[Job]:
+def jobs_of(
+    task: Task, lengths: Sequence[int], samples: int, seed: int, spread: bool = False
+) -> list[Job]:
     """So many samples of a task at each length; at even depths where it has them.
 
     Shallow needles come first: what lies before one is shared with all deeper ones.
+
+    Args:
+      spread: all lengths and depths come early instead, for a run that may be cut short.
     """
-    found = []
-    for length in lengths:
-        for number in range(samples):
-            depth = number / max(samples - 1, 1) if task.depths else None
-            found.append(Job(task.name, length, number, _Question(task, seed, number, depth)))
-            found[-1] = dataclasses.replace(found[-1], run=found[-1].run.at(length))
+    keys = [(length, number) for length in lengths for number in range(samples)]
+    if spread:
+        order = sorted(range(samples), key=_scattered)
+        keys = [(length, number) for number in order for length in lengths]
+    return [
+        Job(task.name, length, number, _Question(task, seed, number, length, depth))
+        for length, number in keys
+        for depth in [number / max(samples - 1, 1) if task.depths else None]
+    ]
+
+
+def _scattered(number: int) -> float:
+    """The number's binary digits behind the point, in reverse: neighbours lie far apart."""
+    found, part = 0.0, 0.5
+    while number:
+        found += part * (number & 1)
+        number, part = number >> 1, part / 2
     return found
 
 
@@ -80,11 +97,8 @@ class _Question:
     task: Task
     seed: int
     number: int
+    length: int
     depth: float | None
-    length: int = 0
-
-    def at(self, length):
-        return dataclasses.replace(self, length=length)
 
     def __call__(self, target: Target) -> dict[str, Any]:
         sample = self.task.make(self.seed, self.number, self.length, self.depth, target.measure)
@@ -130,12 +144,14 @@ def run(
     concurrency: int = 1,
     progress: Callable[[dict[str, Any]], None] = lambda record: None,
     deadline: float | None = None,
+    skip: Callable[[str], None] = lambda sentence: None,
 ) -> int:
     """Does what is not recorded yet, so many jobs at a time; how many were left for want of time.
 
     Args:
       progress: called with each new record.
       deadline: of `time.monotonic`: no job begins after it; None: all are done.
+      skip: called with a sentence for each job whose length is too short for its task.
 
     Raises:
       InputError: the first job that failed; jobs under way are recorded before that, if they can.
@@ -151,8 +167,12 @@ def run(
                 job = next(place, None)
             if job is None:
                 break
+            done += 1
             try:
                 fields = job.run(target)
+            except TooShort as error:
+                skip(str(error))
+                continue
             except BaseException:
                 stop.set()
                 raise
@@ -160,7 +180,6 @@ def run(
             with lock:
                 records.add(record)
                 progress(record)
-            done += 1
         return done
 
     return len(left) - _together(work, concurrency, stop)
