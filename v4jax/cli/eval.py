@@ -183,6 +183,9 @@ def _settings(suite):
         lengths = eval_targets.numbers("lengths", FLAGS.lengths)
     elif suite == "five":
         lengths = _five_lengths()
+    elif FLAGS.endpoint is None:
+        longest = eval_targets.longest_of_checkpoint()
+        lengths = tuple(each for each in lengths if each <= longest) or (longest,)
     return suites.Settings(
         lengths=lengths,
         samples=FLAGS.samples,

@@ -29,6 +29,9 @@ def define_flags():
     )
     flags.DEFINE_integer("concurrency", 1, "Questions under way at a time", lower_bound=1)
     flags.DEFINE_boolean("prefix_cache", True, "Read prefixes that prompts share once")
+    flags.DEFINE_integer(
+        "max_positions", None, "Positions that the model reads, beyond its own limit", lower_bound=1
+    )
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Activations (default: the model's)")
     flags.DEFINE_enum("numerics", None, ["native"], "native: the official FP8 and FP4 rounding")
     flags.DEFINE_string("other_key", None, "controls: key of another tenant")
@@ -51,6 +54,7 @@ def of_checkpoint(longest: int):
         slots=FLAGS.concurrency,
         style=FLAGS.style,
         prefix_cache=FLAGS.prefix_cache,
+        max_positions=FLAGS.max_positions,
         dtype=FLAGS.dtype,
         numerics=FLAGS.numerics,
         programs=compilation_cache.programs(),
@@ -101,7 +105,15 @@ def longest_of_checkpoint() -> int:
     from v4jax.checkpoints.load import locate
     from v4jax.checkpoints.source import read_announced
 
-    return read_announced(Path(locate(FLAGS.checkpoint))).config.max_position_embeddings
+    if FLAGS.max_positions is not None:
+        return FLAGS.max_positions
+    directory = Path(locate(FLAGS.checkpoint))
+    if not (directory / "config.json").exists():
+        raise InputError(
+            f"--checkpoint is {FLAGS.checkpoint[:200]!r}, and there is no config.json in "
+            f"{str(directory)[:200]}; expected a checkpoint's directory, or nano"
+        )
+    return read_announced(directory).config.max_position_embeddings
 
 
 def controlled():

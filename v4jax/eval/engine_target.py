@@ -1,5 +1,6 @@
 """A checkpoint in this process as what is evaluated: its engine, tokenizer and prefix cache."""
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -29,6 +30,7 @@ class EngineTarget:
       checkpoint: directory or name. max_length: tokens of the longest prompt with its answer.
       slots: questions that are answered together. style: see `STYLES`; None: what the model can.
       prefix_cache: whether prefixes that prompts share are read once.
+      max_positions: that the model is to read, beyond what its config.json allows; None: no more.
       options: further ones of `Engine`, or of `v4jax.load`: dtype, numerics.
 
     Raises:
@@ -42,6 +44,7 @@ class EngineTarget:
         slots: int = 1,
         style: str | None = None,
         prefix_cache: bool = True,
+        max_positions: int | None = None,
         dtype: str | None = None,
         numerics: str | None = None,
         draft: str | None = "auto",
@@ -52,11 +55,12 @@ class EngineTarget:
         self._checkpoint, self._slots, self._cached = checkpoint, slots, prefix_cache
         self._tokenizer = Tokenizer(directory)
         config = read_announced(directory).config
-        self.max_length = config.max_position_embeddings
+        self.max_length = max_positions or config.max_position_embeddings
         if max_length > self.max_length:
             raise InputError(
                 f"the longest prompt with its answer has {max_length} tokens, and {checkpoint} "
-                f"reads at most {self.max_length}: give shorter --lengths"
+                f"reads at most {self.max_length}: give shorter --lengths, or --max_positions to "
+                "try what it was not made for"
             )
         self._length = max_length
         self.style = style or STYLES.get(self.name, "plain")
@@ -75,6 +79,7 @@ class EngineTarget:
             "numerics": numerics or "default",
             "dtype": dtype or "default",
             "weights": _weights(directory),
+            "max_positions": max_positions,
         }
         self._engine: Engine | None = None
         self._loaded: tuple | None = None
@@ -131,7 +136,9 @@ class EngineTarget:
         """The engine; loads the model when it is first asked for."""
         if self._engine is None:
             if self._loaded is None:
-                self._loaded = load(self._checkpoint, **self._load)
+                model, params = load(self._checkpoint, **self._load)
+                config = dataclasses.replace(model.config, max_position_embeddings=self.max_length)
+                self._loaded = model.clone(config=config), params
             self._engine = Engine(
                 *self._loaded,
                 slots=self._slots,

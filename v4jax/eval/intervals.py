@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+Values = Sequence[float] | np.ndarray
 
 RESAMPLES = 2000
 _PARTS = 1 << 22  # draws at a time, so that long lists need no more memory
 
 
-def mean_interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
+def mean_interval(values: Values, seed: int = 0) -> dict[str, Any]:
     """The mean with its 95 % bootstrap interval, {"n", "mean", "low", "high"}."""
     values = np.asarray(values, np.float64)
     if not len(values):
@@ -39,7 +42,7 @@ def pass_hat(successes: int, trials: int, k: int) -> float | None:
     return math.comb(successes, k) / math.comb(trials, k)
 
 
-def paired(first: Sequence[float], second: Sequence[float], seed: int = 0) -> dict[str, float]:
+def paired(first: Values, second: Values, seed: int = 0) -> dict[str, Any]:
     """How much better the second of two runs is on the same samples.
 
     Returns:

@@ -5,7 +5,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from v4jax.errors import InputError
 from v4jax.eval.fit import TooShort
@@ -13,6 +13,7 @@ from v4jax.eval.records import Key, Records
 from v4jax.eval.sample import Answer, Measure, Prompt, Sample, Task
 
 
+@runtime_checkable
 class Target(Protocol):
     """What is evaluated: a model in this process, or an endpoint.
 

@@ -60,7 +60,7 @@ def scored(records: Iterable[Record]) -> list[Record]:
     return [each for each in records if each.get("score") is not None]
 
 
-def pass_k(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+def pass_k(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     """pass^k for each k up to the trials of an item: the mean over items, with its interval."""
     items: dict[int, list[float]] = collections.defaultdict(list)
     for each in records:
