@@ -135,12 +135,8 @@ class EngineTarget:
     def engine(self) -> Engine:
         """The engine; loads the model when it is first asked for."""
         if self._engine is None:
-            if self._loaded is None:
-                model, params = load(self._checkpoint, **self._load)
-                config = dataclasses.replace(model.config, max_position_embeddings=self.max_length)
-                self._loaded = model.clone(config=config), params
             self._engine = Engine(
-                *self._loaded,
+                *self.loaded,
                 slots=self._slots,
                 max_length=self._length,
                 prefill_chunk=min(CHUNK, -(-self._length // 128) * 128),
@@ -151,6 +147,15 @@ class EngineTarget:
             )
             self._engine.start()
         return self._engine
+
+    @property
+    def loaded(self) -> tuple[Any, Any]:
+        """The model and its parameters."""
+        if self._loaded is None:
+            model, params = load(self._checkpoint, **self._load)
+            config = dataclasses.replace(model.config, max_position_embeddings=self.max_length)
+            self._loaded = model.clone(config=config), params
+        return self._loaded
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)

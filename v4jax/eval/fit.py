@@ -6,7 +6,11 @@ from v4jax.errors import InputError
 from v4jax.eval.sample import Measure, Prompt
 
 
-class TooShort(InputError):
+class NotPossible(InputError):
+    """A sample that cannot be made for this target; the run goes on without it."""
+
+
+class TooShort(NotPossible):
     """A length into which not even the shortest prompt of a task fits."""
 
 

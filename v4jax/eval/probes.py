@@ -5,12 +5,13 @@ endpoint whose tokenizer is given.
 """
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from v4jax.eval import haystack, words
 from v4jax.eval.dice import Dice
-from v4jax.eval.fit import TooShort
+from v4jax.eval.fit import NotPossible, TooShort
 from v4jax.eval.sample import Sample, asked
 from v4jax.eval.scores import first_line_is, share_found
 from v4jax.eval.suite import Job, record_of
@@ -39,6 +40,8 @@ def jobs(seed: int, lengths: Sequence[int], samples: int, style: str = "facts") 
             found.append(Job("window", length, n, _At(seed, length, n, 0, style, away=away)))
         for n in range(samples):
             found.append(Job("block_border", length, n, _At(seed, length, n, -3 - n % 4, style)))
+        for n in range(samples):
+            found.append(Job("indexer_recall", length, n, _Choice(seed, length, n, style)))
     for count in COPIES:
         for n in range(samples):
             found.append(Job(f"copy_{count}", 0, n, _Copy(seed, n, count, style)))
@@ -114,6 +117,40 @@ class _Copy:
 def _ids(target, text):
     """Ids of a text that stands within others."""
     return target.encode(text)[len(target.encode("")) :]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """What the indexer's choice keeps of the attention of a query that looks a needle up."""
+
+    seed: int
+    length: int
+    number: int
+    style: str
+
+    def __call__(self, target) -> dict[str, Any]:
+        if not hasattr(target, "loaded"):
+            raise NotPossible(
+                "indexer_recall looks into the model, so it needs a --checkpoint in this process"
+            )
+        from v4jax.eval.indexer_recall import recall
+
+        dice = Dice("choice", self.seed, self.length, self.number)
+        first, (fact, question, _) = target.encode(""), _fact(dice, self.style)
+        told, end = _ids(target, fact), _ids(target, question)
+        room = self.length - len(first) - len(told) - len(end)
+        place = dice.below(room + 1)
+        hay = _hay(target, self.seed, self.style, room)
+        began = time.perf_counter()
+        tokens = [*first, *hay[:place], *told, *hay[place:], *end]
+        found = recall(*target.loaded, tokens)
+        return {
+            "seed": self.seed,
+            "depth": place / room,
+            "prompt_tokens": len(tokens),
+            "seconds": round(time.perf_counter() - began, 6),
+            **found,
+        }
 
 
 def _fact(dice, style):

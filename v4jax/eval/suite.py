@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from v4jax.errors import InputError
-from v4jax.eval.fit import TooShort
+from v4jax.eval.fit import NotPossible
 from v4jax.eval.records import Key, Records
 from v4jax.eval.sample import Answer, Measure, Prompt, Sample, Task
 
@@ -152,7 +152,8 @@ def run(
     Args:
       progress: called with each new record.
       deadline: of `time.monotonic`: no job begins after it; None: all are done.
-      skip: called with a sentence for each job whose length is too short for its task.
+      skip: called with a sentence for each job that cannot be done, such as for a length that is
+        too short for its task.
 
     Raises:
       InputError: the first job that failed; jobs under way are recorded before that, if they can.
@@ -171,7 +172,7 @@ def run(
             done += 1
             try:
                 fields = job.run(target)
-            except TooShort as error:
+            except NotPossible as error:
                 skip(str(error))
                 continue
             except BaseException:
