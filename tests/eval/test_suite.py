@@ -251,6 +251,22 @@ def test_single_calls_are_held_against_types():
                 assert bad["score"] == 0.0 and bad["wrong_types"] == 1.0
 
 
+def test_nanos_own_words_are_scripts_too():
+    for make in (tool_use.looked_up, lambda dice: tool_use.followed(dice, 4)):
+        script = make(Dice("n"))
+        assert (
+            script.steps[0].arguments.keys()
+            == tool_use.find(script.tools, script.steps[0].name).parameters.keys()
+        )
+        (key,) = script.steps[0].arguments.values()
+        assert f'"{key}".' in script.user
+        assert list(script.steps[-1].result) == ["value"]
+        assert script.final in script.steps[-1].result.values()
+    for step, after in zip(script.steps[:-1], script.steps[1:], strict=True):
+        assert step.result == {after.name: next(iter(after.arguments.values()))}
+    assert tool_use.declined(Dice("n")).steps == ()
+
+
 def test_jobs_of_tools_repeat_their_scripts():
     found = tool_use.jobs(0, 2, 3)
     assert len({job.key for job in found}) == len(found) == 6 * 2 * 3

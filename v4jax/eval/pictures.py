@@ -117,7 +117,7 @@ def _by_length(axis, summaries):
     axis.grid(alpha=0.3)
 
 
-def _latency(field: str, title: str, label: str):
+def _latency(field: str, title: str, log: bool):
     def draw(figure, axis, runs, summaries):
         for name, records in runs.items():
             lines = collections.defaultdict(list)
@@ -130,8 +130,11 @@ def _latency(field: str, title: str, label: str):
                 text = f"{task}, {name}" if len(runs) > 1 else task
                 axis.plot(x, y, style, marker="o", label=text)
         _by_length(axis, summaries)
-        axis.set(title=title, xlabel="tokens of prompt and answer", ylabel=label)
-        axis.set_yscale("log")
+        axis.set(title=title, xlabel="tokens of prompt and answer", ylabel="milliseconds")
+        if log:
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
         axis.legend(fontsize=7, ncols=2)
 
     return draw
@@ -148,6 +151,7 @@ def _cost(figure, axis, runs, summaries):
                 axis.plot(100 * each["success"], shown, "o", label=label)
     axis.set(title="Cost per completed task", xlabel="tasks solved, %", ylabel="cost")
     axis.set_xlim(-4, 104)
+    axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
 
@@ -165,6 +169,7 @@ def _chains(figure, axis, runs, summaries):
         suffix = f", {name}" if len(runs) > 1 else ""
         axis.plot(x, whole, marker="o", label=f"whole chains right{suffix}")
         axis.plot(x, steps, "--", marker="x", label=f"steps done{suffix}")
+        axis.set_xticks(x, [str(calls) for calls in x])
     axis.set(title="Chains of tool calls", xlabel="calls", ylabel="%")
     axis.set_ylim(-4, 104)
     axis.grid(alpha=0.3)
@@ -174,8 +179,8 @@ def _chains(figure, axis, runs, summaries):
 _PANELS = (
     _Panel(_has_depth, _heat_map),
     _Panel(_is_question, _accuracy),
-    _Panel(_is_load, _latency("first_token_seconds", "Time to the first token", "milliseconds")),
-    _Panel(_is_load, _latency("between_median", "Time between tokens, median", "milliseconds")),
+    _Panel(_is_load, _latency("first_token_seconds", "Time to the first token", log=True)),
+    _Panel(_is_load, _latency("between_median", "Time between tokens, median", log=False)),
     _Panel(lambda record: "attempts" in record, _cost),
     _Panel(_is_chain, _chains),
 )

@@ -20,10 +20,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
-    """A function: its name and the schemas of its parameters, all required."""
+    """A function: its name, the schemas of its parameters, all required, and what it is for."""
 
     name: str
     parameters: Mapping[str, Mapping[str, Any]]
+    description: str = ""
 
     def described(self) -> dict[str, Any]:
         """As the Chat Completions API has it."""
@@ -31,12 +32,11 @@ class Tool:
             "type": "function",
             "function": {
                 "name": self.name,
-                "description": f"{self.name.replace('_', 's a ', 1).capitalize()}.",
+                "description": self.description or f"Can {self.name.replace('_', ' a ')}.",
                 "parameters": {
                     "type": "object",
                     "properties": {name: dict(each) for name, each in self.parameters.items()},
                     "required": list(self.parameters),
-                    "additionalProperties": False,
                 },
             },
         }

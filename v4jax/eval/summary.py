@@ -36,9 +36,18 @@ def summarize(run: Record, records: Iterable[Record], prices: Prices | None = No
     every = [record for group in groups.values() for record in group]
     return {
         "run": dict(run),
-        "results": [_result(*key, groups[key], prices or Prices()) for key in sorted(groups)],
+        "results": [
+            _result(*key, groups[key], prices or Prices()) for key in sorted(groups, key=_order)
+        ],
         **{name: sum(_number(each, name) for each in every) for name in _TOTALS},
     }
+
+
+def _order(key):
+    """By task, where chain_3 comes before chain_10, and length."""
+    task, length = key
+    head, _, number = task.rpartition("_")
+    return (head, int(number), length) if number.isdigit() else (task, 0, length)
 
 
 def _result(task, length, records, prices):

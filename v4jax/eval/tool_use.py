@@ -48,11 +48,12 @@ def jobs(
     Args:
       style: "facts": in the words that nano was trained on.
     """
+    kinds = (looked_up, declined, followed) if style == "facts" else (single, refusal, chain)
+    one, refuse, follow = kinds
     makers: dict[str, Callable[[int], Script]] = {
-        "single": lambda n: single(Dice("tools", "single", seed, n)),
-        "refuse": lambda n: refusal(Dice("tools", "refuse", seed, n)),
+        "single": lambda n: one(Dice("tools", "single", seed, n)),
+        "refuse": lambda n: refuse(Dice("tools", "refuse", seed, n)),
     }
-    follow = followed if style == "facts" else chain
     for calls in CHAINS:
         makers[f"chain_{calls}"] = lambda n, calls=calls: follow(
             Dice("tools", "chain", calls, seed, n), calls
@@ -129,11 +130,31 @@ _READERS = {
 }
 
 
-def followed(dice: Dice, calls: int) -> Script:
-    """A chain in the words that nano was trained on."""
-    tools = tuple(
-        Tool(name, {parameter: {"type": "string"}}) for name, (_, parameter, _) in _READERS.items()
+def _readers():
+    return tuple(
+        Tool(name, {parameter: {"type": "string"}}, description)
+        for name, (description, parameter, _) in _READERS.items()
     )
+
+
+def looked_up(dice: Dice) -> Script:
+    """A single call in the words that nano was trained on."""
+    tools = _readers()
+    tool = dice.choice(tools)
+    key, value = dice.sample(words.CODE_WORDS, 2)
+    step = Step(tool.name, {next(iter(tool.parameters)): key}, {"value": value})
+    return Script(tools, f'{tool.name.capitalize()} "{key}".', (step,), value)
+
+
+def declined(dice: Dice) -> Script:
+    """A question that no tool is for, in those words."""
+    a, b = dice.between(2, 99), dice.between(2, 99)
+    return Script(_readers(), f"Multiply {a} by {b}.", (), "")
+
+
+def followed(dice: Dice, calls: int) -> Script:
+    """A chain in those words."""
+    tools = _readers()
     path = [dice.choice(tools) for _ in range(calls)]
     keys = dice.sample(words.CODE_WORDS, calls + 1)
     steps = []
