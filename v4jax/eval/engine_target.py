@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from v4jax.checkpoints.load import load, locate
 from v4jax.checkpoints.source import read_announced
 from v4jax.engine.engine import Engine
@@ -17,7 +19,9 @@ from v4jax.eval.sample import Answer, Prompt
 from v4jax.infer.generation_config import read_generation_config
 from v4jax.infer.tokenizer import Tokenizer
 
-CHUNK = 512  # tokens; on a CPU as fast as more, and less is read for nothing behind a stored prefix
+# Tokens of a chunk. Each is read in this width, so behind a stored prefix a CPU reads less for
+# nothing with a small one; an accelerator needs a large one to be busy.
+CPU_CHUNK, CHUNK = 512, 2048
 _MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "MemoryError")
 # What its own training taught a packaged checkpoint to answer; see `sample.STYLES`.
 STYLES = {"nano": "facts"}
@@ -139,7 +143,7 @@ class EngineTarget:
                 *self.loaded,
                 slots=self._slots,
                 max_length=self._length,
-                prefill_chunk=min(CHUNK, -(-self._length // 128) * 128),
+                prefill_chunk=min(_chunk(), -(-self._length // 128) * 128),
                 exact=True,  # so that records do not depend on what was read before
                 prefix_cache=PrefixCache() if self._cached else None,
                 tokenizer=self._tokenizer,
@@ -189,6 +193,10 @@ class EngineTarget:
                 "--concurrency"
             )
         return InputError(f"the engine failed ({said[:300]}); the records are kept: run again")
+
+
+def _chunk():
+    return CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK
 
 
 def _timed(stream):
