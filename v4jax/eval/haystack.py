@@ -12,6 +12,7 @@ NOISE = (
     "The path runs along the river. The water is cold. A boat lies on the bank. "
     "The wind comes and goes. Away we walk and back again.\n"
 )
+_KEPT = 1 << 17  # units that are kept for the next sample
 PLACES = 40  # even depths from which needles' places are drawn, none twice
 
 
@@ -22,22 +23,12 @@ def noise(number: int) -> str:
 
 def essay(seed: int) -> Units:
     """Running prose, a sentence a unit."""
-
-    @functools.cache
-    def unit(number):
-        return _sentence(Dice("essay", seed, number)) + ("\n" if number % 7 == 6 else " ")
-
-    return unit
+    return functools.partial(_essay, seed)
 
 
 def code(seed: int) -> Units:
     """Lines of Python, a short function or class a unit."""
-
-    @functools.cache
-    def unit(number):
-        return _function(Dice("code", seed, number))
-
-    return unit
+    return functools.partial(_code, seed)
 
 
 def even_depth(dice: Dice) -> float:
@@ -63,6 +54,16 @@ def hidden(units: Units, count: int, needles: Sequence[tuple[float, str]]) -> st
         pieces.append(needle)
         at = place
     return "".join([*pieces, *(units(i) for i in range(at, count))])
+
+
+@functools.lru_cache(_KEPT)
+def _essay(seed, number):
+    return _sentence(Dice("essay", seed, number)) + ("\n" if number % 7 == 6 else " ")
+
+
+@functools.lru_cache(_KEPT)
+def _code(seed, number):
+    return _function(Dice("code", seed, number))
 
 
 def _sentence(dice):

@@ -5,6 +5,7 @@ endpoint whose tokenizer is given.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ WINDOW, BLOCK, SMALL_BLOCK = 128, 128, 4
 COPIES = (4, 16, 64, 128, 192)
 AROUND = (-24, -16, -8, -4, -2, -1, 0, 1, 2, 4, 8, 16, 24)  # of the window's border
 BUDGET = 8
+_GRAIN = 1024  # tokens by which a haystack is made
 
 
 def jobs(seed: int, lengths: Sequence[int], samples: int, style: str = "facts") -> list[Job]:
@@ -169,6 +171,11 @@ def _within(value, answer):
 
 def _hay(target, seed, style, room):
     """So many tokens of haystack."""
+    return _cached_hay(target, seed, style, -(-room // _GRAIN) * _GRAIN)[:room]
+
+
+@functools.lru_cache(8)
+def _cached_hay(target, seed, style, room):
     units = haystack.code(seed) if style == "facts" else haystack.essay(seed)
     text, number = "", 0
     while len(ids := _ids(target, text)) < room:
