@@ -2,11 +2,13 @@
 
 import jax
 import numpy as np
+import pytest
 
 from tests.support.tiny import tiny_model
 from v4jax.eval import indexer_recall
 
 
+@pytest.mark.slow  # three compilations
 def test_the_choice_is_compared_with_all_that_is_visible():
     model, variables = tiny_model("released")
     tokens = np.asarray(jax.random.randint(jax.random.key(3), (90,), 0, model.config.vocab_size))
