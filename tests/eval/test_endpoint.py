@@ -127,6 +127,8 @@ def test_both_ways_of_asking():
         assert plain.ask(asked("q", "p:"), 7).text == "hello"
         assert server.bodies[-1][1]["prompt"] == "q\np:"
         assert plain.measure(asked("q", "p:")) == 4  # the server counts bytes
+        assert chat.ask(asked("def f(", continues=True), 7).text == "hello"
+        assert server.bodies[-1][1]["prompt"] == "def f("  # continued, though it can chat
         assert chat.max_length == 5000
         assert plain.ask_tokens([1, 2], 3).text == "hello"
 

@@ -55,7 +55,7 @@ class EndpointTarget:
 
     def measure(self, prompt: Prompt) -> int:
         """Tokens of a prompt; of a chat with an allowance for its template."""
-        if self.style != "chat":
+        if self.style != "chat" or prompt.continues:
             return self._count(prompt.text)
         turns = sum(self._count(str(each.get("content") or "")) for each in prompt.messages)
         tools = self._count(repr(prompt.tools)) if prompt.tools else 0
@@ -77,7 +77,7 @@ class EndpointTarget:
         }
         if stop:
             body["stop"] = list(stop)
-        if self.style != "chat":
+        if self.style != "chat" or prompt.continues:
             return self._patiently("/completions", body | {"prompt": prompt.text})
         body |= {"messages": [dict(each) for each in prompt.messages]}
         body |= {"thinking": {"type": "disabled"}}

@@ -35,7 +35,7 @@ def _fact(seed: int, number: int, length: int, depth: float | None, measure: Mea
 
     def build(steps):
         text = haystack.hidden(units, steps, [(depth, fact)])
-        return asked(f"{text}# recall: {key} =")
+        return asked(f"{text}# recall: {key} =", continues=True)
 
     steps = most_steps(build, measure, length, FACT_BUDGET, "needle")
     prompt = build(steps)

@@ -15,11 +15,13 @@ class Prompt:
       messages: turns in the form of the Chat Completions API; the last is the user's or a tool's.
       prefix: how the answer begins, where the target can be given that.
       tools: functions that the model may call, in the form of the same API.
+      continues: its text is to be continued as it is, also by a model that can chat.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     prefix: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
+    continues: bool = False
 
     @property
     def text(self) -> str:
@@ -28,9 +30,9 @@ class Prompt:
         return f"{said}\n{self.prefix}" if self.prefix and said else said + self.prefix
 
 
-def asked(text: str, prefix: str = "") -> Prompt:
+def asked(text: str, prefix: str = "", continues: bool = False) -> Prompt:
     """A prompt of one turn."""
-    return Prompt(({"role": "user", "content": text},), prefix)
+    return Prompt(({"role": "user", "content": text},), prefix, continues=continues)
 
 
 @dataclasses.dataclass(frozen=True)
