@@ -12,6 +12,7 @@ from v4jax.eval.records import read_records
 from v4jax.eval.sample import asked
 
 
+@pytest.mark.slow  # compiles nano, a minute and a half of one core
 def test_nano_finds_needles_and_reads_shared_prefixes_once(tmp_path, capsys):
     out = tmp_path / "run"
     command = ["v4jax", "eval", "needle", "--lengths=640", "--samples=4", f"--out={out}"]
