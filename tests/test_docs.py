@@ -62,7 +62,17 @@ def test_the_api_page_has_every_public_name():
 
 @pytest.mark.slow  # loads and compiles small models, a minute on two cores
 @pytest.mark.parametrize(
-    "page", ["getting_started", "checkpoints", "generation", "engine", "lens", "training", "meshes"]
+    "page",
+    [
+        "getting_started",
+        "checkpoints",
+        "generation",
+        "engine",
+        "lens",
+        "evaluate",
+        "training",
+        "meshes",
+    ],
 )
 def test_the_examples_of_a_page_run(page):
     code = "\n".join(_blocks((ROOT / "docs" / f"{page}.md").read_text(), "python"))

@@ -42,6 +42,7 @@ FLOORS = (
     "serve",
     "train",
     "plan",
+    "eval",
     "cli",
 )
 

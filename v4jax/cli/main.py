@@ -76,6 +76,13 @@ SUBCOMMANDS = {
         "Delete what a server has kept: of a key, of a request, or from before so many days.",
         "v4jax forget --audit audit --prefix_cache prefixes --key 0123456789abcdef",
     ),
+    "eval": Subcommand(
+        "v4jax.cli.eval",
+        "Evaluate a checkpoint or endpoint: long context, tools, latency, cost, data controls.",
+        "v4jax eval needle --checkpoint nano --lengths 512,1024,4096 --samples 40 --out needles",
+        ("SUITE", "[DIR...]"),
+        huge_pages=True,
+    ),
     "inspect": Subcommand(
         "v4jax.cli.inspect",
         "Show a model's layers, parameters, bytes, KV cache and FLOPs; check a checkpoint.",

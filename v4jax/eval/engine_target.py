@@ -1,0 +1,223 @@
+"""A checkpoint in this process as what is evaluated: its engine, tokenizer and prefix cache."""
+
+import dataclasses
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from v4jax.checkpoints.load import load, locate
+from v4jax.checkpoints.source import read_announced
+from v4jax.engine.engine import Engine
+from v4jax.engine.prefix_cache import PrefixCache
+from v4jax.engine.request import Request
+from v4jax.errors import InputError
+from v4jax.eval.sample import Answer, Prompt
+from v4jax.infer.generation_config import read_generation_config
+from v4jax.infer.tokenizer import Tokenizer
+
+# Tokens of a chunk. Each is read in this width, so behind a stored prefix a CPU reads less for
+# nothing with a small one; an accelerator needs a large one to be busy.
+CPU_CHUNK, CHUNK = 512, 2048
+_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "MemoryError")
+# What its own training taught a packaged checkpoint to answer; see `sample.STYLES`.
+STYLES = {"nano": "facts"}
+
+
+class EngineTarget:
+    """A checkpoint whose engine is made when the first question comes.
+
+    Args:
+      checkpoint: directory or name. max_length: tokens of the longest prompt with its answer.
+      slots: questions that are answered together. style: see `STYLES`; None: what the model can.
+      prefix_cache: whether prefixes that prompts share are read once.
+      max_positions: that the model is to read, beyond what its config.json allows; None: no more.
+      options: further ones of `Engine`, or of `v4jax.load`: dtype, numerics.
+
+    Raises:
+      InputError: no such checkpoint, no tokenizer, or a length beyond the model's.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        max_length: int,
+        slots: int = 1,
+        style: str | None = None,
+        prefix_cache: bool = True,
+        max_positions: int | None = None,
+        dtype: str | None = None,
+        numerics: str | None = None,
+        draft: str | None = "auto",
+        programs: str | None = None,
+    ):
+        directory = Path(locate(checkpoint))
+        self.name = checkpoint if checkpoint in STYLES else directory.name
+        self._checkpoint, self._slots, self._cached = checkpoint, slots, prefix_cache
+        self._tokenizer = Tokenizer(directory)
+        config = read_announced(directory).config
+        self.max_length = max_positions or config.max_position_embeddings
+        if max_length > self.max_length:
+            raise InputError(
+                f"the longest prompt with its answer has {max_length} tokens, and {checkpoint} "
+                f"reads at most {self.max_length}: give shorter --lengths, or --max_positions to "
+                "try what it was not made for"
+            )
+        self._length = max_length
+        self.style = style or STYLES.get(self.name, "plain")
+        if self.style == "chat":
+            raise InputError(
+                f"style is chat, and {checkpoint} is asked in this process, where it continues "
+                "text: give --style plain, or serve it and give --endpoint"
+            )
+        self._stop_ids = _ends(directory, config)
+        self._load = {"dtype": dtype, "numerics": numerics}
+        self._options = {"draft": draft, "programs": programs}
+        self.identity = {
+            "model": self.name,
+            "where": "engine",
+            "style": self.style,
+            "numerics": numerics or "default",
+            "dtype": dtype or "default",
+            "weights": _weights(directory),
+            "max_positions": max_positions,
+        }
+        self._engine: Engine | None = None
+        self._loaded: tuple | None = None
+
+    def measure(self, prompt: Prompt) -> int:
+        """Tokens of a prompt as the model reads it."""
+        return len(self._tokenizer.encode(prompt.text))
+
+    def ask(self, prompt, max_new_tokens, stop=(), temperature=0.0, seed=0, shared=0) -> Answer:
+        """The model's continuation of the prompt's text.
+
+        Raises:
+          InputError: a prompt that is too long, or no memory for it.
+        """
+        text = prompt.text
+        tokens = self._tokenizer.encode(text)
+        keep = (len(self._tokenizer.encode(text[:shared])),) if shared else ()
+        return self.ask_tokens(tokens, max_new_tokens, stop, temperature, seed, keep)
+
+    def ask_tokens(
+        self, tokens, max_new_tokens, stop=(), temperature=0.0, seed=0, keep=(), ends=True, salt=""
+    ) -> Answer:
+        """As `ask`, of ids; `ends`: whether the model's own end token ends the answer."""
+        request = Request(
+            tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop=stop,
+            stop_ids=self._stop_ids if ends else (),
+            keep_at=keep,
+            salt=salt,
+        )
+        try:
+            stream = self.engine.submit(request)
+            times, result = _timed(stream)
+        except (MemoryError, RuntimeError) as error:
+            raise self._no_memory(str(error), error) from error
+        if result.error is not None:
+            raise self._no_memory(result.error)
+        return Answer(
+            text=result.text,
+            prompt_tokens=result.prompt_tokens,
+            cached_tokens=result.cached_tokens,
+            output_tokens=len(result.tokens),
+            seconds=result.seconds,
+            first_token_seconds=result.first_token_seconds,
+            times=times,
+            finish=result.finish,
+        )
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; loads the model when it is first asked for."""
+        if self._engine is None:
+            self._engine = Engine(
+                *self.loaded,
+                slots=self._slots,
+                max_length=self._length,
+                prefill_chunk=min(_chunk(), -(-self._length // 128) * 128),
+                exact=True,  # so that records do not depend on what was read before
+                prefix_cache=PrefixCache() if self._cached else None,
+                tokenizer=self._tokenizer,
+                **self._options,
+            )
+            self._engine.start()
+        return self._engine
+
+    @property
+    def loaded(self) -> tuple[Any, Any]:
+        """The model and its parameters."""
+        if self._loaded is None:
+            model, params = load(self._checkpoint, **self._load)
+            config = dataclasses.replace(model.config, max_position_embeddings=self.max_length)
+            self._loaded = model.clone(config=config), params
+        return self._loaded
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def decode(self, ids) -> str:
+        return self._tokenizer.decode(ids)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.vocab_size
+
+    def resize(self, slots: int) -> None:
+        """Has so many questions answered together from now on, by another engine if need be."""
+        if slots != self._slots:
+            self.close()
+            self._engine, self._slots = None, slots
+
+    def warm_up(self) -> float:
+        """Compiles all programs; the seconds that it took."""
+        return self.engine.warm_up()
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+    def _no_memory(self, said, error=None):
+        if isinstance(error, MemoryError) or any(word in said for word in _MEMORY):
+            return InputError(
+                f"no memory was left for prompts of {self._length} tokens, {self._slots} at a "
+                "time; the records are kept: run again with shorter --lengths or less "
+                "--concurrency"
+            )
+        return InputError(f"the engine failed ({said[:300]}); the records are kept: run again")
+
+
+def _chunk():
+    return CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK
+
+
+def _timed(stream):
+    """(seconds, tokens) of each event since now, and the result."""
+    began, times = time.perf_counter(), []
+    for event in stream:
+        if event.tokens:
+            times.append((time.perf_counter() - began, len(event.tokens)))
+    return times, stream.result()
+
+
+def _ends(directory, config):
+    ends = read_generation_config(directory).eos_token_id
+    if ends is None:
+        return () if config.eos_token_id is None else config.eos_token_id
+    return ends
+
+
+def _weights(directory) -> Any:
+    """What tells one checkpoint from another of the same name: its files' names and sizes."""
+    files = sorted(
+        (path.name, path.stat().st_size) for path in directory.glob("*") if path.is_file()
+    )
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
