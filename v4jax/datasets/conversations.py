@@ -190,7 +190,7 @@ def draw(
         talk.tools = tuple(TOOLS[int(i)] for i in chosen)
     _system(talk, rule)
     room = characters - (1000 + 200 * len(talk.tools) if talk.tools else 0)
-    # Short ones are as likely as long ones on a logarithmic scale.
+    # Half are as long as there is room for, the others even on a logarithmic scale.
     until = (
         room if kinds is None and talk.chance(0.5) else int(np.exp(rng.uniform(4, np.log(room))))
     )

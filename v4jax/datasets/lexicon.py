@@ -12,19 +12,19 @@ _WORDS = """
 action add alias apple arg array ascii atlas back bank base beach bell bench bird bit blue boat
 bob book bottle box branch bread bridge brush bucket buf buffer bug button byte cache cake call
 camera candle card carla carpet castle cat cell chair chalk char check child circle class clock
-close cloud code coder color column con cond config copy corn cotton count cow cup cur current
-daisy data date day debug default desk diamond dict diego dir doc dog door down dream drum dust
+close cloud code coder color column con cond config copy corn cotton count cow cur cup current
+daisy data date day debug default desk dict diamond diego dir doc dog door down dream drum dust
 eagle ear earth east elena else emma end engine enum error eva event exit ext falcon farm fast
 fence field file find finn fish fix flag flower fog forest fork form format fox frame frank from
 fruit full func future garden gate ghost gist glass gold grape grass green greta hand handle
 handler hans harbor hat hay head header heart hello hen hill hint home honey horse host hugo ice
-inda index info ink inner input int iris iron island item iter ivan ivory jack jade jar jazz jen
-join julia jungle karl ken key kite knife lab label ladder lake lamp lara last leaf lean left
+inda index info ink inner input int iris iron island item iter ivory ivan jack jade jar jazz jen
+join julia jungle karl ken key kite knife lab label ladder lake lamp lara last lean leaf left
 lemon len letter level lib light like lily limit line link lion list load local lock log long
-loop lost low lucy lunch mail main map maple march maria mark mask mat match max meadow melon
-memo meta metal mia milk mint mirror mod mode module moon moss mountain mouse music name needle
+loop lost low lucy lunch mail main maple map march maria mark mask mat match max meadow melon
+memo meta metal mia milk mint mirror mod mode module moon moss mouse mountain music name needle
 nest net new next nina node north note nova null num oak oasis object ocean off offset oil olga
-olive onion opal open option orange order oscar oslo out owl own oxford pack paint palm panda
+olive onion open opal option orange order oscar oslo out own owl oxford pack paint palm panda
 paper param paris part pass patch path paul peach pear pearl pen pencil pepper petra piano pilot
 pink pipe pixel plane planet plum pol pond pony pool pop port pos pot prague prefix print proc
 prop proto purple queen quiz rabbit radio rain range raw ray react read red ref reg repr request
