@@ -37,10 +37,11 @@ class Said:
     @property
     def exact(self) -> bool:
         """Whether it called what was to be called, or answered what was to be answered."""
+        if not self.ended:
+            return False
         if self.expected.call is not None:
             return self.valid is True and self.message.call == self.expected.call
-        same = self.message.content.strip() == self.expected.content
-        return self.ended and self.message.call is None and same
+        return self.valid is None and self.message.content == self.expected.content
 
 
 @dataclasses.dataclass
@@ -158,5 +159,7 @@ def _speak(game, result, parser):
     expected = game.conversation.messages[len(game.messages)]
     message, valid = parser.read(game.conversation, game.messages, list(result.tokens))
     ended = result.finish == "stop"
+    if valid is not None:
+        valid = valid and ended
     game.said.append(Said(expected, message, valid, ended, len(result.tokens)))
     game.messages.append(message)
