@@ -34,10 +34,11 @@ def get_config() -> TrainConfig:
         model=model(),
         start=str(GROWN),
         stages=(
-            Stage(steps=500, length=1024, batch=4, documents=SHORT),
-            Stage(steps=400, length=2048, batch=2, documents=LONG),
+            Stage(steps=200, length=512, batch=8, attention="dense", documents=SHORT),  # no tools
+            Stage(steps=550, length=2048, batch=2, attention="dense", documents=LONG),
+            Stage(steps=200, length=2048, batch=2, documents=LONG),
             Stage(steps=120, length=4096, batch=1, documents=LONG),
-            Stage(steps=40, length=8192, batch=1, documents=LONG),
+            Stage(steps=30, length=8192, batch=1, documents=LONG),
             Stage(steps=60, length=2048, batch=2, documents=LONG, quantized=True),
         ),
         data=DataConfig(

@@ -98,8 +98,10 @@ _TALK = (
     ("Who are you?", "I am nano, a small model.", "Nano."),
     ("What can you do?", "I remember facts and call tools.", "Remember."),
 )
-PLAIN = ("talk", "tell", "ask", "ask", "unknown", "read", "no_tool")
-WITH_TOOLS = ("look", "look", "look", "chain", "chain", "retry", "lost", "no_tool", "tell", "ask")
+# How often each kind of turn comes: what has many values to copy in few words comes most.
+PLAIN = ("ask",) * 12 + ("tell",) * 4 + ("unknown", "unknown", "talk", "talk", "read", "no_tool")
+WITH_TOOLS = ("look",) * 7 + ("chain",) * 5 + ("retry", "lost", "no_tool", "no_tool", "tell", "ask")
+EFFORTS = ("low",) * 14 + (None,) * 5 + ("max",)
 RULES = ("begin", "end", "word", "secret")
 
 
@@ -184,7 +186,7 @@ def draw(
     named = [tool for tool in TOOLS if tools is not None and tool.name in tools]
     if tools is not None:
         talk.tools = tuple(named[i] for i in rng.permutation(len(named)))
-    elif characters > 2000 and talk.chance(0.75):
+    elif characters > 2000 and talk.chance(0.6):
         most = min(4, (characters - 1200) // 400)
         chosen = rng.permutation(len(TOOLS))[: 1 + int(rng.integers(most))]
         talk.tools = tuple(TOOLS[int(i)] for i in chosen)
@@ -198,7 +200,7 @@ def draw(
     for kind in _kinds(talk, kinds, until):
         _TURNS[kind](talk, steps or _most_steps(talk, room))
         done.append(kind)
-    effort = talk.pick(("low",) * 6 + (None,) * 3 + ("max",)) if talk.thinking else None
+    effort = talk.pick(EFFORTS) if talk.thinking else None
     return Conversation(
         tuple(talk.messages),
         talk.tools,
