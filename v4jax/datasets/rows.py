@@ -6,7 +6,7 @@ prefetching for work that is a slice of an array.)
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,17 @@ class Row(NamedTuple):
     ids: np.ndarray
     documents: np.ndarray
     counts: np.ndarray
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Where rows come from: each by its number, whatever it is cut from or made of."""
+
+    def check(self, length: int, ahead: int) -> None:
+        """Refuses a length in which there is no row."""
+
+    def row(self, number: int, stage: int, length: int, ahead: int) -> Row:
+        """Row `number` of a stage: `length` tokens and the `ahead` behind them."""
 
 
 class TextRows:
@@ -77,9 +88,7 @@ def _pass(seed, stage, epoch, rows, length):
     return rng.integers(length), rng.permutation(rows)
 
 
-def take(
-    source: TextRows | SyntheticRows, numbers: range, stage: int, length: int, ahead: int
-) -> Row:
+def take(source: Rows, numbers: range, stage: int, length: int, ahead: int) -> Row:
     """Several rows, stacked."""
     rows = [source.row(number, stage, length, ahead) for number in numbers]
     return Row(*(np.stack(parts) for parts in zip(*rows, strict=True)))

@@ -10,6 +10,7 @@ import tokenizers
 
 from v4jax.config import ModelConfig
 from v4jax.datasets import files, tokenize
+from v4jax.datasets.chat_rows import ChatRows, Renderer, held_out_tokens
 from v4jax.datasets.config import SYNTHETIC, DataConfig
 from v4jax.datasets.rows import SyntheticRows, TextRows
 from v4jax.errors import InputError
@@ -27,7 +28,7 @@ class Source:
         `DataConfig`.
     """
 
-    rows: TextRows | SyntheticRows
+    rows: TextRows | SyntheticRows | ChatRows
     fingerprint: str
     held_out: tokenize.Tokens | None = None
     held_out_bytes: int = 0
@@ -36,8 +37,10 @@ class Source:
     names: tuple[str, ...] = ()
     packed: bool = True
 
-    def rows_of(self, pattern: str | None) -> TextRows | SyntheticRows:
+    def rows_of(self, pattern: str | None) -> TextRows | SyntheticRows | ChatRows:
         """What to train on; with a pattern, of the documents whose names it is found in.
+
+        Of conversations it chooses among the texts that are mixed in.
 
         Raises:
           InputError: there is none, or none with a target.
@@ -51,9 +54,11 @@ class Source:
                 f"a stage's documents is {pattern!r}, which no document's name matches (names: "
                 f"{some}{', ...' if self.names[3:] else ''}); change it, or leave it out"
             )
-        tokens = tokenize.select(self.rows.tokens, kept)
+        of = self.rows.text if isinstance(self.rows, ChatRows) else self.rows
+        tokens = tokenize.select(of.tokens, kept)
         _check_targets(tokens, self.packed, f"a stage's documents {pattern!r}")
-        return TextRows(tokens, self.rows.seed)
+        chosen = TextRows(tokens, of.seed)
+        return self.rows.mixed_with(chosen) if isinstance(self.rows, ChatRows) else chosen
 
 
 def open_source(config: DataConfig, model: ModelConfig, tokenizer_at: Path | None = None) -> Source:
@@ -68,6 +73,8 @@ def open_source(config: DataConfig, model: ModelConfig, tokenizer_at: Path | Non
     if config.kind in SYNTHETIC:
         rows = SyntheticRows(config.kind, model.vocab_size, config.seed)
         return Source(rows, f"{config.kind} {model.vocab_size} {config.seed}")
+    if config.kind == "conversations":
+        return _conversations(config, model, tokenizer_at)
     if config.kind == "tokens":
         arrays = files.token_arrays(config.path)
         train = {k: v for k, v in arrays.items() if not files.is_held_out(k, config.held_out)}
@@ -94,6 +101,28 @@ def open_source(config: DataConfig, model: ModelConfig, tokenizer_at: Path | Non
     names = tuple(d.name for d in train)
     source = _source(config, model, both, names)
     return dataclasses.replace(source, tokenizer=tokenizer, held_out_bytes=nbytes)
+
+
+def _conversations(config, model, tokenizer_at):
+    """Conversations, mixed with the rows of a text where there is one."""
+    tokenizer = tokenize.load(config.tokenizer)
+    renderer, text = Renderer(tokenizer), None
+    if config.path is not None:
+        text = open_source(dataclasses.replace(config, kind="text", share=1.0), model, tokenizer_at)
+    kept = held_out_tokens(renderer, config.seed)
+    tokenize.check(kept, model.vocab_size)
+    digest = hashlib.sha256(repr((config.seed, config.share, text and text.fingerprint)).encode())
+    digest.update(tokenizer.to_str().encode())
+    for array in kept:  # they change with whatever makes conversations
+        digest.update(np.ascontiguousarray(array))
+    return Source(
+        ChatRows(renderer, config.seed, None if text is None else text.rows, config.share),
+        digest.hexdigest(),
+        kept,
+        tokenizer=tokenizer,
+        names=() if text is None else text.names,
+        packed=config.packed,
+    )
 
 
 def _nothing_left(config):
