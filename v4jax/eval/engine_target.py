@@ -73,7 +73,7 @@ class EngineTarget:
                 f"style is chat, and {checkpoint} is asked in this process, where it continues "
                 "text: give --style plain, or serve it and give --endpoint"
             )
-        self._stop_ids = _ends(directory, config)
+        self._stop_ids = end_ids(directory, config)
         self._load = {"dtype": dtype, "numerics": numerics}
         self._options = {"draft": draft, "programs": programs}
         self.identity = {
@@ -208,11 +208,12 @@ def _timed(stream):
     return times, stream.result()
 
 
-def _ends(directory, config):
+def end_ids(directory, config):
+    """The ids that end an answer: generation_config.json's, else config.json's."""
     ends = read_generation_config(directory).eos_token_id
-    if ends is None:
-        return () if config.eos_token_id is None else config.eos_token_id
-    return ends
+    if ends is None and config.eos_token_id is not None:
+        return (config.eos_token_id,)
+    return ends or ()
 
 
 def _weights(directory) -> Any:
