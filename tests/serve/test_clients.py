@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx2
 import openai
@@ -16,7 +17,7 @@ import v4jax
 from tests.support import servers
 from tests.support.echo_engine import EchoEngine
 from v4jax.cli.main import main
-from v4jax.serve.audit import files, read
+from v4jax.serve.audit import AuditLog, files, read
 from v4jax.serve.keys import KeyFile, create, read_keys
 
 USER = {"role": "user", "content": "What is the weather in Paris?"}
@@ -244,11 +245,14 @@ def test_a_server_that_stops_finishes_what_runs(chat_directory):
         httpx2.get(f"{address}/health")
 
 
-def started(tmp_path, *words):
+def started(tmp_path, *words, echo=False):
     """A server as a process of its own: it, and its address once it is ready."""
-    command = [sys.executable, "-m", "v4jax", "serve", "--checkpoint=nano", "--port=0", "--slots=2"]
+    program = ["tests.support.echo_server"] if echo else ["v4jax", "serve"]
+    command = [sys.executable, "-m", *program, "--checkpoint=nano", "--port=0", "--slots=2"]
     command += ["--max_length=256", "--draft=none", *words]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    )
     for line in process.stderr:
         if " at http://" in line:
             break
@@ -289,14 +293,15 @@ def under_load(address, key, count=8):
     return threads, answered
 
 
-@pytest.mark.slow
-def test_killed_under_load_and_started_again(tmp_path):
-    """The log has no broken line and no answer is missing, prefixes open, no key is lost."""
-    keys, audit, prefixes = tmp_path / "keys.json", tmp_path / "audit", tmp_path / "prefixes"
+def killed(tmp_path, count, echo):
+    """Servers under load that are killed; the key, the flags, and what was answered."""
+    keys, audit = tmp_path / "keys.json", tmp_path / "audit"
     secret, key = create(keys, "load")
-    where = [f"--keys={keys}", f"--audit={audit}", f"--prefix_cache={prefixes}"]
-    for _ in range(2):
-        process, address = started(tmp_path, *where)
+    where = [f"--keys={keys}", f"--audit={audit}"]
+    where += [] if echo else [f"--prefix_cache={tmp_path}/prefixes"]
+    everything = []
+    for _ in range(count):
+        process, address = started(tmp_path, *where, echo=echo)
         threads, answered = under_load(address, secret)
         servers.until(lambda answered=answered: len(answered) > 20)
         created = [create(keys, f"n{n}")[0] for n in range(3)]
@@ -305,6 +310,24 @@ def test_killed_under_load_and_started_again(tmp_path):
         for thread in threads:
             thread.join()
         assert all(KeyFile(keys).find(each) is not None for each in [secret, *created])
+        everything += answered
+    AuditLog(audit)  # as the next server opens it
+    recorded = {line["request"] for line in read(audit) if line["status"] == 200}
+    assert set(everything) <= recorded
+    assert all(path.read_bytes().endswith(b"\n") for path in files(audit))
+    assert read_keys(keys)[0] == key
+    return secret, where
+
+
+def test_killed_under_load(tmp_path):
+    """The log has no broken line, no answer is missing in it, and no key is lost."""
+    killed(tmp_path, 1, echo=True)
+
+
+@pytest.mark.slow
+def test_killed_under_load_and_started_again(tmp_path):
+    """The same with the model, and its stored prefixes open."""
+    secret, where = killed(tmp_path, 2, echo=False)
     process, address = started(tmp_path, *where)
     found = httpx2.post(
         f"{address}/v1/completions",
@@ -315,21 +338,16 @@ def test_killed_under_load_and_started_again(tmp_path):
     assert found.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 128
     process.terminate()
     assert process.wait() == 0
-    recorded = {line["request"] for line in read(audit) if line["status"] == 200}
-    assert set(answered) <= recorded
-    assert all(path.read_bytes().endswith(b"\n") for path in files(audit))
-    assert read_keys(keys)[0] == key
 
 
-@pytest.mark.slow
-def test_told_to_stop_it_finishes_what_runs(tmp_path):
-    process, address = started(tmp_path, "--audit=audit")
+def stopped(tmp_path, echo):
+    process, address = started(tmp_path, f"--audit={tmp_path}/audit", echo=echo)
     body = {"prompt": "class A", "max_tokens": 200, "stream": True, "temperature": 0}
     with httpx2.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as response:
         pieces = response.iter_text()
         found = next(pieces)
         os.kill(process.pid, signal.SIGTERM)
-        time.sleep(0.3)
+        time.sleep(0.4)
         with pytest.raises(httpx2.TransportError):
             httpx2.get(f"{address}/health", timeout=5)
         found += "".join(pieces)
@@ -337,6 +355,15 @@ def test_told_to_stop_it_finishes_what_runs(tmp_path):
     assert process.wait(60) == 0
     (line,) = read(tmp_path / "audit")
     assert line["status"] == 200
+
+
+def test_told_to_stop_it_finishes_what_runs(tmp_path):
+    stopped(tmp_path, echo=True)
+
+
+@pytest.mark.slow
+def test_told_to_stop_the_model_finishes_what_runs(tmp_path):
+    stopped(tmp_path, echo=False)
 
 
 def test_the_command_refuses_in_a_sentence(tmp_path, capsys):

@@ -10,7 +10,10 @@ from tests.support import servers
 from v4jax.serve.keys import create
 from v4jax.serve.lens import Lens
 
-PROMPT = "class Rectangle:\n    def __init__(self, width, height):\n        self." * 6
+PROMPT = "class Rectangle:\n    def __init__(self, width, height):\n        self." * 10
+# nano is bf16, and the engine reads its prompt in chunks of other widths: sums are rounded in
+# another way, and choices of entries flip (inference.md, 2.5). test_lens.py compares in float32.
+ROUNDING = 0.25
 ASK = {"X-V4jax-Detail": "1"}
 
 
@@ -57,11 +60,13 @@ def test_the_lens_agrees_with_the_servers_own_log_probabilities(nano_client):
     for position in (1, 7, told["prompt_tokens"], last):
         looked = client.get(f"/lens?request={request}&position={position}").json()
         assert looked["before"]["logprob"] == pytest.approx(
-            logprobs["token_logprobs"][position], abs=0.02
+            logprobs["token_logprobs"][position], abs=ROUNDING
         )
         best = looked["before"]["top"][0]
         name = looked["texts"][str(best["token"])]
-        assert logprobs["top_logprobs"][position][name] == pytest.approx(best["logprob"], abs=0.02)
+        assert logprobs["top_logprobs"][position][name] == pytest.approx(
+            best["logprob"], abs=ROUNDING
+        )
     assert [layer["kind"] for layer in looked["layers"]] == [
         "window",
         "window",

@@ -63,8 +63,12 @@ def kept_engine(tokenizer, **changes):
 
 def serving(engine, directory="nano", figures=None, **settings):
     """The parts of a server; directory: of the tokenizer. figures: of the lens, if it is on."""
+    return parts_of(engine, directory, Settings(**({"name": "nano"} | settings)), figures)
+
+
+def parts_of(engine, directory, settings, figures=None):
+    """The same with settings that are made already."""
     config = read_config(f"{locate('nano')}/config.json")
-    settings = Settings(**({"name": "nano"} | settings))
     chat, why_not = chat_format(directory, settings, engine.max_length)
     return Serving(
         settings,

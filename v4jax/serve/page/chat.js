@@ -112,7 +112,9 @@ export class Chat {
     } finally {
       this.controller = null;
       this.changed();
+      const follows = this.follows();
       answer.end(facts(answer, times));
+      if (follows) this.list.scrollTop = this.list.scrollHeight;
     }
   }
 
@@ -123,11 +125,16 @@ export class Chat {
     if (value.usage) answer.usage = value.usage;
     const choice = value.choices?.[0];
     if (!choice) return;
-    const follows = this.list.scrollHeight - this.list.scrollTop - this.list.clientHeight < 60;
+    const follows = this.follows();
     take(answer, choice);
     if (times.first === null && answer.node.textContent) times.first = performance.now();
     if (choice.finish_reason) answer.finish = choice.finish_reason;
     if (follows) this.list.scrollTop = this.list.scrollHeight;
+  }
+
+  // Whether the end of the conversation is in sight.
+  follows() {
+    return this.list.scrollHeight - this.list.scrollTop - this.list.clientHeight < 60;
   }
 
   changed() {

@@ -94,7 +94,7 @@ function context(layer, position, textOf) {
   const width = 0.94 * Math.max(ratio, length / 400);
   const what = layer.kind === "csa"
     ? `${index.length} of ${entries.visible} entries chosen`
-    : `${entries.visible} entries, all seen`;
+    : `${entries.visible} ${entries.visible === 1 ? "entry" : "entries"}, all seen`;
   const where = index.length
     ? `largest ${percent(largest)} at token ${index[weight.indexOf(largest)] * ratio}`
     : "none is closed yet";
