@@ -178,9 +178,7 @@ class V4Jax(TemplateLM):
             for context, continuation in pairs
         ]
         found = []
-        for (_, continuation), result in zip(
-            pairs, self._run(requests, disable_tqdm), strict=True
-        ):
+        for (_, continuation), result in zip(pairs, self._run(requests, disable_tqdm), strict=True):
             places = result.prompt_logprobs[-len(continuation) :]
             greedy = all(place.token == place.top[0][0] for place in places)
             found.append((sum(place.logprob for place in places), greedy))
