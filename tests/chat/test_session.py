@@ -118,7 +118,7 @@ def terminal(chat, monkeypatch, capsys):
         parsed = command.FLAGS
         monkeypatch.setattr(command, "_session", lambda: ("m", Session(engine, chat), engine))
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        status = main(["v4jax", "chat", "--compilation_cache=none"])
+        status = main(["v4jax", "chat", "--compilation_cache=off"])
         assert parsed is command.FLAGS
         return status, *capsys.readouterr()
 
@@ -164,7 +164,7 @@ def test_the_input_ends_within_a_call(terminal):
 
 
 def test_nano_says_what_it_lacks(capsys):
-    status = main(["v4jax", "chat", "--compilation_cache=none"])
+    status = main(["v4jax", "chat", "--compilation_cache=off"])
     err = capsys.readouterr().err
     if status:  # until nano's tokenizer has the special tokens
         assert status == 2 and err.count("\n") == 1 and "completions alone" in err
@@ -176,7 +176,7 @@ def test_a_model(tmp_path, monkeypatch, capsys):
     chat_directory(tmp_path / "model")
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n"))
     flags = ["--max_length=256", "--max_new_tokens=4", "--think=off", "--temperature=0"]
-    flags += ["--compilation_cache=none", "--draft=none"]
+    flags += ["--compilation_cache=off", "--draft=none"]
     status = main(["v4jax", "chat", f"--checkpoint={tmp_path / 'model'}", *flags])
     out, err = capsys.readouterr()
     assert status == 0, err
