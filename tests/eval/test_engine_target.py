@@ -45,7 +45,7 @@ class _Stream(list):
         ("logits are not finite", "the engine failed .logits are not finite"),
     ],
 )
-def test_memory_that_runs_out_is_one_sentence(error, sentence):
+def test_memory_that_runs_out_is_one_sentence(error, sentence, monkeypatch):
     target = EngineTarget("nano", 256)
 
     def submit(request):
@@ -53,7 +53,7 @@ def test_memory_that_runs_out_is_one_sentence(error, sentence):
             raise error
         return _Stream(error)
 
-    target._engine = SimpleNamespace(submit=submit, close=lambda: None)
+    monkeypatch.setattr(EngineTarget, "engine", SimpleNamespace(submit=submit))
     with pytest.raises(InputError, match=f"{sentence}.*records are kept"):
         target.ask(asked("def f("), 4)
 
