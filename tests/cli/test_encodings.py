@@ -19,6 +19,10 @@ SHOWN = "h\\xe9 \\u2013 \\u65e5\\u672c"
 WORDS = {
     "generate": (0, ["--checkpoint=DIR", "--max_length=32", "--max_new_tokens=2", ODD]),
     "chat": (2, ["--checkpoint=DIR"]),
+    "serve": (2, ["--checkpoint=DIR/no"]),
+    "keys": (2, ["create", "--file=DIR/no/keys.json", "--name=a"]),
+    "forget": (2, ["--audit=DIR/no", "--key=0123456789abcdef"]),
+    "eval": (2, ["needle", "--checkpoint=DIR/no"]),
     "bench": (2, ["--out=DIR/no/waits.png"]),
     "inspect": (0, ["DIR"]),
     "convert": (2, ["--source=DIR/no", "--target=DIR/new", "--to=orbax"]),

@@ -278,7 +278,7 @@ def test_damaged_checkpoints_are_refused(run, checkpoint, tmp_path, damage, mess
         (
             ["inspekt"],
             "v4jax: there is no command 'inspekt', maybe inspect; expected one of generate, "
-            "bench, inspect",
+            "chat, serve",
         ),
         (["--versions"], "there is no command '--versions'"),
     ],

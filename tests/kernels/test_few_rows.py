@@ -74,6 +74,14 @@ def test_every_count_of_tokens(count):
 
 
 @pytest.mark.parametrize("count", first(QUICK, SWEEP))
+def test_an_expert_that_a_token_names_twice(count):
+    """As a hash table may: it counts with both gates."""
+    x, chosen, gates = tokens(count)
+    chosen = chosen.at[::2, 2].set(chosen[::2, 0])
+    close(ours(x, chosen, gates, weights()), wanted(x, chosen, gates, weights()))
+
+
+@pytest.mark.parametrize("count", first(QUICK, SWEEP))
 def test_a_token_does_not_depend_on_the_others(count):
     """Bit for bit, in the same program, whatever the others are and choose, NaN too."""
     mine = tokens(count)

@@ -53,10 +53,10 @@ SUBCOMMANDS = {
         ("[TEXT...]",),
         huge_pages=True,
     ),
-    "bench": Subcommand(
-        "v4jax.cli.bench",
-        "Measure the engine on a described load: tokens per second and both waits.",
-        "v4jax bench --concurrency 8 --requests 64 --prompt_tokens 512 --new_tokens 128",
+    "chat": Subcommand(
+        "v4jax.cli.chat",
+        "Talk to a model in the terminal.",
+        "v4jax chat --checkpoint DIR --system 'Answer briefly.'",
         huge_pages=True,
     ),
     "serve": Subcommand(
@@ -76,6 +76,12 @@ SUBCOMMANDS = {
         "Delete what a server has kept: of a key, of a request, or from before so many days.",
         "v4jax forget --audit audit --prefix_cache prefixes --key 0123456789abcdef",
     ),
+    "bench": Subcommand(
+        "v4jax.cli.bench",
+        "Measure the engine on a described load: tokens per second and both waits.",
+        "v4jax bench --concurrency 8 --requests 64 --prompt_tokens 512 --new_tokens 128",
+        huge_pages=True,
+    ),
     "eval": Subcommand(
         "v4jax.cli.eval",
         "Evaluate a checkpoint or endpoint: long context, tools, latency, cost, data controls.",
@@ -88,12 +94,6 @@ SUBCOMMANDS = {
         "Show a model's layers, parameters, bytes, KV cache and FLOPs; check a checkpoint.",
         "v4jax inspect flash --context 131072",
         ("DIR|NAME",),
-    ),
-    "chat": Subcommand(
-        "v4jax.cli.chat",
-        "Talk to a model in the terminal.",
-        "v4jax chat --checkpoint DIR --system 'Answer briefly.'",
-        huge_pages=True,
     ),
     "convert": Subcommand(
         "v4jax.cli.convert",

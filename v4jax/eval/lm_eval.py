@@ -189,7 +189,7 @@ class V4Jax(TemplateLM):
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
         streams = {i: self._engine.submit(requests[i]) for i in order}
         results = {}
-        for i in tqdm(order, desc="Running requests", disable=disable_tqdm):
+        for i in order if disable_tqdm else tqdm(order, "Running requests", disable=None):
             results[i] = streams[i].result()
             if results[i].error is not None:
                 raise InputError(f"request {i}: {results[i].error}")

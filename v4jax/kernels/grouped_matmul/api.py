@@ -82,7 +82,7 @@ def of_tokens(
       routed: (x, chosen, gates, weights) -> the sum, by sorting rows for `expert_ffn`. It captures
         no arrays. Gradients are always its own.
       x_XD: tokens.
-      chosen_XK: a token's experts, different from one another.
+      chosen_XK: a token's experts; a hash table may name one twice.
       gates_XK: their routing weights.
       weights: stacked w1, w2, w3 of all experts, as `expert_ffn` takes them.
       limit, rounding, implementation: as `expert_ffn` takes them.

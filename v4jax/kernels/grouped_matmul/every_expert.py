@@ -40,5 +40,16 @@ def of_tokens(x_XD, chosen_XK, gates_XK, weights, limit, rounding):
     z_EFX = swiglu.forward(a_EFX, b_EFX, gate_EX[:, None], limit)
     y_EDX = jnp.einsum("edf,efx->edx", w2_EDF, z_EFX)
     token = jnp.arange(x_XD.shape[0])
-    picked = (y_EDX[chosen_X, :, token] for chosen_X in chosen_XK.T)
+    picked = (
+        jnp.where(_seen(chosen_XK, choice)[:, None], 0, y_EDX[chosen_XK[:, choice], :, token])
+        for choice in range(chosen_XK.shape[1])
+    )
     return sum(picked, start=0.0)
+
+
+def _seen(chosen_XK, choice):
+    """Whether an earlier choice [X] is the same expert: a hash table may name one twice.
+
+    Its gates are summed above, so that it counts once.
+    """
+    return (chosen_XK[:, :choice] == chosen_XK[:, choice : choice + 1]).any(axis=1)
