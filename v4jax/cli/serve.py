@@ -65,7 +65,7 @@ def define_flags():
 def run() -> int:
     """Loads and serves; the exit status."""
     for module in ("starlette", "uvicorn", "prometheus_client"):
-        require(module, "serve", "v4jax serve")
+        require(module, "serve", "the server")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     settings = _settings()
     with process_flags.joined_by_flags():
