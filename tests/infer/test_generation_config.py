@@ -1,13 +1,15 @@
 """generation_config.json: its end tokens and how its authors draw are defaults; flags win."""
 
+import dataclasses
 import json
 
 import pytest
 
 from tests.cli.test_generate import continuation, directory, run  # noqa: F401  (fixtures)
 from v4jax.errors import InputError
-from v4jax.infer.generation_config import GenerationDefaults, read_generation_config
+from v4jax.infer.generation_config import GenerationDefaults, end_ids, read_generation_config
 from v4jax.infer.tokenizer import Tokenizer
+from v4jax.named_configs import get_config
 
 
 def write(path, **keys):
@@ -77,3 +79,11 @@ def test_flags_win(run, directory):  # noqa: F811
     wanted = continuation(Tokenizer(directory), "ab", max_new_tokens=6, temperature=9.0)
     assert drawn == [wanted] != [tokens]
     assert len(json.loads(run("--format=json", "--prompt=ab", "--stop_ids=")[1])["tokens"][0]) == 2
+
+
+def test_the_ids_that_end_an_answer(tmp_path):
+    for own, expected in ((None, ()), (0, (0,)), (3, (3,)), ((3, 4), (3, 4))):
+        config = dataclasses.replace(get_config("flash"), eos_token_id=own)
+        assert end_ids(tmp_path, config) == expected
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert end_ids(tmp_path, config) == (5, 6)

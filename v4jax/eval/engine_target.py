@@ -16,7 +16,7 @@ from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.engine.request import Request
 from v4jax.errors import InputError
 from v4jax.eval.sample import Answer, Prompt
-from v4jax.infer.generation_config import read_generation_config
+from v4jax.infer.generation_config import end_ids
 from v4jax.infer.tokenizer import Tokenizer
 
 # Tokens of a chunk. Each is read in this width, so behind a stored prefix a CPU reads less for
@@ -206,14 +206,6 @@ def _timed(stream):
         if event.tokens:
             times.append((time.perf_counter() - began, len(event.tokens)))
     return times, stream.result()
-
-
-def end_ids(directory, config):
-    """The ids that end an answer: generation_config.json's, else config.json's."""
-    ends = read_generation_config(directory).eos_token_id
-    if ends is None and config.eos_token_id is not None:
-        return (config.eos_token_id,)
-    return ends or ()
 
 
 def _weights(directory) -> Any:

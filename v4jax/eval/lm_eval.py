@@ -20,7 +20,7 @@ from v4jax.checkpoints.load import load, locate
 from v4jax.engine.engine import Engine
 from v4jax.engine.request import Request
 from v4jax.errors import InputError
-from v4jax.eval.engine_target import end_ids
+from v4jax.infer.generation_config import end_ids
 from v4jax.infer.tokenizer import Tokenizer
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.files.json_reader import read_fields
 from v4jax.infer.sampling import Sampling, check
@@ -47,6 +48,15 @@ def read_generation_config(directory: str | Path) -> GenerationDefaults:
     if draws is False:
         given = {"temperature": 0.0}
     return GenerationDefaults(None if ends is None else tuple(ends), max_new_tokens=limit, **given)
+
+
+def end_ids(directory: str | Path, config: ModelConfig) -> tuple[int, ...]:
+    """The ids that end an answer: generation_config.json's, else config.json's."""
+    ends = read_generation_config(directory).eos_token_id
+    if ends is None:
+        own = config.eos_token_id
+        ends = (own,) if isinstance(own, int) else own
+    return ends or ()
 
 
 def _sampling(fields, path):

@@ -9,7 +9,7 @@ from v4jax.checkpoints import load as checkpoint
 from v4jax.engine.engine import Engine
 from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.errors import InputError
-from v4jax.infer.generation_config import read_generation_config
+from v4jax.infer.generation_config import end_ids
 from v4jax.infer.tokenizer import Tokenizer
 from v4jax.serve.lens import Lens
 from v4jax.serve.serving import Serving
@@ -61,15 +61,13 @@ def build(
     )
     chat, why_not = chat_format(directory, settings, engine.max_length)
     config = model.config
-    ends = read_generation_config(directory).eos_token_id
-    eos = config.eos_token_id
     return Serving(
         settings,
         engine,
         tokenizer,
         bos=config.bos_token_id,
-        eos=eos,
-        stop_ids=frozenset(ends if ends is not None else () if eos is None else (eos,)),
+        eos=config.eos_token_id,
+        stop_ids=frozenset(end_ids(directory, config)),
         chat=chat,
         no_chat=why_not,
         prefix_cache=prefix_cache,
