@@ -9,7 +9,7 @@ import sys
 
 from absl import flags
 
-from v4jax.cli import compilation_cache
+from v4jax.cli import compilation_cache, draft_flags
 from v4jax.engine.load import Load
 from v4jax.errors import InputError
 from v4jax.files.writing import writable_file
@@ -33,18 +33,7 @@ def define_flags():
         "slots", None, "Requests decoded together (default: the concurrency, or 8)"
     )
     flags.DEFINE_integer("prefill_chunk", None, "Tokens of a prompt read between two rounds")
-    flags.DEFINE_enum(
-        "draft",
-        "auto",
-        ["auto", "mtp", "dspark", "none"],
-        "Draft of speculative decoding, which changes no token (auto: where it is faster)",
-    )
-    flags.DEFINE_enum(
-        "draft_rule",
-        "coupled",
-        ["coupled", "rejection"],
-        "How drafts are accepted; rejection accepts more and draws other tokens, as likely",
-    )
+    draft_flags.define_flags(rule=True)
     flags.DEFINE_boolean("prefix_cache", False, "Keep prefixes of prompts in memory")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Activations (default: the model's)")
     flags.DEFINE_enum("numerics", None, ["native"], "native: the official FP8 and FP4 rounding")
@@ -99,7 +88,7 @@ def _engine(load):
         slots=(load.concurrency or 8) if FLAGS.slots is None else FLAGS.slots,
         max_length=load.prompt_tokens + load.new_tokens,
         prefill_chunk=FLAGS.prefill_chunk,
-        draft=None if FLAGS.draft == "none" else FLAGS.draft,
+        draft=draft_flags.draft(),
         draft_rule=FLAGS.draft_rule,
         prefix_cache=PrefixCache() if FLAGS.prefix_cache else None,
         programs=compilation_cache.programs(),

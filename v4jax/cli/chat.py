@@ -15,7 +15,7 @@ from absl import flags
 from v4jax.chat.format import PROFILES, ChatFormat
 from v4jax.chat.session import CONTENT, REASONING, Session
 from v4jax.checkpoints import load as checkpoint
-from v4jax.cli import compilation_cache
+from v4jax.cli import compilation_cache, draft_flags
 from v4jax.cli.generate import tell_compiling
 from v4jax.engine.engine import Engine
 from v4jax.engine.prefix_cache import PrefixCache
@@ -54,7 +54,7 @@ def define_flags():
         "max_length", None, f"Tokens of a conversation (default: {MOST_TOKENS}, or the model's)"
     )
     flags.DEFINE_string("prefix_cache", None, "Directory for prefixes (default: in memory)")
-    flags.DEFINE_enum("draft", "auto", ["auto", "mtp", "dspark", "none"], "Speculative decoding")
+    draft_flags.define_flags()
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Activations (default: the model's)")
     flags.DEFINE_enum(
         "weights", "stored", ["stored", "bf16", "float32"], "How weights are kept in memory"
@@ -98,7 +98,7 @@ def _session():
         params,
         slots=1,
         max_length=length,
-        draft=None if FLAGS.draft == "none" else FLAGS.draft,
+        draft=draft_flags.draft(),
         prefix_cache=PrefixCache(directory=FLAGS.prefix_cache),
         seed=FLAGS.seed,
         tokenizer=chat.tokenizer,

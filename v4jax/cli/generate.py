@@ -18,14 +18,13 @@ from absl import flags
 from v4jax.accounting import count_parameters
 from v4jax.checkpoints import load as checkpoint
 from v4jax.checkpoints.source import read_announced
-from v4jax.cli import compilation_cache, process_flags, streaming
-from v4jax.engine.acceptance import COUPLED, RULES
+from v4jax.cli import compilation_cache, draft_flags, process_flags, streaming
 from v4jax.engine.engine import Engine
 from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.engine.settings import draft_of
 from v4jax.errors import InputError
 from v4jax.infer.generate import Generation, check_request, generate
-from v4jax.infer.generation_config import read_generation_config
+from v4jax.infer.generation_config import end_ids, read_generation_config
 from v4jax.infer.sampling import Sampling
 from v4jax.infer.tokenizer import Tokenizer
 from v4jax.quant import QTensor
@@ -77,18 +76,7 @@ def define_flags():
     flags.DEFINE_string(
         "mesh", None, "Run on many devices, as expert=4,sequence=2 (axes: data, fsdp, tensor too)"
     )
-    flags.DEFINE_enum(
-        "draft",
-        "auto",
-        ["auto", "mtp", "dspark", "none"],
-        "Draft of speculative decoding, which changes no token (auto: where it is faster)",
-    )
-    flags.DEFINE_enum(
-        "draft_rule",
-        COUPLED,
-        RULES,
-        "How drafts are accepted; rejection accepts more and draws other tokens, as likely",
-    )
+    draft_flags.define_flags(rule=True)
     flags.DEFINE_string(
         "prefix_cache", None, "Directory in which prefixes of prompts and answers are kept"
     )
@@ -150,7 +138,7 @@ def _generate(model, params, prompts, on_token, settings) -> Generation | None:
     None in a process that only computes with process 0.
     """
     options = {"on_compile": tell_compiling, "programs": compilation_cache.programs()}
-    draft = draft_of(model.config, None if FLAGS.draft == "none" else FLAGS.draft)
+    draft = draft_of(model.config, draft_flags.draft())
     if FLAGS.draft == "auto" and FLAGS.stream_weights:
         draft = None  # drafts run with all weights in memory
     if draft is None and FLAGS.prefix_cache is None:
@@ -187,16 +175,14 @@ def _settings(directory, config, demo):
     names = ("max_new_tokens", "temperature", "seed", "top_p", "top_k", "min_p", "max_length")
     values = {name: getattr(FLAGS, name) for name in names}
     beside = read_generation_config(directory)._asdict()
-    ends = beside.pop("eos_token_id")
+    del beside["eos_token_id"]
     beside = {name: value for name, value in beside.items() if value is not None}
     if demo:
         beside = DEMO | beside
     values |= {name: value for name, value in beside.items() if not FLAGS[name].present}
-    if FLAGS.stop_ids is not None:
-        ends = _parse_ids("stop_ids", FLAGS.stop_ids)
-    elif ends is None:
-        ends = () if config.eos_token_id is None else config.eos_token_id
-    return values | {"stop_ids": ends}
+    if FLAGS.stop_ids is None:
+        return values | {"stop_ids": end_ids(directory, config)}
+    return values | {"stop_ids": _parse_ids("stop_ids", FLAGS.stop_ids)}
 
 
 def _check(config, prompts, settings):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from v4jax.cli import compilation_cache, process_flags
+from v4jax.cli import compilation_cache, draft_flags, process_flags
 from v4jax.errors import InputError
 from v4jax.extras import require
 from v4jax.files.writing import writable_directory
@@ -41,12 +41,7 @@ def define_flags():
     flags.DEFINE_integer("slots", 8, "Requests decoded together")
     flags.DEFINE_integer("max_length", None, "Tokens of prompt and answer (default: 4096, or less)")
     flags.DEFINE_enum("profile", "v4-ga", ["v4-ga", "v4-preview"], "The chat format's profile")
-    flags.DEFINE_enum(
-        "draft",
-        "auto",
-        ["auto", "mtp", "dspark", "none"],
-        "Draft of speculative decoding, which changes no token (auto: where it is faster)",
-    )
+    draft_flags.define_flags()
     flags.DEFINE_string("prefix_cache", None, "Directory of prefixes (default: memory alone)")
     flags.DEFINE_float("prefix_memory", 1.0, "GB of prefixes in memory; 0: none are kept")
     flags.DEFINE_boolean("lens", False, "Let the page look into requests; keeps them in memory")
@@ -154,7 +149,7 @@ def _options():
         "slots": FLAGS.slots,
         "max_length": FLAGS.max_length,
         "lens": FLAGS.lens,
-        "draft": None if FLAGS.draft == "none" else FLAGS.draft,
+        "draft": draft_flags.draft(),
         "programs": compilation_cache.programs(),
     }
 

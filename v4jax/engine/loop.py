@@ -326,7 +326,7 @@ class Loop:
             job.matcher.advance(token)
             if job.matcher.done():
                 rest = job.answer.end("stop")
-                event = rest if event is None else _joined(event, rest)
+                event = rest if event is None else event.joined(rest)
         self.counts["output_tokens"] += 1
         if event is not None and event.finish is not None:
             self._finish(job, event)
@@ -379,18 +379,6 @@ def _logprobs(tokens, scores, count) -> list[TokenLogprob]:
         )
         for i, token in enumerate(tokens)
     ]
-
-
-def _joined(event: Event, rest: Event) -> Event:
-    """Two events as one."""
-    return Event(
-        event.tokens + rest.tokens,
-        event.text + rest.text,
-        event.logprobs + rest.logprobs,
-        rest.finish,
-        rest.error,
-        event.drafted + tuple(len(event.tokens) + place for place in rest.drafted),
-    )
 
 
 def _not_finite(job) -> Event:

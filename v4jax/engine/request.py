@@ -96,6 +96,17 @@ class Event(NamedTuple):
     error: str | None = None
     drafted: tuple[int, ...] = ()
 
+    def joined(self, rest: "Event") -> "Event":
+        """This event and the one behind it as one."""
+        return Event(
+            self.tokens + rest.tokens,
+            self.text + rest.text,
+            self.logprobs + rest.logprobs,
+            rest.finish,
+            rest.error,
+            self.drafted + tuple(len(self.tokens) + place for place in rest.drafted),
+        )
+
 
 @dataclasses.dataclass
 class Result:

@@ -16,7 +16,7 @@ from v4jax.errors import InputError
 from v4jax.infer import generate as generate_lib
 from v4jax.infer.arguments import read_prompts
 from v4jax.infer.generate import Generation, check_request
-from v4jax.infer.generation_config import read_generation_config
+from v4jax.infer.generation_config import end_ids
 from v4jax.infer.sampling import Sampling
 from v4jax.infer.tokenizer import Tokenizer
 from v4jax.model.transformer import Transformer
@@ -93,40 +93,25 @@ def generate(
     if texts is not None:
         prompts = [tokenizer.encode(text) for text in texts]
         stop_ids = _ends(model) if stop_ids is None else stop_ids
-    common = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "stop_ids": () if stop_ids is None else stop_ids,
-    }
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    ends = () if stop_ids is None else stop_ids
+    common = {"max_new_tokens": max_new_tokens, "seed": seed, "stop_ids": ends}
     places = {"max_length": max_length, "prefill_chunk": prefill_chunk}
     told = {"on_compile": on_compile, "programs": programs}
-    more = {
-        "stop": stop,
-        "logprobs": logprobs,
-        "repetition": repetition,
-        "presence": presence,
-        "frequency": frequency,
-        "bias": bias,
-    }
+    penalties = {"repetition": repetition, "presence": presence, "frequency": frequency}
+    more = {"stop": stop, "logprobs": logprobs, "bias": bias} | penalties
     asked = {name: value for name, value in more.items() if value != _DEFAULTS[name]}
-    if not asked:
-        result = generate_lib.generate(
-            model, params, prompts, on_token=on_token, **common, **places, **told
-        )
-        if tokenizer is None:
-            return result
-        return _with_text(result, tokenizer)
-    prompts = read_prompts(prompts, model.config.vocab_size)
-    setting = Sampling(*(common[name] for name in Sampling._fields))
-    others = {name: common[name] for name in ("max_new_tokens", "seed", "stop_ids")}
-    request = check_request(model.config, prompts, setting=setting, **others, **places)
-    slots = min(len(prompts), _SLOTS)
-    with _engine(model, params, asked, slots, request.capacity, places, tokenizer, told) as engine:
-        return engine.generate(prompts, on_token=on_token, **common, **asked)
+    if asked:
+        prompts = read_prompts(prompts, model.config.vocab_size)
+        request = check_request(model.config, prompts, setting=sampling, **common, **places)
+        slots = min(len(prompts), _SLOTS)
+        engine = _engine(model, params, asked, slots, request.capacity, places, tokenizer, told)
+        with engine:
+            common |= sampling._asdict()
+            return engine.generate(prompts, on_token=on_token, **common, **asked)
+    common |= sampling._asdict() | places | told
+    result = generate_lib.generate(model, params, prompts, on_token=on_token, **common)
+    return result if tokenizer is None else _with_text(result, tokenizer)
 
 
 def stream(
@@ -208,10 +193,7 @@ def _tokenizer(model, given, needed) -> Tokenizer | None:
 
 def _ends(model):
     """Ids that end a text of the checkpoint."""
-    source = _source(model)
-    ends = None if source is None else read_generation_config(source).eos_token_id
-    own = model.config.eos_token_id
-    return ends if ends is not None else () if own is None else own
+    return end_ids(_source(model), model.config)
 
 
 def _engine(model, params, asked, slots, capacity, places, tokenizer, told) -> Engine:
