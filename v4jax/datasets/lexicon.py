@@ -38,6 +38,13 @@ version view viola wall water wave west whale wheat willow win wind window wine 
 wood word work wrap yard year zebra zero zinc zip zoe zone
 """
 WORDS = tuple(_WORDS.split())
+# Of words that nobody knows: a model that has only a few hundred to copy learns them by heart.
+INVENTED = 0.5  # of training's words
+_ONSETS = "b bl br c ch cl cr d dr f fl fr g gl gr h j k kl kr l m n p pl pr qu r s sc sh sk sl sm"
+_ONSETS = (*_ONSETS.split(), "sn", "sp", "st", "str", "t", "th", "tr", "v", "w", "x", "y", "z", "")
+_VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "ee", "oo", "ou", "y")
+_CODAS = ("", "", "", "b", "ck", "d", "ft", "g", "k", "l", "ld", "m", "n", "nd", "ng", "nt", "p")
+_CODAS = (*_CODAS, "r", "rk", "rt", "s", "sh", "sk", "st", "t", "x")
 
 
 @functools.cache
@@ -61,8 +68,8 @@ class Lexicon:
         self._drawn: set[str] = set()
 
     def word(self) -> str:
-        """A single word."""
-        return self._new(lambda: self._pick(self._words), anything=True)
+        """A single word; for training every other one is invented."""
+        return self._new(lambda: self._one_of(self._words), anything=True)
 
     def value(self) -> str:
         """A word, two words, a word with a number, or a number, as text."""
@@ -70,14 +77,22 @@ class Lexicon:
         if kind < 0.6:
             return self.word()
         if kind < 0.8:
-            return self._new(lambda: f"{self._pick(self._known)}_{self._pick(self._known)}")
+            known = self._known
+            return self._new(lambda: f"{self._one_of(known)}_{self._one_of(known)}")
         if kind < 0.92:
-            return self._new(lambda: f"{self._pick(self._known)}{self._rng.integers(100)}")
+            return self._new(lambda: f"{self._one_of(self._known)}{self._rng.integers(100)}")
         return self._new(lambda: str(self._rng.integers(10, 10000)))
 
     def number(self) -> int:
         """A number below 1,000; small ones more often."""
         return int(self._new(lambda: str(self._rng.integers(self._pick((20, 100, 1000)))), True))
+
+    def _one_of(self, words):
+        if self._held_out or self._rng.random() >= INVENTED:
+            return self._pick(words)
+        syllables = int(self._rng.integers(1, 3))
+        word = "".join(map(self._pick, (_ONSETS, _VOWELS, _CODAS) * syllables))
+        return self._one_of(words) if is_held_out(word) else word
 
     def _pick(self, options):
         return options[int(self._rng.integers(len(options)))]
