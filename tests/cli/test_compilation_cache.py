@@ -9,7 +9,18 @@ import pytest
 from v4jax.cli import compilation_cache
 from v4jax.cli.main import SUBCOMMANDS, main
 
-COMPILING = {"generate", "chat", "serve", "bench", "eval", "plan", "tune", "train", "sweep"}
+COMPILING = {
+    "generate",
+    "chat",
+    "serve",
+    "bench",
+    "eval",
+    "tiers",
+    "plan",
+    "tune",
+    "train",
+    "sweep",
+}
 
 
 @pytest.fixture

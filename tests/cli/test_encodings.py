@@ -23,6 +23,7 @@ WORDS = {
     "keys": (2, ["create", "--file=DIR/no/keys.json", "--name=a"]),
     "forget": (2, ["--audit=DIR/no", "--key=0123456789abcdef"]),
     "eval": (2, ["needle", "--checkpoint=DIR/no"]),
+    "tiers": (2, ["--worker=DIR/no", "--reviewer=DIR"]),
     "bench": (2, ["--out=DIR/no/waits.png"]),
     "inspect": (0, ["DIR"]),
     "convert": (2, ["--source=DIR/no", "--target=DIR/new", "--to=orbax"]),

@@ -215,6 +215,36 @@ def test_a_busy_server_is_asked_again_when_it_says(monkeypatch):
     assert waited == [7.0, 7.0]
 
 
+def test_a_form_is_asked_for_until_it_is_refused():
+    schema = {"type": "object"}
+    prompt = Prompt(({"role": "user", "content": "q"},), schema=schema)
+    with serving(says("{}")) as server:
+        target = EndpointTarget(server.url, "m")
+        assert target.ask(prompt, 5).text == "{}"
+        assert server.bodies[-1][1]["response_format"]["json_schema"]["schema"] == schema
+        target.ask(asked("q"), 5)
+        assert "response_format" not in server.bodies[-1][1]
+
+    def without(handler, body):
+        if "response_format" in body:
+            handler._json(400, {"error": {"message": "unknown field response_format"}})
+        else:
+            says("yes")(handler, body)
+
+    said = []
+    with serving(without) as server:
+        target = EndpointTarget(server.url, "m", tell=said.append)
+        assert [target.ask(prompt, 5).text for _ in range(2)] == ["yes", "yes"]
+        assert ["response_format" in body for _, body in server.bodies] == [True, False, False]
+        assert len(said) == 1 and "refuses a response format (unknown field" in said[0]
+    # What is refused without the form too is no matter of the form.
+    with serving(lambda handler, _: handler._json(400, {"error": {"message": "no"}})) as server:
+        target = EndpointTarget(server.url, "m", tell=said.append)
+        with pytest.raises(InputError, match=r"status 400 \(no\)"):
+            target.ask(prompt, 5)
+        assert len(said) == 1
+
+
 def test_the_command_runs_a_suite_at_an_endpoint(tmp_path, capsys):
     with serving(says(lambda body: needle_reader(Text(body["prompt"])))) as server:
         out = str(tmp_path / "run")

@@ -89,6 +89,12 @@ SUBCOMMANDS = {
         ("SUITE", "[DIR...]"),
         huge_pages=True,
     ),
+    "tiers": Subcommand(
+        "v4jax.cli.tiers",
+        "A cheap worker drafts, a strong reviewer judges: cost per completed task, by share.",
+        "v4jax tiers --worker nano --reviewer DIR --lengths 1024 --samples 20 --out tiers",
+        huge_pages=True,
+    ),
     "inspect": Subcommand(
         "v4jax.cli.inspect",
         "Show a model's layers, parameters, bytes, KV cache and FLOPs; check a checkpoint.",

@@ -7,7 +7,7 @@ from typing import Any
 
 from v4jax.errors import InputError
 from v4jax.eval.intervals import paired
-from v4jax.eval.records import Key, key, read_records, read_run
+from v4jax.eval.records import Key, key_of, read_records, read_run
 from v4jax.eval.summary import summarize
 
 SAME = ("suite", "seed", "tasks", "format")  # what makes samples the same
@@ -71,7 +71,7 @@ def compared(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, 
 
 
 def _scores(records):
-    return {key(each): each["score"] for each in records if each.get("score") is not None}
+    return {key_of(each): each["score"] for each in records if each.get("score") is not None}
 
 
 def as_rows(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -91,21 +91,35 @@ def priced(records: Iterable[Mapping[str, Any]], prices: Prices, seed: int = 0) 
       "tasks", "solved", "cost".
     """
     records = list(records)
-    costs = np.array([prices.of(each) for each in records], np.float64)
-    solved = np.array([each["score"] >= SOLVED for each in records], np.float64)
-    tokens = sum(each["prompt_tokens"] + each["output_tokens"] for each in records)
-    low, high = _interval(costs, solved, seed)
+    return per_task(
+        [prices.of(each) for each in records],
+        [each["score"] >= SOLVED for each in records],
+        [each.get("attempts", 1) for each in records],
+        [each["prompt_tokens"] + each["output_tokens"] for each in records],
+        seed,
+    )
+
+
+def per_task(
+    costs: Sequence[float],
+    solved: Sequence[bool],
+    attempts: Sequence[int],
+    tokens: Sequence[int],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """As `priced`, of a number for each task: cost, whether it was solved, attempts, tokens."""
+    paid, count = np.array(costs, np.float64), sum(solved)
+    low, high = _interval(paid, np.array(solved, np.float64), seed)
     return {
-        "tasks": len(records),
-        "solved": int(solved.sum()),
-        "success": float(solved.mean()) if len(records) else None,
-        "cost": float(costs.sum()),
-        "cost_per_task": _ratio(costs.sum(), solved.sum()),
+        "tasks": len(costs),
+        "solved": int(count),
+        "success": float(count / len(costs)) if len(costs) else None,
+        "cost": float(paid.sum()),
+        "cost_per_task": _ratio(paid.sum(), count),
         "low": low,
         "high": high,
-        "attempts_per_task": sum(each.get("attempts", 1) for each in records)
-        / max(len(records), 1),
-        "tokens_per_solved": _ratio(tokens, solved.sum()),
+        "attempts_per_task": sum(attempts) / max(len(costs), 1),
+        "tokens_per_solved": _ratio(sum(tokens), count),
     }
 
 

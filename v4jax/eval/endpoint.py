@@ -13,6 +13,7 @@ from v4jax.infer.tokenizer import Tokenizer
 TURN_TOKENS = 8  # allowed for what a chat template adds to a turn
 _TRIES = 4
 _AGAIN = (408, 409, 429, 500, 502, 503, 504)
+_NO_FORM = (400, 404, 422, 501)  # how endpoints refuse a response format that they do not have
 
 
 class EndpointTarget:
@@ -50,6 +51,7 @@ class EndpointTarget:
         self.max_length = _length_of(listed[model])
         self._tokenizer, self._remote = tokenizer, tokenizer is None
         self._bytes_per_token = None
+        self._enforces = True  # a schema of the answer, as far as is known
         self._tell = tell
         self.identity = {"model": model, "where": url.rstrip("/"), "style": style}
 
@@ -83,7 +85,26 @@ class EndpointTarget:
         body |= {"thinking": {"type": "disabled"}}
         if prompt.tools:
             body |= {"tools": [dict(each) for each in prompt.tools]}
+        if prompt.schema is not None and self._enforces:
+            return self._in_form(body, prompt.schema)
         return self._patiently("/chat/completions", body)
+
+    def _in_form(self, body, schema):
+        """An answer that obeys a schema; from then on without one where the endpoint refuses it."""
+        wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        try:
+            return self._patiently("/chat/completions", body | {"response_format": wanted})
+        except InputError as error:
+            cause = error.__cause__
+            if not isinstance(cause, Refused) or cause.status not in _NO_FORM:
+                raise
+            answer = self._patiently("/chat/completions", body)
+            self._enforces = False
+            self._tell(
+                f"{self.client.url} refuses a response format ({cause.message[:100]}); answers are "
+                "asked for as JSON and not held to it"
+            )
+            return answer
 
     def ask_tokens(
         self,

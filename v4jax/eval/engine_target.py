@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 
 from v4jax.checkpoints.load import load, locate
 from v4jax.checkpoints.source import read_announced
+from v4jax.engine.constraint import Grammar
 from v4jax.engine.engine import Engine
 from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.engine.request import Request
@@ -101,12 +103,31 @@ class EngineTarget:
         text = prompt.text
         tokens = self._tokenizer.encode(text)
         keep = (len(self._tokenizer.encode(text[:shared])),) if shared else ()
-        return self.ask_tokens(tokens, max_new_tokens, stop, temperature, seed, keep)
+        form = self._form(prompt.schema)
+        return self.ask_tokens(tokens, max_new_tokens, stop, temperature, seed, keep, form=form)
+
+    def _form(self, schema):
+        """The constraint of a schema; None without one, and without the extra `grammar`."""
+        known = schema is not None and importlib.util.find_spec("llguidance") is not None
+        return Grammar("json_schema", schema) if known else None
 
     def ask_tokens(
-        self, tokens, max_new_tokens, stop=(), temperature=0.0, seed=0, keep=(), ends=True, salt=""
+        self,
+        tokens,
+        max_new_tokens,
+        stop=(),
+        temperature=0.0,
+        seed=0,
+        keep=(),
+        ends=True,
+        salt="",
+        form=None,
     ) -> Answer:
-        """As `ask`, of ids; `ends`: whether the model's own end token ends the answer."""
+        """As `ask`, of ids.
+
+        Args:
+          ends: whether the model's own end token ends the answer. form: a `Grammar` for it.
+        """
         request = Request(
             tokens,
             max_new_tokens=max_new_tokens,
@@ -116,6 +137,7 @@ class EngineTarget:
             stop_ids=self._stop_ids if ends else (),
             keep_at=keep,
             salt=salt,
+            constraint=form,
         )
         try:
             stream = self.engine.submit(request)

@@ -6,7 +6,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +19,42 @@ RECORDS, RUN = "records.jsonl", "run.json"
 Key = tuple[str, int, int]  # task, length, number of the sample
 
 
+def key_of(record: Mapping[str, Any]) -> Key:
+    """Of a sample's record."""
+    return record["task"], record["length"], record["sample"]
+
+
 class Records:
     """The records of one directory, open for more; for one process at a time.
 
     Args:
       directory: made where it is not there. identity: what makes the run this one and no other.
+      name: of the file. key: record -> what no two of them share.
 
     Attributes:
-      done: the records that are there, by task, length and number.
+      done: the records that are there, by their keys.
 
     Raises:
       InputError: the directory has another run's records, is in use or cannot be written.
     """
 
-    def __init__(self, directory: str | os.PathLike, identity: Mapping[str, Any]):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        identity: Mapping[str, Any],
+        name: str = RECORDS,
+        key: Callable[[Mapping[str, Any]], tuple] = key_of,
+    ):
         self.directory = writable_directory(directory, "--out")
-        path = self.directory / RECORDS
+        self._path, self._key = self.directory / name, key
         try:
-            self._file = path.open("ab", buffering=0)
+            self._file = self._path.open("ab", buffering=0)
         except OSError as error:
-            raise refused(path, error) from error
+            raise refused(self._path, error) from error
         try:
             self._lock()
             self._check(dict(identity) | {"format": FORMAT})
-            self.done = {key(each): each for each in self._recover(path)}
+            self.done = {key(each): each for each in self._recover(self._path)}
         except BaseException:
             self._file.close()
             raise
@@ -56,9 +68,8 @@ class Records:
         try:
             append(self._file, (json.dumps(record) + "\n").encode())
         except OSError as error:
-            path = self.directory / RECORDS
-            raise refused(path, error, "the records before it are safe") from error
-        self.done[key(record)] = dict(record)
+            raise refused(self._path, error, "the records before it are safe") from error
+        self.done[self._key(record)] = dict(record)
 
     def close(self) -> None:
         self._file.close()
@@ -81,7 +92,7 @@ class Records:
     def _check(self, identity):
         path = self.directory / RUN
         if not path.exists():
-            if (self.directory / RECORDS).stat().st_size:
+            if self._path.stat().st_size:
                 raise InputError(
                     f"{self.directory} has records and no {RUN}, so nobody knows whose they are; "
                     "give another --out"
@@ -105,11 +116,7 @@ class Records:
         whole = raw.rfind(b"\n") + 1
         if whole < len(raw):
             os.truncate(path, whole)
-        return _parsed(path, raw[:whole])
-
-
-def key(record: Mapping[str, Any]) -> Key:
-    return record["task"], record["length"], record["sample"]
+        return _parsed(path, raw[:whole], self._key)
 
 
 def read_run(directory: str | os.PathLike) -> dict[str, Any]:
@@ -143,10 +150,10 @@ def read_records(directory: str | os.PathLike) -> list[dict[str, Any]]:
         raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read; expected what v4jax eval writes") from error
-    return _parsed(path, raw[: raw.rfind(b"\n") + 1])
+    return _parsed(path, raw[: raw.rfind(b"\n") + 1], key_of)
 
 
-def _parsed(path, raw):
+def _parsed(path, raw, key):
     found = []
     for number, line in enumerate(raw.splitlines(), 1):
         try:

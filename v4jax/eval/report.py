@@ -1,6 +1,5 @@
 """A run as one HTML file that asks nothing of any other host, and as a PNG."""
 
-import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 from v4jax import extras
 from v4jax.errors import InputError
 from v4jax.eval import pictures
+from v4jax.eval.html_page import embedded, html_table, listed, write_page
 from v4jax.eval.summary import COLUMNS, as_rows, cost_of, sentences
 from v4jax.files.atomic import write_atomically
 from v4jax.files.writing import writing
@@ -17,15 +17,6 @@ from v4jax.files.writing import writing
 HTML, PNG = "report.html", "report.png"
 WORST = 20  # answers that are shown
 _SHOWN = 300  # characters of an answer
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #8884; }
-th:first-child, td:first-child { text-align: left; }
-td.text { text-align: left; font-family: monospace; white-space: pre-wrap; }
-img { max-width: 100%; background: white; }
-"""
 
 
 def write(
@@ -39,14 +30,14 @@ def write(
     run = summary["run"]
     title = f"{run.get('suite', 'evaluation')}: {run.get('model', '')}"
     parts = [
-        _list(sentences(summary)),
-        _image(image, note),
-        _table(COLUMNS, as_rows(summary)),
+        listed(sentences(summary)),
+        embedded(image, note),
+        html_table(COLUMNS, as_rows(summary)),
         _costs(summary),
         _worst(records),
-        _table(("run", ""), [[name, _text(value)] for name, value in run.items()]),
+        html_table(("run", ""), [[name, _text(value)] for name, value in run.items()]),
     ]
-    _write(directory / HTML, title, parts)
+    write_page(directory / HTML, title, parts)
     return note
 
 
@@ -65,14 +56,14 @@ def write_comparison(
     )
     parts = [
         f"<p>{html.escape(explained)}</p>",
-        _table(header, rows),
-        _image(image, note),
+        html_table(header, rows),
+        embedded(image, note),
         *(
-            f"<h2>{html.escape(name)}</h2>{_list(sentences(each))}"
+            f"<h2>{html.escape(name)}</h2>{listed(sentences(each))}"
             for name, each in summaries.items()
         ),
     ]
-    _write(path, "Comparison of " + ", ".join(runs), parts)
+    write_page(path, "Comparison of " + ", ".join(runs), parts)
     return note
 
 
@@ -83,37 +74,6 @@ def picture(runs, summaries) -> tuple[bytes | None, str | None]:
     except InputError as error:
         return None, str(error)
     return pictures.draw(runs, summaries), None
-
-
-def _write(path, title, parts):
-    body = "\n".join(part for part in parts if part)
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style></head>\n"
-        f"<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n"
-    )
-    with writing(path):
-        write_atomically(path, page.encode(errors="replace"))
-
-
-def _list(lines):
-    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
-
-
-def _image(image, note):
-    if image is None:
-        return f"<p>{html.escape(note)}</p>" if note else ""
-    data = base64.b64encode(image).decode()
-    return f'<img alt="Pictures of the results" src="data:image/png;base64,{data}">'
-
-
-def _table(header, rows):
-    head = "".join(f"<th>{html.escape(each)}</th>" for each in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for row in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _costs(summary):
@@ -130,7 +90,7 @@ def _costs(summary):
         for each in cost_of(summary)
     ]
     header = ("task", "tokens", "solved", "cost each", "95 %", "attempts", "tokens each")
-    return f"<h2>Cost per completed task</h2>{_table(header, rows)}" if rows else ""
+    return f"<h2>Cost per completed task</h2>{html_table(header, rows)}" if rows else ""
 
 
 def _cost(value):
@@ -150,7 +110,7 @@ def _worst(records):
     ]
     if not rows:
         return ""
-    shown = _table(("sample", "expected", "answer"), rows).replace("<td>", '<td class="text">')
+    shown = html_table(("sample", "expected", "answer"), rows).replace("<td>", '<td class="text">')
     return f"<h2>Not right: {len(wrong)}, of which {len(rows)} are shown</h2>{shown}"
 
 

@@ -16,12 +16,14 @@ class Prompt:
       prefix: how the answer begins, where the target can be given that.
       tools: functions that the model may call, in the form of the same API.
       continues: its text is to be continued as it is, also by a model that can chat.
+      schema: JSON schema of the answer, which a target enforces where it can.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     prefix: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
     continues: bool = False
+    schema: Mapping[str, Any] | None = None
 
     @property
     def text(self) -> str:
