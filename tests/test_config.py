@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import v4jax.config
+from v4jax.accounting import count_parameters
 from v4jax.config import (
     CSA,
     FULL,
@@ -38,6 +39,7 @@ NAMES = [
     "pro_base",
     "pro_base_tiny",
     "pro_tiny",
+    "small",
 ]
 
 
@@ -217,6 +219,18 @@ def test_nano_has_every_kind_of_layer_and_packs_into_fp4():
     assert {layer.attention for layer in nano.layers} == {"window", "csa", "hca"}
     assert {layer.routing for layer in nano.layers} == {"hash", "score"}
     assert nano.hidden_size % 32 == nano.moe_intermediate_size % 32 == 0
+
+
+def test_small_is_nano_with_four_to_six_times_the_parameters():
+    """A laptop's model of 20 to 30 M parameters, of every kind of layer."""
+    small, nano = get_config("small"), get_config("nano")
+    assert {layer.attention for layer in small.layers} == {"window", "csa", "hca"}
+    assert {layer.routing for layer in small.layers} == {"hash", "score"}
+    assert small.hidden_size % 32 == small.moe_intermediate_size % 32 == 0
+    count = count_parameters(small)
+    assert (count.total, count.mtp_blocks, count.active) == (23_627_721, (3_353_793,), 10_430_409)
+    assert 4 < count.total / count_parameters(nano).total < 6
+    assert small.max_position_embeddings == 8192 and small.vocab_size == 2112
 
 
 def test_configs_are_found_once_installed(tmp_path):

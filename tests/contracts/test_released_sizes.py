@@ -59,6 +59,27 @@ def test_prefill_and_decode_lower(name):
         assert len(lowered.as_text().splitlines()) < 30_000
 
 
+def test_small_lowers():
+    """What reviews in experiments/012_two_tiers: a chunk, one token, and a training step."""
+    model, variables = abstract("small")
+    cache = jax.eval_shape(functools.partial(model.init_cache, 1, 1024))
+
+    def call(variables, tokens, cache):
+        out = model.apply(variables, tokens, cache=cache, logits="last")
+        return out.logits, out.cache
+
+    def loss(params, buffers, tokens):
+        out = model.apply({"params": params, "buffers": buffers}, tokens, mtp=True)
+        return jnp.mean(out.logits)
+
+    for length in (256, 1):
+        tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        logits, _ = jax.jit(call).lower(variables, tokens, cache).out_info
+        assert logits.shape == (1, 1, 2112)
+    tokens = jax.ShapeDtypeStruct((2, 512), jnp.int32)
+    jax.jit(jax.grad(loss)).lower(variables["params"], variables["buffers"], tokens)
+
+
 def test_program_size_does_not_grow_with_depth():
     def lines(layers):
         config = v4jax.get_config("flash")

@@ -168,9 +168,17 @@ def test_a_config_by_its_name_from_an_installed_wheel(tmp_path):
     assert found == f"{target}/v4jax/train/config_file.py 60\n"
 
 
-@pytest.mark.parametrize("name", ["train_tiny", "train_small"])
-def test_shipped_recipes_are_valid(name):
-    config = config_file.read(f"configs/{name}.py")
+@pytest.mark.parametrize(
+    "file",
+    [
+        "configs/train_tiny.py",
+        "configs/train_small.py",
+        "experiments/011_nano_chat/config.py",
+        "experiments/012_two_tiers/config.py",
+    ],
+)
+def test_recipes_are_valid(file):
+    config = config_file.read(file)
     assert isinstance(config, TrainConfig)
     assert dataclasses.replace(config, seed=1).steps == config.steps
 

@@ -16,7 +16,10 @@ SCHEMA: dict[str, Any] = {
             "maxItems": MOST,
             "items": {
                 "type": "object",
-                "properties": {"start": {"type": "integer"}, "text": {"type": "string"}},
+                "properties": {
+                    "start": {"type": "integer"},
+                    "text": {"type": "string", "maxLength": LONGEST},
+                },
                 "required": ["start", "text"],
                 "additionalProperties": False,
             },
