@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.eval.targets import Caller
-from tests.eval.tiers import Reader, chat, extracted, judged, place, right, sheet, step
+from tests.eval.tiers import Reader, chat, digest, extracted, judged, place, right, sheet, step
 from tests.eval.tokenizers import of_bytes
 from v4jax.errors import InputError
 from v4jax.eval import extraction, policies, quotes, tier_report, verdicts
@@ -109,6 +110,25 @@ def test_the_same_seed_is_the_same_sample():
         assert one == again and one.prompt != other.prompt
 
 
+DIGEST = "e879c4a45bcdec724c49a170f7547d41c912a778ac3469b095533156758b134a"
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_the_bytes_are_those_of_every_python(version):
+    """A bare interpreter will do, as for the tasks of `v4jax eval`."""
+    assert digest() == DIGEST
+    homes = Path.home() / ".pyenv" / "versions"
+    found = sorted(homes.glob(f"{version}.*/bin/python{version}"))
+    if not found:
+        pytest.skip(f"there is no Python {version}")
+    code = "from tests.eval.tiers import digest; print(digest())"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [found[-1], "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.stdout.strip() == DIGEST, done.stderr
+
+
 def test_a_field_that_is_said_twice_is_not_said():
     said = extraction.said_fields("Dish: *Bread*.\nriver: a\nriver: b\nelse: c", ("dish", "river"))
     assert said == {"dish": "Bread"}
@@ -198,6 +218,28 @@ def test_any_answer_is_read(said):
         assert verdicts.read(answer).kind in (*verdicts.KINDS, "invalid")
         extraction.said_fields(answer, extraction.FIELDS)
         extraction.said_value(answer)
+
+
+@pytest.mark.slow  # ten thousand answers
+def test_ten_thousand_answers_are_read():
+    """Pieces of right answers, spoilt: quotes that are kept are in the text, verdicts are known."""
+    rng = random.Random(0)
+    whole = [
+        json.dumps({"quotes": [{"start": 8, "text": "one"}, {"start": 0, "text": "two one"}]}),
+        json.dumps({"verdict": "revise", "issues": ["a"], "text": "t"}),
+        '```json\n{"verdict": "accept", "issues": []}\n```',
+    ]
+    alphabet = "[](){}\"',:-019eE.truefalsnu \n\t\x00é\u202e\U0001f600\ud800"
+    for _ in range(10_000):
+        said = list(rng.choice(whole))
+        for _ in range(rng.randrange(6)):
+            at = rng.randrange(len(said) + 1)
+            said[at : at + rng.randrange(8)] = rng.choices(alphabet, k=rng.randrange(5))
+        found = quotes.read(SOURCE, "".join(said))
+        assert all(SOURCE[q.start :].startswith(q.text) and q.text for q in found.kept)
+        verdict = verdicts.read("".join(said))
+        assert verdict.kind in (*verdicts.KINDS, "invalid")
+        assert verdict.text is None or verdict.kind == "revise"
 
 
 # The protocol.

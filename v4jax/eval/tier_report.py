@@ -71,7 +71,7 @@ def as_rows(summary: Summary) -> list[list[str]]:
             *(f"{each[name]:.1%}" for name in ("mean", "low", "high", "reviewed", "own")),
             f"{each['attempts_per_task']:.2f}",
             *(_cost(each[name]) for name in ("cost_per_task", "cost_low", "cost_high")),
-            _cost(each["tokens_per_solved"]),
+            _tokens(each["tokens_per_solved"]),
         ]
         for each in summary["policies"]
     ]
@@ -166,37 +166,53 @@ def draw(groups: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]], unit: st
 
 def _panel(axis, rows):
     """Shares joined by a line, each tier alone as a mark; what solved nothing has no cost."""
-    shares = [row for row in rows if row["share"] is not None and row["cost_per_task"] is not None]
-    if shares:
-        x, y = zip(*((100 * row["mean"], row["cost_per_task"]) for row in shares), strict=True)
-        axis.plot(x, y, "-", color="C0", alpha=0.5)
+    priced = [row for row in rows if row["cost_per_task"] is not None]
+    shares = [row for row in priced if row["share"] is not None]
+    _points(axis, shares, "o-", "C0", "worker, so many drafts reviewed")
+    for row in shares:
+        axis.annotate(
+            f"{row['share']} %",
+            (100 * row["mean"], row["cost_per_task"]),
+            textcoords="offset points",
+            xytext=(5, 5),
+            fontsize=7,
+        )
+    for policy, mark, colour in ((WORKER, "s", "C1"), (REVIEWER, "^", "C2")):
+        _points(axis, [row for row in priced if row["policy"] == policy], mark, colour, policy)
     for row in rows:
         if row["cost_per_task"] is None:
             axis.plot([], [], " ", label=f"{row['policy']}: none solved")
-            continue
-        mark, colour = {WORKER: ("s", "C1"), REVIEWER: ("^", "C2")}.get(row["policy"], ("o", "C0"))
-        x, low, high = (100 * row[name] for name in ("mean", "low", "high"))
-        axis.errorbar(
-            [x],
-            [row["cost_per_task"]],
-            xerr=[[max(x - low, 0)], [max(high - x, 0)]],
-            marker=mark,
-            color=colour,
-            capsize=3,
-            label=row["policy"],
-        )
-        if row["share"] is not None:
-            axis.annotate(
-                f"{row['share']} %",
-                (x, row["cost_per_task"]),
-                textcoords="offset points",
-                xytext=(5, 5),
-                fontsize=7,
-            )
-    axis.set_xlim(-4, 104)
+    axis.set_xlim(-4, 110)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    if rows:
+        axis.legend(fontsize=7)
+
+
+def _points(axis, rows, style, colour, label):
+    """Policies with both 95 % intervals; of a cost without an upper end only the lower one."""
+    if not rows:
+        return
+    x, y, bars = [], [], []
+    for row in rows:
+        solved, cost = 100 * row["mean"], row["cost_per_task"]
+        ends = [cost if row[name] is None else row[name] for name in ("cost_low", "cost_high")]
+        x, y = [*x, solved], [*y, cost]
+        bars.append(
+            [solved - 100 * row["low"], 100 * row["high"] - solved, cost - ends[0], ends[1] - cost]
+        )
+    left, right, down, up = ([max(each, 0) for each in side] for side in zip(*bars, strict=True))
+    axis.errorbar(
+        x,
+        y,
+        xerr=[left, right],
+        yerr=[down, up],
+        fmt=style,
+        color=colour,
+        elinewidth=0.7,
+        capsize=2,
+        label=label,
+    )
 
 
 def _by_group(summary):
@@ -230,3 +246,7 @@ def _names(run):
 
 def _cost(value):
     return "without end" if value is None else f"{value:,.3g}"
+
+
+def _tokens(value):
+    return "without end" if value is None else f"{value:,.0f}"
