@@ -1,12 +1,15 @@
 """nano in this process: asked as it was trained, prefixes counted, memory that runs out."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
 import pytest
 
 from v4jax.cli import main
+from v4jax.engine.constraint import Grammar
 from v4jax.errors import InputError
+from v4jax.eval import engine_target
 from v4jax.eval.engine_target import EngineTarget
 from v4jax.eval.records import read_records
 from v4jax.eval.sample import asked
@@ -62,3 +65,23 @@ def test_lengths_beyond_the_models_are_refused_unless_asked_for():
     with pytest.raises(InputError, match="reads at most 4096: give shorter --lengths"):
         EngineTarget("nano", 5000)
     assert EngineTarget("nano", 5000, max_positions=8192).max_length == 8192
+
+
+def test_a_schema_is_a_grammar_where_there_is_one(monkeypatch):
+    pytest.importorskip("llguidance")
+    seen = []
+
+    def submit(request):
+        seen.append(request.constraint)
+        return _Stream("no model here")
+
+    monkeypatch.setattr(EngineTarget, "engine", SimpleNamespace(submit=submit))
+    target, schema = EngineTarget("nano", 256), {"type": "object"}
+    for prompt in (asked("x"), dataclasses.replace(asked("x"), schema=schema)):
+        with pytest.raises(InputError, match="no model here"):
+            target.ask(prompt, 4)
+    assert seen == [None, Grammar("json_schema", schema)]
+    monkeypatch.setattr(engine_target.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="no model here"):
+        target.ask(prompt, 4)
+    assert seen[-1] is None  # without the extra it is asked for in words alone

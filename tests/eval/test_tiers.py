@@ -603,7 +603,12 @@ def test_a_ledger_of_another_run_or_damaged_is_refused(tmp_path):
     with pytest.raises(InputError, match="another run: its seed is 0"):
         Ledger(tmp_path, RUN | {"seed": 1})
     path = tmp_path / LEDGER
-    path.write_text("{}\n" + path.read_text())
+    (tmp_path / "records.jsonl").unlink()
+    whole = path.read_text()
+    path.write_text(whole.replace('"action": "draft"', '"action": "guess"'))
+    with pytest.raises(InputError, match=r"worker \(guess\), and worker \(draft\) comes next"):
+        played(tmp_path, chat(Reader()), chat(Reader()), plan(1))
+    path.write_text("{}\n" + whole)
     with pytest.raises(InputError, match=r"ledger.jsonl:1: is no record"):
         Ledger(tmp_path, RUN)
 

@@ -86,22 +86,31 @@ class Course:
           InputError: of the target: it cannot be reached, or has no memory. The line is not made,
             and the same run asks again.
         """
-        kept = self._ledger.done.get((*self.key, self.name, len(self.lines)))
-        if kept is None:
+        if not self._kept(role, action):
             answer, error = self._answer(
                 role, prompt, budget, stop, temperature=temperature, seed=seed, shared=shared
             )
             self._write(role, self._targets[role].name, action, answer, error, judge(answer.text))
-        else:
-            self.lines.append(kept)
         return _answer_of(self.lines[-1])
 
     def note(self, action: str, verdict: str, fields: Mapping[str, Any]) -> None:
         """A step that no model took part in, as a line."""
-        if kept := self._ledger.done.get((*self.key, self.name, len(self.lines))):
-            self.lines.append(kept)
-            return
-        self._write("check", "-", action, Answer(), None, {"verdict": verdict, **fields})
+        if not self._kept("check", action):
+            self._write("check", "-", action, Answer(), None, {"verdict": verdict, **fields})
+
+    def _kept(self, role, action):
+        """Takes the step from the ledger; whether it is there."""
+        line = self._ledger.done.get((*self.key, self.name, len(self.lines)))
+        if line is None:
+            return False
+        if (line["role"], line["action"]) != (role, action):
+            raise InputError(
+                f"{self._ledger.directory / LEDGER}: step {len(self.lines)} of {self.key} is of "
+                f"{line['role']} ({line['action']}), and {role} ({action}) comes next: the ledger "
+                "is of another version; give another --out"
+            )
+        self.lines.append(line)
+        return True
 
     def _answer(self, role, prompt, budget, stop, **options):
         began = time.perf_counter()
