@@ -35,6 +35,9 @@ class Ledger(Records):
         with self._adding:
             super().add(record)
 
+    def __enter__(self) -> "Ledger":
+        return self
+
 
 def step_key(line: Mapping[str, Any]) -> tuple:
     """What no two lines share: the task, its length and sample, the course, the step's number."""

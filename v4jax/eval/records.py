@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from v4jax.errors import InputError
 from v4jax.files.atomic import write_atomically
@@ -74,7 +74,7 @@ class Records:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Records":
         return self
 
     def __exit__(self, *error) -> None:
