@@ -53,6 +53,19 @@ def test_the_command_runs_both_and_goes_on(tmp_path, capsys):
         assert "needs 5524 tokens with what the steps add" in capsys.readouterr().err
 
 
+def test_each_endpoint_gets_its_own_key(tmp_path, capsys, monkeypatch):
+    with serving(reads(), key="w") as worker, serving(reads(), key="r") as reviewer:
+        command = ["v4jax", "tiers", f"--worker={worker.url}", f"--reviewer={reviewer.url}"]
+        command += ["--worker_model=m", "--reviewer_model=m", "--lengths=1500", "--samples=1"]
+        monkeypatch.setenv("V4JAX_API_KEY", "w")
+        assert main.main([*command, f"--out={tmp_path}"]) == 2
+        assert "refuses the key" in capsys.readouterr().err
+        monkeypatch.setenv("V4JAX_WORKER_KEY", "w")
+        assert main.main([*command, f"--out={tmp_path}"]) == 2
+        monkeypatch.setenv("V4JAX_REVIEWER_KEY", "r")
+        assert main.main([*command, f"--out={tmp_path}"]) == 0
+
+
 def test_an_endpoint_that_fails_keeps_the_ledger(tmp_path, capsys, monkeypatch):
     from v4jax.eval import endpoint
 

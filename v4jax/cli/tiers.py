@@ -16,7 +16,7 @@ from absl import flags
 
 import v4jax
 from v4jax.cli import compilation_cache
-from v4jax.cli.eval_targets import KEY, numbers, say
+from v4jax.cli.eval_targets import numbers, say
 from v4jax.errors import InputError
 from v4jax.eval import policies, report, tier_report, tier_tasks, tiers
 from v4jax.eval.cost import Prices
@@ -37,7 +37,7 @@ def define_flags():
     flags.DEFINE_string("reviewer", None, "Who judges: a checkpoint, or an endpoint's URL")
     for role in ROLES:
         flags.DEFINE_string(f"{role}_model", None, "Name of the model at the endpoint")
-        flags.DEFINE_string(f"{role}_key", None, f"Its key (default: {KEY}, if it is set)")
+        flags.DEFINE_string(f"{role}_key", None, f"Its key (default: {_key(role)}, if set)")
         flags.DEFINE_string(f"{role}_tokenizer", None, "Checkpoint whose tokenizer it has")
         flags.DEFINE_float(f"{role}_price_prompt", 0.0, "Of a million prompt tokens it read")
         flags.DEFINE_float(f"{role}_price_cached", 0.0, "Of a million from its prefix cache")
@@ -195,7 +195,7 @@ def _endpoint(role, url, longest):
     target = EndpointTarget(
         url,
         model,
-        key=FLAGS[f"{role}_key"].value or os.environ.get(KEY),
+        key=FLAGS[f"{role}_key"].value or os.environ.get(_key(role)),
         style=FLAGS.style,
         tokenizer=Tokenizer(tokenizer) if tokenizer else None,
         timeout=FLAGS.timeout,
@@ -228,6 +228,11 @@ def _checkpoint(role, name, plan, longest):
         max_positions=FLAGS.max_positions,
         programs=compilation_cache.programs(),
     )
+
+
+def _key(role):
+    """The variable of a role's key: each has its own, so that no endpoint sees the other's."""
+    return f"V4JAX_{role.upper()}_KEY"
 
 
 def _identity(plan, worker, reviewer):
