@@ -773,17 +773,33 @@ def test_the_report_asks_nothing(tmp_path):
     assert "without end" in tier_report.as_table(lost)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.text() | st.sampled_from(["{}", "null", '{"quotes": [{"text": "I"}]}', "[]"])))
+CALLS = st.fixed_dictionaries(
+    {
+        "id": st.text(),
+        "name": st.text() | st.sampled_from(["get", "open", "find"]),
+        "arguments": st.text() | st.sampled_from(["", "{}", "[]", '{"key": "x"}', '{"code": 1}']),
+    }
+)
+SAID = (
+    st.text()
+    | st.sampled_from(["{}", "null", '{"quotes": [{"text": "I"}]}', '{"verdict": "redo"}'])
+    | st.tuples(st.text(), st.lists(CALLS, max_size=3))
+)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(SAID))
 def test_any_answers_end_in_records(tmp_path_factory, said):
-    """Answers drawn at random, of both tiers, never break the protocol."""
-    answers = iter([*said, *[""] * 200])
-    both = [chat(lambda prompt, **options: next(answers)) for _ in range(2)]
+    """Answers and calls drawn at random, of both tiers, never break the protocol."""
     tasks = ("extraction", "single", "refuse", "chain_3")
+    said = [Answer(*each) if isinstance(each, tuple) else each for each in said]
     for form in ("json", "words"):
         answers = iter([*said, *[""] * 400])
+        both = [chat(lambda prompt, answers=answers, **options: next(answers)) for _ in range(2)]
         directory = tmp_path_factory.mktemp("fuzzed")
         records, lines = played(directory, *both, plan(1, tasks, 1, form, (1500,)))
         assert len({step_key(line) for line in lines}) == len(lines)
         assert all(0 <= each["score"] <= 1 for each in records)
-        assert played(directory, *both, plan(1, tasks, 1, form, (1500,)))[0] == records
+        (directory / "records.jsonl").unlink()  # from the ledger alone it comes out the same
+        silent = [chat(lambda prompt, **options: 1 / 0) for _ in range(2)]
+        assert played(directory, *silent, plan(1, tasks, 1, form, (1500,))) == (records, lines)
