@@ -208,7 +208,7 @@ def test_a_verdict_has_a_text_only_to_revise():
     assert empty.text is None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.text() | st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists))
 def test_any_answer_is_read(said):
     text = said if isinstance(said, str) else json.dumps(said)
