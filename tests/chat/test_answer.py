@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.chats import (
+    END_THINK,
     EOS,
     WEATHER,
     body,
@@ -155,6 +156,36 @@ def test_counts_come_where_they_are_asked_for(chat, asked):
     usage = answer.whole()["usage"]
     assert usage["prompt_cache_hit_tokens"] == 1 and usage["completion_tokens"] == 3
     assert usage["completion_tokens_details"]["reasoning_tokens"] == answer.reasoning_tokens == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 9])
+@pytest.mark.parametrize("api", REQUESTS)
+def test_counts_are_of_tokens_and_not_of_their_text(chat, api, size):
+    """And a character that an answer's end cuts takes no whole ones with it."""
+    thought, said = [*byte_ids("é")[1:], *byte_ids("ab")], byte_ids("cdé")[:-1]
+    request = REQUESTS[api] | {"stream_options": {"include_usage": True}} if api == "chat" else {}
+    for tokens, reasoning in ((thought, 3), ([*thought, END_THINK, *said], 3)):
+        answer, events = answered(
+            chat, request or REQUESTS[api], list(tokens), "length", api, [size]
+        )
+        whole = answer.whole()
+        text = json.dumps(whole, ensure_ascii=False)
+        assert "ab" in text and ("cd" in text or len(tokens) == 3)
+        usages = [whole["usage"], *(found for each in events if (found := usage_of(each)))]
+        for usage in (usages[0], usages[-1]):
+            count = usage.get("completion_tokens", usage.get("output_tokens"))
+            assert count == answer.output_tokens == len(tokens)
+            for name in ("completion_tokens_details", "output_tokens_details"):
+                assert usage.get(name, {"reasoning_tokens": 3})["reasoning_tokens"] == reasoning
+            prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
+            assert usage.get("total_tokens", prompt + count) == prompt + count
+        assert answer.reasoning_tokens == reasoning
+
+
+def usage_of(event):
+    """The counts in an event, or None."""
+    values = {} if event.data == "[DONE]" else json.loads(event.data)
+    return values.get("response", values).get("usage")
 
 
 @pytest.mark.parametrize("api", REQUESTS)

@@ -34,7 +34,7 @@ class EchoEngine:
         self._config = read_config(f"{locate(directory)}/config.json")
         self._tokenizer = Tokenizer(directory)
         self.vocab_size, self.max_length = self._config.vocab_size, max_length
-        self.closed = False
+        self.closed, self.compiling = False, None
         self.cache = PrefixCache()
         self.counts = dict.fromkeys(("queue_depth", "cancelled", "output_tokens"), 0)
         self._queue: queue.SimpleQueue = queue.SimpleQueue()

@@ -51,9 +51,9 @@ def nano():
     return v4jax.load("nano")
 
 
-def kept_engine(tokenizer, **changes):
-    """An engine of nano, started; the programs are shared."""
-    model, params = nano()
+def kept_engine(tokenizer, made=None, **changes):
+    """An engine of nano or of another model that was made, started; the programs are shared."""
+    model, params = nano() if made is None else made
     cache = PrefixCache()
     sizes = SIZES | changes
     engine = Engine(model, params, tokenizer=tokenizer, prefix_cache=cache, **sizes)

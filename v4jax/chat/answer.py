@@ -13,6 +13,13 @@ from v4jax.chat.recipe import Recipe, Said, ServerEvent, Turn
 from v4jax.engine.request import TokenLogprob
 
 PROBLEMS = "tool_call_errors"  # our own key of an answer whose calls do not fit their schemas
+# How each API calls the counts of tokens.
+_OUTPUT = {
+    "chat": "completion_tokens",
+    "responses": "output_tokens",
+    "messages": "output_tokens",
+}
+_PROMPT = {"chat": "prompt_tokens", "responses": "input_tokens", "messages": "input_tokens"}
 
 
 class Answer:
@@ -22,6 +29,7 @@ class Answer:
       recipe, turn: what was asked. request_id: the answer's id.
       prompt: ids of the prompt; header: the place in it behind which the answer's turn begins.
       stop_ids: ids that end the answer, and are no part of it.
+      thinking_end: id that ends the reasoning with which the answer begins; None: there is none.
       include_usage: whether a stream of Chat Completions ends with the counts of tokens.
       keep: called with what a turn with calls said, the token before it and its tokens.
 
@@ -41,11 +49,13 @@ class Answer:
         prompt: Sequence[int],
         header: int,
         stop_ids: frozenset[int],
+        thinking_end: int | None,
         include_usage: bool,
         keep: Callable[[Said, int, list[int]], None],
     ):
         self._recipe, self._turn, self._prompt, self._header = recipe, turn, prompt, header
         self._stop_ids, self._include_usage, self._keep = stop_ids, include_usage, keep
+        self._thinking_end = thinking_end
         self._events = recipe.events(turn, request_id)
         self._tokens: list[int] = []
         self._whole: dict[str, Any] | None = None
@@ -71,8 +81,13 @@ class Answer:
         count = next((i for i, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
         if not count:
             return started
-        self._tokens += tokens[:count]
-        events = self._events.push(tokens[:count], logprobs[:count])
+        events = []
+        # One by one: the package holds back all that comes together with a part of a character.
+        for place in range(count):
+            self._tokens.append(tokens[place])
+            events += self._events.push([tokens[place]], logprobs[place : place + 1])
+            if self._events.finished:
+                break
         if self._events.finished:  # a stop text
             events = self._ended("stop", events)
         return started + events
@@ -103,7 +118,9 @@ class Answer:
         self.done = True
         events = events + self._events.finish(finish)
         whole = self._whole = self._events.whole()
-        self.finish_reason, self.output_tokens, self.reasoning_tokens = _counts(whole)
+        self.finish_reason = _finish_reason(whole)
+        self.output_tokens, self.reasoning_tokens = len(self._tokens), self._reasoning()
+        self._count(whole)
         if self._turn.tools and (ids := _call_ids(whole)):
             said = self._recipe.said(self._turn, self._tokens, ids)
             self.tool_names = tuple(call.name for call in said.calls)
@@ -118,27 +135,44 @@ class Answer:
             _report(whole, reports)
         return self._last(events, reports) + self._events.done()
 
+    def _reasoning(self):
+        """How many tokens came before the end of the reasoning."""
+        if self._thinking_end is None:
+            return 0
+        ends = (i for i, token in enumerate(self._tokens) if token == self._thinking_end)
+        return next(ends, len(self._tokens))
+
+    def _count(self, values):
+        """Sets the counts of an answer or an event: the package counts the tokens of its text."""
+        usage = values.get("usage") or {}
+        output, prompt = _OUTPUT[self._turn.api], _PROMPT[self._turn.api]
+        if output in usage:
+            usage[output] = self.output_tokens
+            if "total_tokens" in usage:
+                usage["total_tokens"] = usage[prompt] + self.output_tokens
+            if details := usage.get(f"{output}_details"):
+                details["reasoning_tokens"] = self.reasoning_tokens
+
     def _last(self, events, reports):
         """The last events as this API's clients expect them, with a report of calls."""
         if self._turn.api == "chat":
             *events, last = events
             return [*events, *self._last_chunks(json.loads(last.data), reports)]
-        shaped = []
-        for event in events:
-            if reports and event.event in ("response.completed", "response.incomplete"):
-                values = json.loads(event.data)
-                _report(values["response"], reports)
-                shaped.append(ServerEvent(event.event, _text(values)))
-            elif reports and event.event == "message_delta":
-                values = json.loads(event.data)
-                _report(values, reports)
-                shaped.append(ServerEvent(event.event, _text(values)))
-            else:
-                shaped.append(event)
-        return shaped
+        return [self._shaped(event, reports) for event in events]
+
+    def _shaped(self, event, reports):
+        if event.event not in ("response.completed", "response.incomplete", "message_delta"):
+            return event
+        values = json.loads(event.data)
+        inner = values.get("response", values)
+        self._count(inner)
+        if reports:
+            _report(inner, reports)
+        return ServerEvent(event.event, _text(values))
 
     def _last_chunks(self, chunk, reports):
         """The counts come in a chunk of their own, and only where they are asked for."""
+        self._count(chunk)
         usage = chunk.pop("usage", None)  # no chunk has it where the counts are not asked for
         if reports and chunk["choices"][0]["finish_reason"] is not None:
             _report(chunk, reports)
@@ -150,16 +184,11 @@ class Answer:
         return [ServerEvent(None, _text(each)) for each in chunks]
 
 
-def _counts(whole):
-    """Why an answer ended, its tokens, and how many of them were reasoning."""
-    usage = whole.get("usage") or {}
+def _finish_reason(whole):
+    """Why an answer ended, in the API's word."""
     if "choices" in whole:
-        details = usage.get("completion_tokens_details") or {}
-        tokens = usage.get("completion_tokens", 0)
-        return whole["choices"][0]["finish_reason"], tokens, details.get("reasoning_tokens", 0)
-    details = usage.get("output_tokens_details") or {}
-    reason = whole.get("stop_reason") or whole.get("status")
-    return reason, usage.get("output_tokens", 0), details.get("reasoning_tokens", 0)
+        return whole["choices"][0]["finish_reason"]
+    return whole.get("stop_reason") or whole.get("status")
 
 
 def _call_ids(whole) -> list[str]:

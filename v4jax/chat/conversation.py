@@ -20,7 +20,7 @@ class Conversation:
       sampling: further settings of the engine's request that deepseek-recipe does not know.
       constraint: what the answer has to obey, or None.
       include_usage: whether a stream ends with the counts of tokens.
-      stop_ids: ids that end the answer.
+      stop_ids: ids that end the answer. thinking_end: id that ends its reasoning, if it has any.
       keep_at: where the prompt is worth storing: the last whole page before the final user turn.
       header: the place of the token behind which the answer's turn begins.
     """
@@ -33,6 +33,7 @@ class Conversation:
     constraint: Constraint | None
     include_usage: bool
     stop_ids: frozenset[int]
+    thinking_end: int | None
     keep_at: tuple[int, ...]
     header: int
     kept: KeptTurns
@@ -109,6 +110,7 @@ class Conversation:
             prompt=self.tokens,
             header=self.header,
             stop_ids=self.stop_ids,
+            thinking_end=self.thinking_end,
             include_usage=self.include_usage,
             keep=self._keep,
         )

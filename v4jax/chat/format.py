@@ -99,6 +99,7 @@ class ChatFormat:
             constraint=self._constraint(turn, checked),
             include_usage=checked.include_usage,
             stop_ids=self.stop_ids,
+            thinking_end=self._ids["thinking_end"] if turn.thinking else None,
             keep_at=_before(tokens, self._ids["user"]),
             header=_last(tokens, self._ids["assistant"]) + 1,
             kept=self.kept,

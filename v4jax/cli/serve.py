@@ -7,6 +7,7 @@ finished first.
 import dataclasses
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -77,6 +78,10 @@ def _follow(settings):
     serving = build(
         FLAGS.checkpoint, settings, loading=_loading(), prefix_cache=prefixes, **_options()
     )
+    # A scheduler tells every process to stop. The first one finishes what runs, which needs these,
+    # and then lets them go; if it dies, they notice.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     serving.engine.follow()
     return 0
 

@@ -28,6 +28,7 @@ from v4jax.engine.stream import Stream
 from v4jax.errors import InputError
 from v4jax.infer.arguments import read_prompts, whole_number
 from v4jax.infer.cache_file import fingerprint
+from v4jax.infer.compiled import Progress
 from v4jax.infer.executables import executables_of
 from v4jax.infer.generate import Generation
 from v4jax.infer.placement import Placement
@@ -220,6 +221,11 @@ class Engine:
         self._check_leads()
         with self._lock:
             return self._programs.warm_up()
+
+    @property
+    def compiling(self) -> Progress | None:
+        """How far the programs are that are being compiled now; None: there are none."""
+        return self._programs.progress
 
     def stats(self) -> dict[str, Any]:
         """Counters since the engine was made, and how many requests wait and run now.

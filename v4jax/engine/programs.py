@@ -18,7 +18,7 @@ from v4jax.engine.adjust import Adjust, neutral
 from v4jax.engine.choice import Choice, no_draws
 from v4jax.engine.functions import Row, jitted, read_page, read_rest
 from v4jax.engine.speculate import Lane
-from v4jax.infer.compiled import CompiledPrograms, OnCompile
+from v4jax.infer.compiled import CompiledPrograms, OnCompile, Progress
 from v4jax.infer.executables import Executables, Program
 from v4jax.infer.placement import Placement
 from v4jax.model import draft as draft_lib
@@ -103,6 +103,11 @@ class Programs:
     def compile_seconds(self) -> float:
         """How long making programs ready has taken."""
         return self._programs.seconds
+
+    @property
+    def progress(self) -> Progress | None:
+        """Of programs that are being compiled now."""
+        return self._programs.progress
 
     def warm_up(self) -> float:
         """Compiles everything; the seconds that it took."""

@@ -75,7 +75,8 @@ def _health(serving):
     async def health(request: Request) -> Response:
         """200 once the programs are compiled, for as long as new requests are taken."""
         state = serving.state
-        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+        told = {"status": state} | ({"waits_for": why} if (why := serving.waits_for) else {})
+        return JSONResponse(told, 200 if state == "ready" else 503)
 
     return health
 

@@ -22,6 +22,7 @@ from v4jax.serve.seen import SeenRequests
 from v4jax.serve.settings import Settings
 from v4jax.serve.token_names import TokenNames
 
+_LOG = logging.getLogger("v4jax.serve")
 _HOUR = 3600.0
 _UNKNOWN_LINES = 60  # a minute, of requests without a key that is known
 
@@ -85,6 +86,13 @@ class Serving:
         return self._state
 
     @property
+    def waits_for(self) -> str:
+        """What is done before it is ready, for people; empty where nothing is."""
+        if self.state != "warming up":
+            return ""
+        return str(self.engine.compiling or "programs are looked for")
+
+    @property
     def max_prompt_tokens(self) -> int:
         return min(
             self.engine.max_length, self.settings.max_prompt_tokens or self.engine.max_length
@@ -113,9 +121,10 @@ class Serving:
     def check_ready(self) -> None:
         """Raises Refused where no request can begin."""
         if self.state != "ready":
+            why = f" ({self.waits_for})" if self.waits_for else ""
             raise Refused(
                 503,
-                f"the server is {self.state}; try again later",
+                f"the server is {self.state}{why}; try again later",
                 code=self.state.replace(" ", "_"),
                 retry_after=5,
             )
@@ -143,14 +152,23 @@ class Serving:
         return asyncio.get_running_loop().run_in_executor(self.log_thread, write)
 
     async def _warm_up(self):
+        telling = asyncio.create_task(self._tell_progress())
         try:
-            await asyncio.to_thread(self.engine.warm_up)
+            seconds = await asyncio.to_thread(self.engine.warm_up)
             self.engine.start()
             self._state = "ready"
-            logging.getLogger("v4jax.serve").info("ready")
+            _LOG.info("ready; the programs took %.1f s", seconds)
         except Exception:
             self._state = "failed"
             raise
+        finally:
+            telling.cancel()
+
+    async def _tell_progress(self):
+        """A line now and then: a first start takes minutes."""
+        while True:
+            await asyncio.sleep(self.settings.progress_seconds)
+            _LOG.info("warming up: %s", self.waits_for)
 
     async def _tidy(self):
         """Forgets what was asked to be forgotten, and what is too old."""
@@ -164,7 +182,7 @@ class Serving:
                     last = time.monotonic()
                     await self._delete_old()
             except Exception as error:  # the next round may do better
-                logging.getLogger("v4jax.serve").error("tidying: %s", type(error).__name__)
+                _LOG.error("tidying: %s", type(error).__name__)
 
     async def _asked(self):
         return [] if self._watch is None else await self.in_pool(self._watch.news)

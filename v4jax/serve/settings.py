@@ -23,6 +23,7 @@ class Settings:
       max_waiting_seconds: for a slot; longer waits end with 503.
       body_seconds, header_seconds: in which a client must have sent its request.
       keep_alive_seconds: between comments on a stream that has nothing to say.
+      progress_seconds: between lines of the log that say how far warming up is.
       drain_seconds: that running answers have to finish once the server is told to stop.
       max_choices: prompts times `n` of one completions request.
     """
@@ -40,6 +41,7 @@ class Settings:
     body_seconds: float = 30.0
     header_seconds: float = 15.0
     keep_alive_seconds: float = 10.0
+    progress_seconds: float = 5.0
     drain_seconds: int = 120
     max_choices: int = 128
 
