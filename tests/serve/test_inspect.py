@@ -60,7 +60,7 @@ def logs(address, expected, tmp_path_factory):
 def test_answers_are_those_of_the_server(logs, expected):
     log = logs["answers"]
     (score,) = log["results"]["scores"]
-    assert score["metrics"]["mean"]["value"] == 1.0
+    assert score["metrics"]["accuracy"]["value"] == 1.0
     said = [sample["output"]["choices"][0] for sample in log["samples"]]
     assert [each["message"]["content"] for each in said] == expected
     assert all(each["stop_reason"] == "max_tokens" for each in said)
@@ -74,7 +74,7 @@ def test_a_tool_is_called_and_its_result_goes_back(logs):
     user, call, result, answer = sample["messages"][:4]
     assert [user["role"], call["role"], result["role"]] == ["user", "assistant", "tool"]
     (asked,) = call["tool_calls"]
-    assert asked["function"] == "look_up" and isinstance(asked["arguments"]["city"], str)
+    assert asked["function"] == "look_up" and asked["arguments"]["city"] in ("Paris", "Rome")
     assert result["tool_call_id"] == asked["id"]
     assert result["content"] == f"sunny in {asked['arguments']['city']}"
     assert answer["role"] == "assistant"

@@ -118,14 +118,25 @@ def test_nothing_is_answered_unrecorded(echo, tmp_path, monkeypatch):
         assert client.get("/v1/models").status_code == 200
 
 
+def chunks_read(engine):
+    """How many chunks of prompts the engine has read so far."""
+    times = engine.stats()["step_seconds"]
+    return sum(times[kind][0] for kind in ("read", "both") if kind in times)
+
+
 def test_a_tenant_learns_nothing_of_anothers_prefixes(engine, path, tmp_path):
-    """Nothing of another key's prompt is found, so that no time can tell of it."""
+    """Nothing of another key's prompt is found or spared, so that no time can tell of it."""
     secrets = [create(path, name)[0] for name in "ab"]
     prompt = {"prompt": [11 + n % 77 for n in range(300)], "max_tokens": 1}
     audit = tmp_path / "audit"
     parts = servers.serving(engine, keys=path, audit=audit, retention="metadata")
     with servers.in_process(parts) as client:
-        usage = [ask(client, secrets[who], prompt).json()["usage"] for who in (0, 0, 1, 1)]
+        usage, read_of = [], []
+        for who in (0, 0, 1, 1):
+            before = chunks_read(engine)
+            usage.append(ask(client, secrets[who], prompt).json()["usage"])
+            read_of.append(chunks_read(engine) - before)
+        assert read_of == [3, 1, 3, 1]
         cached = [each["prompt_tokens_details"]["cached_tokens"] for each in usage]
         assert cached == [0, 256, 0, 256]
         # What is forgotten is gone from memory too, of this key alone.
@@ -139,6 +150,29 @@ def test_a_tenant_learns_nothing_of_anothers_prefixes(engine, path, tmp_path):
         tokens = np.array(prompt["prompt"], np.int32)
         servers.until(lambda: not engine.cache.lookup(tokens, ids[0]).length, 20)
         assert [cached_of(1), cached_of(0)] == [256, 0]
+
+
+@pytest.mark.slow
+def test_first_tokens_of_a_tenant_come_as_if_nobody_had_asked(engine, path, capsys):
+    """Medians over prompts: cold, after another tenant asked the same, and after the tenant did."""
+    secrets = [create(path, name)[0] for name in "ab"]
+    times: dict[str, list[float]] = {"cold": [], "after another": [], "after itself": []}
+    with servers.in_process(servers.serving(engine, keys=path)) as client:
+        for number in range(16):
+            cold, same = (
+                {"prompt": [2 + (7 * i + 31 * number + kind) % 2000 for i in range(1100)]}
+                for kind in (0, 1000)
+            )
+            ask(client, secrets[0], same | {"max_tokens": 1})
+            asked = {"cold": cold, "after another": same, "after itself": same}
+            for name, body in asked.items():
+                began = time.perf_counter()
+                ask(client, secrets[1], body | {"max_tokens": 1})
+                times[name].append(time.perf_counter() - began)
+    cold, other, own = (float(np.median(values[1:])) for values in times.values())
+    with capsys.disabled():
+        print(f"\ncold {cold:.4f}, after another {other:.4f}, after itself {own:.4f} s")
+    assert abs(other - cold) < 0.25 * (cold - own)
 
 
 def test_without_keys_a_foreign_page_cannot_ask(echo):

@@ -2,11 +2,12 @@
 
 import json
 import os
+from typing import Literal
 
 from inspect_ai import Task, task
 from inspect_ai.dataset import Sample
 from inspect_ai.model import GenerateConfig
-from inspect_ai.scorer import exact, includes
+from inspect_ai.scorer import includes
 from inspect_ai.solver import generate, use_tools
 from inspect_ai.tool import ToolFunction, tool
 
@@ -21,7 +22,7 @@ def answers() -> Task:
     return Task(
         dataset=[Sample(input=each, target=target) for each, target in samples],
         solver=generate(),
-        scorer=exact(),
+        scorer=includes(),
         config=GenerateConfig(
             temperature=0, max_tokens=12, logprobs=True, top_logprobs=2, extra_body=NO_THINKING
         ),
@@ -30,7 +31,7 @@ def answers() -> Task:
 
 @tool
 def look_up():
-    async def execute(city: str) -> str:
+    async def execute(city: Literal["Paris", "Rome"]) -> str:
         """Looks up the weather of a city.
 
         Args:
