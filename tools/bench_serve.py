@@ -3,8 +3,8 @@
     python tools/bench_serve.py [--checkpoint nano] [--out FILE.jsonl]
 
 The engine alone is what `v4jax bench` measures. The server is that of `v4jax serve` in this
-process, its clients are a process of their own, which reads streams and parses nothing else. By
-default the model is bench_cpu's random one: a step of nano is shorter than any real model's.
+process, its clients are a process of their own, which reads streams and parses nothing. By default
+the model is bench_cpu's random one, with nano's tokenizer: a step of nano is very short.
 """
 
 import concurrent.futures
@@ -25,6 +25,7 @@ import numpy as np
 from absl import app, flags
 
 import v4jax
+from v4jax.checkpoints.load import locate
 
 # bench_cpu declares --repeats and --out.
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Checkpoint (default: a random model).")
@@ -39,7 +40,7 @@ def ask(address, prompts, new):
     connection = http.client.HTTPConnection(address)
     events = 0
     for prompt in prompts:
-        body = {"prompt": prompt, "max_tokens": new, "temperature": 0, "stream": True}
+        body = {"prompt": prompt, "max_tokens": new, "temperature": 1, "stream": True}
         connection.request("POST", "/v1/completions", json.dumps(body))
         with connection.getresponse() as response:
             assert response.status == 200, response.read()
@@ -89,7 +90,7 @@ def measured(alone, address):
     from v4jax.engine.load import Load, run
 
     sizes = {"requests": REQUESTS.value, "concurrency": SLOTS.value}
-    sizes |= {"prompt_tokens": PROMPT.value, "new_tokens": NEW.value}
+    sizes |= {"prompt_tokens": PROMPT.value, "new_tokens": NEW.value, "temperature": 1.0}
     command = [sys.executable, __file__, f"--clients={address}", str(NEW.value)]
     rates = {"engine": [], "server": []}
     with subprocess.Popen(
@@ -113,8 +114,9 @@ def made(folder):
     """The checkpoint's directory, or a random model's, whose tokenizer is nano's."""
     if CHECKPOINT.value:
         return CHECKPOINT.value
+    described = Path(locate("nano")) / "tokenizer.json"
+    bench_cpu.SIZES["vocab_size"] = v4jax.Tokenizer("nano").vocab_size  # each token has a text
     bench_cpu.write_checkpoint(folder)
-    described = Path(v4jax.checkpoints.load.locate("nano")) / "tokenizer.json"
     (Path(folder) / "tokenizer.json").write_bytes(described.read_bytes())
     return folder
 

@@ -294,11 +294,13 @@ def under_load(address, key, count=8):
 
 
 def killed(tmp_path, count, echo):
-    """Servers under load that are killed; the key, the flags, and what was answered."""
+    """Servers under load that are killed; the key, and the flags."""
     keys, audit = tmp_path / "keys.json", tmp_path / "audit"
     secret, key = create(keys, "load")
     where = [f"--keys={keys}", f"--audit={audit}"]
-    where += [] if echo else [f"--prefix_cache={tmp_path}/prefixes"]
+    if not echo:
+        checkpoint = servers.tiny_checkpoint(tmp_path / "tiny")
+        where += [f"--checkpoint={checkpoint}", f"--prefix_cache={tmp_path}/prefixes"]
     everything = []
     for _ in range(count):
         process, address = started(tmp_path, *where, echo=echo)
@@ -341,7 +343,10 @@ def test_killed_under_load_and_started_again(tmp_path):
 
 
 def stopped(tmp_path, echo):
-    process, address = started(tmp_path, f"--audit={tmp_path}/audit", echo=echo)
+    words = [f"--audit={tmp_path}/audit"]
+    if not echo:
+        words.append(f"--checkpoint={servers.tiny_checkpoint(tmp_path / 'tiny')}")
+    process, address = started(tmp_path, *words, echo=echo)
     body = {"prompt": "class A", "max_tokens": 200, "stream": True, "temperature": 0}
     with httpx2.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as response:
         pieces = response.iter_text()

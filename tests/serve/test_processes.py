@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+import v4jax
 from tests.support import servers, spawn
 from v4jax.serve.audit import read
 
@@ -22,12 +23,20 @@ ROOT = Path(__file__).parents[2]
 class Pair:
     """Two processes of one command on two devices, and what the first of them says."""
 
-    def __init__(self, *words):
+    def __init__(self, checkpoint, *words):
         flags = os.environ.get("XLA_FLAGS", "").split()
         kept = [each for each in flags if "device_count" not in each]
         names = {"XLA_FLAGS": " ".join([*kept, "--xla_force_host_platform_device_count=1"])}
-        command = [sys.executable, "-m", "v4jax", "serve", "--checkpoint=nano", "--mesh=data=2"]
-        command += ["--port=0", "--slots=2", "--max_length=256", "--draft=none", *words]
+        command = [sys.executable, "-m", "v4jax", "serve", f"--checkpoint={checkpoint}"]
+        command += [
+            "--mesh=data=2",
+            "--dtype=float32",
+            "--port=0",
+            "--slots=2",
+            "--max_length=256",
+            "--draft=none",
+            *words,
+        ]
         command += [f"--coordinator=127.0.0.1:{spawn.free_port()}", "--num_processes=2"]
         self.processes = [
             subprocess.Popen(
@@ -59,7 +68,7 @@ class Pair:
             with contextlib.suppress(httpx2.TransportError):
                 return httpx2.get(f"{address}/health", timeout=5).is_success
 
-        servers.until(ready)
+        servers.until(ready, 1000)
         return address
 
     def ended(self, seconds=120):
@@ -76,13 +85,18 @@ class Pair:
                 each.wait()
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return servers.tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
 @pytest.fixture
-def pair():
+def pair(checkpoint):
     """Makes a pair with further flags; no process outlives the test."""
     with contextlib.ExitStack() as stack:
 
         def make(*words):
-            made = Pair(*words)
+            made = Pair(checkpoint, *words)
             stack.callback(made.kill)
             return made
 
@@ -96,8 +110,10 @@ def ask(address, prompt, **fields):
     return found.json()
 
 
-def test_two_processes_answer_as_one_and_end_together(pair, engine, tmp_path):
+def test_two_processes_answer_as_one_and_end_together(pair, checkpoint, tmp_path):
     """Many at once, seeds, scores, a stored prefix, a client that leaves; SIGTERM to both."""
+    made = v4jax.load(checkpoint, dtype="float32")
+    engine = servers.kept_engine(v4jax.Tokenizer(checkpoint), made, max_length=256)
     prompts = [f"def f{n}(self, x{n}):\n" * (1 + n % 4) for n in range(6)]
     bodies = [{"seed": n, "temperature": 0.8 * (n % 2)} for n in range(6)]
     with servers.in_process(servers.serving(engine)) as client:

@@ -14,7 +14,9 @@ from starlette.testclient import TestClient
 
 import v4jax
 from tests.support.chats import SPECIALS
+from tests.support.checkpoints import small_config, synthetic
 from v4jax.checkpoints.load import locate
+from v4jax.config import CSA, HCA, with_hash_routing
 from v4jax.engine.engine import Engine
 from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.hf.config import read_config
@@ -82,6 +84,15 @@ def parts_of(engine, directory, settings, figures=None):
         prefix_cache=engine.cache,
         figures=figures,
     )
+
+
+def tiny_checkpoint(directory):
+    """A directory of two layers of random weights with nano's tokenizer: few and small programs."""
+    layers = with_hash_routing((CSA, HCA), 1)
+    sizes = {"vocab_size": 2048, "bos_token_id": 0, "eos_token_id": 1, "mtp_layers": ()}
+    synthetic(directory, small_config(layers=layers, **sizes))
+    shutil.copy(Path(locate("nano")) / "tokenizer.json", directory)
+    return str(directory)
 
 
 def chat_nano(directory):
