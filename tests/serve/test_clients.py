@@ -16,6 +16,7 @@ import pytest
 import v4jax
 from tests.support import servers
 from tests.support.echo_engine import EchoEngine
+from tests.support.echo_server import COLD
 from v4jax.cli.main import main
 from v4jax.serve.audit import AuditLog, files, read
 from v4jax.serve.keys import KeyFile, create, read_keys
@@ -245,8 +246,8 @@ def test_a_server_that_stops_finishes_what_runs(chat_directory):
         httpx2.get(f"{address}/health")
 
 
-def started(tmp_path, *words, echo=False):
-    """A server as a process of its own: it, and its address once it is ready."""
+def started(tmp_path, *words, echo=False, wait=True):
+    """A server as a process of its own: it, and its address; wait: once it is ready."""
     program = ["tests.support.echo_server"] if echo else ["v4jax", "serve"]
     command = [sys.executable, "-m", *program, "--checkpoint=nano", "--port=0", "--slots=2"]
     command += ["--max_length=256", "--draft=none", *words]
@@ -268,7 +269,8 @@ def started(tmp_path, *words, echo=False):
             assert process.poll() is None
             return False
 
-    servers.until(ready)
+    if wait:
+        servers.until(ready)
     return process, address
 
 
@@ -369,6 +371,23 @@ def test_told_to_stop_it_finishes_what_runs(tmp_path):
 @pytest.mark.slow
 def test_told_to_stop_the_model_finishes_what_runs(tmp_path):
     stopped(tmp_path, echo=False)
+
+
+def test_told_to_stop_while_it_warms_up_it_ends(tmp_path, monkeypatch):
+    """Nobody waits for a compiler that has minutes to go."""
+    monkeypatch.setenv(COLD, "1")
+    process, address = started(tmp_path, echo=True, wait=False)
+
+    def listens():
+        try:
+            return httpx2.get(f"{address}/health", timeout=5).status_code == 503
+        except httpx2.TransportError:
+            assert process.poll() is None
+            return False
+
+    servers.until(listens)
+    process.terminate()
+    assert process.wait(30) == 0
 
 
 def test_the_command_refuses_in_a_sentence(tmp_path, capsys):

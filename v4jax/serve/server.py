@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
+import sys
 import threading
 
 import h11
@@ -100,6 +102,10 @@ class _Server(uvicorn.Server):
         yield
 
     def _stop(self):
+        if self._serving.state == "warming up":
+            # A compiler cannot be told to stop, and nothing has been answered yet.
+            sys.stderr.flush()
+            os._exit(0)
         self._serving.stop()
         self.force_exit = self.should_exit  # at the second time
         self.should_exit = True
