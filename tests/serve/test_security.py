@@ -258,6 +258,7 @@ def test_fuzzed_bodies_of_chats(chat_echo, chat_directory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_ten_thousand_fuzzed_bodies(chat_echo, chat_directory):
     with servers.in_process(servers.serving(chat_echo, chat_directory)) as client:
         fuzz(client, 10_000)
