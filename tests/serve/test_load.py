@@ -75,7 +75,8 @@ async def storm(address, work, clients):
 def check(engine, requests, clients, expected, longest=600):
     """Runs the load and holds each answer against that of the engine alone; answers and rate."""
     work = list(made(requests, longest=longest))
-    parts = servers.serving(engine)
+    # Compiling, on a busy machine, takes longer than a request should wait.
+    parts = servers.serving(engine, max_waiting_seconds=1200.0)
     with servers.on_loopback(parts) as address:
         before, began = engine.stats(), time.perf_counter()
         found = asyncio.run(storm(address, work, clients))
