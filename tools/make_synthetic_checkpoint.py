@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags
 
 from v4jax.checkpoints.source import by_item
-from v4jax.checkpoints.target import OfficialTarget, config_json
+from v4jax.checkpoints.target import FolderTarget, config_json
 from v4jax.config import ModelConfig
 from v4jax.errors import InputError
 from v4jax.files.safetensors import bytes_of
@@ -39,7 +39,7 @@ def write_checkpoint(config: ModelConfig, target: str, seed: int = 0, threads: i
     """
     items = by_item(tensor_table(config))
     specs = {spec.key: spec for specs in items.values() for spec in specs}
-    writer = OfficialTarget(target, items)
+    writer = FolderTarget(target, items)
     if os.path.isdir(target) and os.listdir(target):
         raise InputError(f"{target}: is not empty; choose a new directory")
     os.makedirs(target, exist_ok=True)

@@ -299,7 +299,7 @@ def test_the_command(instruct, tmp_path, capfd):
         ([], "--source is missing"),
         (["--source", "{source}"], "--target is missing"),
         (["--source", "{source}", "--target", "{target}"], "--to is missing"),
-        (["--source", "{source}", "--target", "{target}", "--to", "gguf"], "official or orbax"),
+        (["--source", "{source}", "--target", "{target}", "--to", "gguf"], "transformers or orbax"),
         (["--source", "{target}", "--target", "{target}2", "--to", "orbax"], "no such directory"),
         (["--source", "{source}", "--target", "{source}", "--to", "orbax"], "source and target"),
     ],

@@ -1,8 +1,9 @@
 """Converts checkpoints, one layer in memory at a time; killed, it goes on where it stopped.
 
-From official, transformers or our Orbax format to official or Orbax, with the weights as stored or
-expanded to bf16 or float32. The target looks whole only when all of it has been written, read back
-and compared: until then it holds a journal, and neither index nor manifest.
+From official, transformers or our Orbax format to any of the three, with the weights as stored or
+expanded to bf16 or float32; `copy_plan` says what a target holds of its source. The target looks
+whole only when all of it has been written, read back and compared: until then it holds a journal,
+and neither index nor manifest.
 
 Several processes (`sharding.processes`) share the items of a conversion among them and write into
 one directory on a disk that all can reach; process 0 begins and finishes it. The bytes of the
@@ -20,10 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
+from v4jax.checkpoints.copy_plan import CopyPlan, copy_plan
 from v4jax.checkpoints.journal import Journal
 from v4jax.checkpoints.load import THREADS, locate, open_checkpoint
-from v4jax.checkpoints.source import JOURNAL_NAME, MANIFEST_NAME, converting, planned_items
-from v4jax.checkpoints.target import TARGETS, OfficialTarget, OrbaxTarget, config_json, copy_item
+from v4jax.checkpoints.source import JOURNAL_NAME, MANIFEST_NAME, converting, say_notes
+from v4jax.checkpoints.target import TARGETS, copy_item, target_of
 from v4jax.errors import InputError
 from v4jax.files.atomic import write_atomically
 from v4jax.files.json_reader import quote
@@ -32,7 +34,6 @@ from v4jax.files.safetensors import INDEX_NAME, SINGLE_NAME, bytes_of
 from v4jax.files.threads import run_all
 from v4jax.files.writing import possible_directory
 from v4jax.hf.config import to_hf
-from v4jax.hf.tensors import expanded_config
 from v4jax.sharding import processes
 
 # Files that belong to a checkpoint next to its weights and config.
@@ -86,14 +87,16 @@ def convert(
     Args:
       source: official, transformers or Orbax directory, or "nano".
       target: a new or empty directory, or one in which the same conversion was interrupted.
-      to: "official" or "orbax".
-      weights: "stored", "bf16" or "float32".
+      to: "official", "transformers" or "orbax".
+      weights: "stored", "bf16" or "float32". Stored FP8 and FP4 become numbers of the config's
+        dtype in transformers' form, which has neither.
       verify: compare every tensor of the two checkpoints, and convert only if the target is not
         there yet. (A conversion always reads its target back and compares checksums.)
       progress: a bar with bytes and time left, on stderr.
 
     Raises:
-      InputError: a damaged source, a target that cannot be used, a full disk, or a difference.
+      InputError: a damaged source, a target that cannot be used, a model that transformers cannot
+        run, a full disk, or a difference.
     """
     if to not in TARGETS:
         raise InputError(f"to is {to!r}; expected one of {', '.join(TARGETS)}")
@@ -106,11 +109,13 @@ def convert(
             processes.agree(
                 "the conversion", {"config": to_hf(opened.config), "to": to, "weights": weights}
             )
-            report = None
+            plan, report = copy_plan(opened, to, weights), None
+            if processes.index() == 0:
+                say_notes(target, plan.notes)
             if not (verify and _is_whole(target)):
-                report = _Conversion(opened, task).run()
+                report = _Conversion(opened, task, plan).run()
             if verify:
-                compared = _compare(opened, task)
+                compared = _compare(opened, task, plan)
                 report = report or compared
     except OSError as error:
         raise InputError(
@@ -134,13 +139,11 @@ class _Task:
 class _Conversion:
     """One run, from the first check of the target to its last file."""
 
-    def __init__(self, source, task):
+    def __init__(self, source, task, plan: CopyPlan):
         self.source, self.path, self.weights = source, task.target, task.weights
         self.task = task
-        self.config = expanded_config(source.config, task.weights)
-        self.items = planned_items(source, task.weights)
-        kind = {"official": OfficialTarget, "orbax": OrbaxTarget}[task.to]
-        self.target = kind(task.target, self.items)
+        self.items, self.config_text = plan.items, plan.config_text
+        self.target = target_of(task.to, task.target, self.items)
         self.purpose = {
             "source": os.path.realpath(source.path),
             "to": task.to,
@@ -228,8 +231,7 @@ class _Conversion:
             path = os.path.join(self.source.path, name)
             if os.path.exists(path):
                 write_atomically(os.path.join(self.path, name), read_regular(path))
-        text = self.source.config_text if self.weights == "stored" else None
-        self.target.finish(text or config_json(self.config), self.weights, checksums)
+        self.target.finish(self.config_text, self.weights, checksums)
 
     def _check_space(self, names):
         count = sum(len(self.items[name]) for name in names)
@@ -254,7 +256,7 @@ class _Conversion:
 def _convert_part(task, resumed, part):
     """One process's part of the items; its journal is next to that of the whole."""
     with open_checkpoint(task.source) as opened:
-        conversion = _Conversion(opened, task)
+        conversion = _Conversion(opened, task, copy_plan(opened, task.to, task.weights))
         journal = Journal(task.target, conversion.purpose, 1 + part[0])
         conversion.work(journal, resumed, part)
 
@@ -263,28 +265,27 @@ def _share(names, part):
     return list(names)[part[0] :: part[1]]
 
 
-def _compare(source, task) -> Report:
+def _compare(source, task, plan) -> Report:
     """Reads both checkpoints and compares every tensor, bit by bit."""
     process, count = processes.index(), processes.count()
     if count == 1:
-        _compare_part(source, task, (0, 1))
+        _compare_part(source, task, plan, (0, 1))
     else:
         task = dataclasses.replace(task, progress=task.progress and process == 0)
         processes.run_outside(_reopen_and_compare, task, (process, count))
     processes.barrier("compared")
-    expected = planned_items(source, task.weights)
-    total = sum(spec.nbytes for specs in expected.values() for spec in specs)
-    return Report("compared", sum(len(specs) for specs in expected.values()), total, 0.0)
+    total = sum(spec.nbytes for specs in plan.items.values() for spec in specs)
+    return Report("compared", sum(len(specs) for specs in plan.items.values()), total, 0.0)
 
 
 def _reopen_and_compare(task, part):
     with open_checkpoint(task.source) as source:
-        _compare_part(source, task, part)
+        _compare_part(source, task, copy_plan(source, task.to, task.weights), part)
 
 
-def _compare_part(source, task, part):
+def _compare_part(source, task, plan, part):
     with open_checkpoint(task.target, verify=False) as other:  # compared bit by bit
-        expected = planned_items(source, task.weights)
+        expected = plan.items
         _check_same_tensors(expected, other.items, source.path, task.target, task.weights)
         names = _share(expected, part)
         total = sum(spec.nbytes for name in names for spec in expected[name])

@@ -107,7 +107,7 @@ def adapted(
         if spec.part == "values" and dtype in _FLOATS and scale_key(spec.key) not in found:
             expanded.add(scale_key(spec.key))
             differing.add(f"are {dtype} and not quantised, as the others are: kept so", spec.key)
-            spec = _expanded(spec, shape)
+            spec = unquantised(spec)._replace(dtypes=("BF16", "F32"))
         if spec.role == "table" and _is_table(spec, dtype, shape):
             stored[spec.key] = spec
             _say_table(spec, dtype, shape, differing)
@@ -121,10 +121,10 @@ def adapted(
     return specs, stored, differing
 
 
-def _expanded(spec, shape):
-    """The spec of a matrix that is stored as plain numbers where FP8 or FP4 is usual."""
+def unquantised(spec: TensorSpec) -> TensorSpec:
+    """The spec of an FP8 or FP4 matrix stored as plain numbers, its dtype still that of before."""
     columns = spec.shape[1] * (2 if spec.dtypes == ("I8",) else 1)
-    return spec._replace(part="array", dtypes=("BF16", "F32"), shape=(spec.shape[0], columns))
+    return spec._replace(part="array", shape=(spec.shape[0], columns))
 
 
 def _is_table(spec, dtype, shape):

@@ -28,7 +28,7 @@ from v4jax.checkpoints.source import (
     planned_items,
 )
 from v4jax.checkpoints.streamed import StreamedWeights
-from v4jax.checkpoints.target import OfficialTarget, OrbaxTarget, config_json, copy_item
+from v4jax.checkpoints.target import FolderTarget, OrbaxTarget, config_json, copy_item
 from v4jax.checkpoints.variables import VariablesSource
 from v4jax.config import ModelConfig, Segment, segments
 from v4jax.errors import InputError
@@ -233,7 +233,7 @@ def save_official(
     Raises:
       InputError: a checkpoint is there already, or variables that are not the config's.
     """
-    _save(OfficialTarget, path, config, variables)
+    _save(FolderTarget, path, config, variables)
 
 
 def save_orbax(path: str | os.PathLike, config: ModelConfig, variables: Mapping[str, Any]) -> None:

@@ -16,17 +16,27 @@ from v4jax.config import ModelConfig
 from v4jax.files.atomic import write_atomically
 from v4jax.files.safetensors import NewTensor, SafetensorsFile, write_index, write_safetensors
 from v4jax.hf.config import to_hf
-from v4jax.hf.tensors import TensorSpec
+from v4jax.hf.tensors import TensorSpec, transformers_key
 
-TARGETS = ("official", "orbax")
+TARGETS = ("official", "transformers", "orbax")
 
 
-class OfficialTarget:
-    """The official layout: one safetensors file an item, an index and config.json at the end."""
+class FolderTarget:
+    """A folder of safetensors files: one for each item, an index and config.json at the end.
 
-    def __init__(self, path: str | os.PathLike, items: dict[str, list[TensorSpec]]):
+    Args:
+      file_key: what the files call the tensor that officially has a key.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        items: dict[str, list[TensorSpec]],
+        file_key: Callable[[str], str] = str,
+    ):
         self.path = os.fspath(path)
         self.items = items
+        self.file_key = file_key
         count = len(items)
         self.files = {
             name: f"model-{i:05d}-of-{count:05d}.safetensors" for i, name in enumerate(items, 1)
@@ -40,13 +50,14 @@ class OfficialTarget:
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, int]:
         """Writes one file, or nothing; returns the CRC-32 of each tensor's bytes."""
-        specs = {spec.key: spec for spec in self.items[name]}
+        specs = {self.file_key(spec.key): spec for spec in self.items[name]}
         tensors = [NewTensor(key, spec.dtypes[0], spec.shape) for key, spec in specs.items()]
 
         def fill(key, out):
-            read(key, out.view(specs[key].dtype))
+            read(specs[key].key, out.view(specs[key].dtype))
 
-        return write_safetensors(self._file(name), tensors, fill, pool, progress)
+        written = write_safetensors(self._file(name), tensors, fill, pool, progress)
+        return {specs[key].key: checksum for key, checksum in written.items()}
 
     def has_item(self, name: str) -> bool:
         return os.path.isfile(self._file(name))
@@ -54,7 +65,7 @@ class OfficialTarget:
     @contextlib.contextmanager
     def open_item(self, name: str) -> Iterator[Read]:
         with SafetensorsFile(self._file(name)) as file:
-            yield file.read_into
+            yield lambda key, out: file.read_into(self.file_key(key), out)
 
     def finish(self, config_text: bytes, weights: str, checksums: dict[str, int]) -> None:
         """Writes what makes the directory a checkpoint."""
@@ -62,7 +73,7 @@ class OfficialTarget:
         write_atomically(os.path.join(self.path, CONFIG_NAME), config_text)
         write_index(
             self.path,
-            {spec.key: self.files[name] for name, spec in specs},
+            {self.file_key(spec.key): self.files[name] for name, spec in specs},
             sum(spec.nbytes for _, spec in specs),
         )
 
@@ -108,9 +119,18 @@ class OrbaxTarget:
         orbax_io.write_manifest(self.path, self.items, weights, checksums)
 
 
+def target_of(
+    to: str, path: str | os.PathLike, items: dict[str, list[TensorSpec]]
+) -> FolderTarget | OrbaxTarget:
+    """A target of one of the `TARGETS`."""
+    if to == "orbax":
+        return OrbaxTarget(path, items)
+    return FolderTarget(path, items, transformers_key if to == "transformers" else str)
+
+
 def copy_item(
     source,
-    target: OfficialTarget | OrbaxTarget,
+    target: FolderTarget | OrbaxTarget,
     name: str,
     pool: ThreadPoolExecutor | None = None,
     progress: Callable[[int], None] | None = None,

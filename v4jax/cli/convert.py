@@ -1,4 +1,4 @@
-"""Convert a checkpoint between the official layout and Orbax.
+"""Convert a checkpoint between the official layout, the one of transformers, and Orbax.
 
 Progress goes to stderr, one summary line to stdout. Several processes share the work.
 """
@@ -6,6 +6,7 @@ Progress goes to stderr, one summary line to stdout. Several processes share the
 from absl import flags
 
 from v4jax.checkpoints.convert import convert
+from v4jax.checkpoints.target import TARGETS
 from v4jax.cli import process_flags
 from v4jax.errors import InputError
 
@@ -20,9 +21,12 @@ def define_flags():
     flags.DEFINE_string(
         "target", None, "New directory, or one in which this conversion was interrupted"
     )
-    flags.DEFINE_enum("to", None, ["official", "orbax"], "Layout of the target")
+    flags.DEFINE_enum("to", None, list(TARGETS), "Layout of the target")
     flags.DEFINE_enum(
-        "weights", "stored", ["stored", "bf16", "float32"], "Keep FP8 and FP4, or expand them"
+        "weights",
+        "stored",
+        ["stored", "bf16", "float32"],
+        "Keep FP8 and FP4, or expand them; --to=transformers always expands them",
     )
     flags.DEFINE_boolean(
         "verify", False, "Compare every tensor with the source; alone if the target is there"
@@ -36,7 +40,7 @@ def run() -> int:
         if not FLAGS[name].value:
             raise InputError(f"--{name} is missing; expected {expected}")
     if FLAGS.to is None:
-        raise InputError("--to is missing; expected official or orbax")
+        raise InputError("--to is missing; expected official, transformers or orbax")
     with process_flags.joined_by_flags():
         report = convert(FLAGS.source, FLAGS.target, FLAGS.to, FLAGS.weights, FLAGS.verify)
         print(f"{report}: {FLAGS.target}")
