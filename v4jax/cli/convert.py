@@ -1,4 +1,4 @@
-"""Convert a checkpoint between the official layout, the one of transformers, and Orbax.
+"""Convert a checkpoint between the official layout, that of transformers, and Orbax.
 
 Progress goes to stderr, one summary line to stdout. Several processes share the work.
 """

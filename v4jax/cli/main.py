@@ -103,7 +103,7 @@ SUBCOMMANDS = {
     ),
     "convert": Subcommand(
         "v4jax.cli.convert",
-        "Convert a checkpoint between the official layout and Orbax.",
+        "Convert a checkpoint between the official layout, that of transformers, and Orbax.",
         "v4jax convert --source DeepSeek-V4-Flash --target flash-orbax --to orbax --verify",
     ),
     "plan": Subcommand(
