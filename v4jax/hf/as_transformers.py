@@ -43,6 +43,8 @@ _NOT_CARRIED = {
     "rope_scaling",
     "torch_dtype",
 }
+# transformers takes no whole number for these.
+_FRACTIONS = ("attention_dropout", "router_aux_loss_coef", "router_jitter_noise")
 
 
 def to_transformers(config: ModelConfig, where: str = "the config") -> dict[str, Any]:
@@ -59,11 +61,6 @@ def to_transformers(config: ModelConfig, where: str = "the config") -> dict[str,
             f"{where}: transformers' DeepseekV4ForCausalLM cannot run this model: {problem}. Keep "
             "it in the official or Orbax form (--to=official)"
         )
-    kept = {
-        name: value
-        for name, value in (config.extra or CONSTANT_KEYS).items()
-        if name not in _NOT_CARRIED and not name.startswith(DRAFT_PREFIX)
-    }
     fields = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
@@ -72,7 +69,8 @@ def to_transformers(config: ModelConfig, where: str = "the config") -> dict[str,
     fields["eos_token_id"] = _as_list(config.eos_token_id)
     fields["num_nextn_predict_layers"] = 0
     fields["architectures"] = CONSTANT_KEYS["architectures"]
-    return copy.deepcopy(dict(sorted((kept | fields | _layers(config) | _rope(config)).items())))
+    keys = _carried(config) | fields | _layers(config) | _rope(config)
+    return copy.deepcopy(dict(sorted(keys.items())))
 
 
 def _unlike(config) -> Iterator[str]:
@@ -101,6 +99,15 @@ def _unlike(config) -> Iterator[str]:
         yield "index_topk is null, so that all entries are chosen; expected a number"
     if math.isinf(config.swiglu_limit):
         yield "swiglu_limit is infinite; expected a number"
+
+
+def _carried(config):
+    """The keys that change no number; a null says the same as no key."""
+    return {
+        name: float(value) if name in _FRACTIONS and type(value) is int else value
+        for name, value in (config.extra or CONSTANT_KEYS).items()
+        if name not in _NOT_CARRIED and not name.startswith(DRAFT_PREFIX) and value is not None
+    }
 
 
 def _ratios(config, kind):
