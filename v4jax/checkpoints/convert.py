@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from v4jax.checkpoints.copy_plan import CopyPlan, copy_plan
+from v4jax.checkpoints.copy_plan import copy_plan
 from v4jax.checkpoints.journal import Journal
 from v4jax.checkpoints.load import THREADS, locate, open_checkpoint
 from v4jax.checkpoints.source import JOURNAL_NAME, MANIFEST_NAME, converting, say_notes
@@ -109,13 +109,13 @@ def convert(
             processes.agree(
                 "the conversion", {"config": to_hf(opened.config), "to": to, "weights": weights}
             )
-            plan, report = copy_plan(opened, to, weights), None
+            conversion, report = _Conversion(opened, task), None
             if processes.index() == 0:
-                say_notes(target, plan.notes)
+                say_notes(target, conversion.plan.notes)
             if not (verify and _is_whole(target)):
-                report = _Conversion(opened, task, plan).run()
+                report = conversion.run()
             if verify:
-                compared = _compare(opened, task, plan)
+                compared = _compare(opened, task, conversion.items)
                 report = report or compared
     except OSError as error:
         raise InputError(
@@ -139,10 +139,11 @@ class _Task:
 class _Conversion:
     """One run, from the first check of the target to its last file."""
 
-    def __init__(self, source, task, plan: CopyPlan):
+    def __init__(self, source, task):
         self.source, self.path, self.weights = source, task.target, task.weights
         self.task = task
-        self.items, self.config_text = plan.items, plan.config_text
+        self.plan = copy_plan(source, task.to, task.weights)
+        self.items = self.plan.items
         self.target = target_of(task.to, task.target, self.items)
         self.purpose = {
             "source": os.path.realpath(source.path),
@@ -231,7 +232,7 @@ class _Conversion:
             path = os.path.join(self.source.path, name)
             if os.path.exists(path):
                 write_atomically(os.path.join(self.path, name), read_regular(path))
-        self.target.finish(self.config_text, self.weights, checksums)
+        self.target.finish(self.plan.config_text, self.weights, checksums)
 
     def _check_space(self, names):
         count = sum(len(self.items[name]) for name in names)
@@ -256,7 +257,7 @@ class _Conversion:
 def _convert_part(task, resumed, part):
     """One process's part of the items; its journal is next to that of the whole."""
     with open_checkpoint(task.source) as opened:
-        conversion = _Conversion(opened, task, copy_plan(opened, task.to, task.weights))
+        conversion = _Conversion(opened, task)
         journal = Journal(task.target, conversion.purpose, 1 + part[0])
         conversion.work(journal, resumed, part)
 
@@ -265,27 +266,26 @@ def _share(names, part):
     return list(names)[part[0] :: part[1]]
 
 
-def _compare(source, task, plan) -> Report:
+def _compare(source, task, expected) -> Report:
     """Reads both checkpoints and compares every tensor, bit by bit."""
     process, count = processes.index(), processes.count()
     if count == 1:
-        _compare_part(source, task, plan, (0, 1))
+        _compare_part(source, task, expected, (0, 1))
     else:
         task = dataclasses.replace(task, progress=task.progress and process == 0)
         processes.run_outside(_reopen_and_compare, task, (process, count))
     processes.barrier("compared")
-    total = sum(spec.nbytes for specs in plan.items.values() for spec in specs)
-    return Report("compared", sum(len(specs) for specs in plan.items.values()), total, 0.0)
+    total = sum(spec.nbytes for specs in expected.values() for spec in specs)
+    return Report("compared", sum(len(specs) for specs in expected.values()), total, 0.0)
 
 
 def _reopen_and_compare(task, part):
     with open_checkpoint(task.source) as source:
-        _compare_part(source, task, copy_plan(source, task.to, task.weights), part)
+        _compare_part(source, task, copy_plan(source, task.to, task.weights).items, part)
 
 
-def _compare_part(source, task, plan, part):
+def _compare_part(source, task, expected, part):
     with open_checkpoint(task.target, verify=False) as other:  # compared bit by bit
-        expected = plan.items
         _check_same_tensors(expected, other.items, source.path, task.target, task.weights)
         names = _share(expected, part)
         total = sum(spec.nbytes for name in names for spec in expected[name])
