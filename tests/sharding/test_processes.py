@@ -125,7 +125,9 @@ def test_disagreement_names_the_field(pair):
     assert "disagree" not in ended[1].stderr
 
 
-@pytest.mark.parametrize("count, to", first([(2, "orbax")], [(2, "orbax"), (4, "official")]))
+@pytest.mark.parametrize(
+    "count, to", first([(2, "orbax")], [(2, "orbax"), (4, "official"), (2, "transformers")])
+)
 def test_conversion(folder, count, to):
     source, one, many = (str(folder / name) for name in ("official", f"one-{to}", f"many-{to}"))
     convert(source, one, to, progress=False)
