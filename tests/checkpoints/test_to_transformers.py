@@ -203,6 +203,7 @@ def test_verify_finds_one_bit(instruct, tmp_path):
         run(instruct, tmp_path / "target", verify=True)
 
 
+@pytest.mark.slow  # two processes that import all of it
 def test_memory_does_not_grow_with_the_layers(tmp_path):
     """Twelve more layers, 13 MB each in bf16, take the room of three at most."""
     grown = {layers: _peak(tmp_path / str(layers), layers) for layers in (6, 18)}
@@ -235,10 +236,11 @@ def _peak(directory, layers):
 # The command line
 
 
-def test_the_command(instruct, tmp_path, capfd):
+def test_the_command(instruct, tmp_path, capfd, caplog):
     arguments = ["--source", instruct, "--target", tmp_path / "t", "--to", "transformers"]
     assert cli.main(["v4jax", "convert", *map(str, arguments), "--verify"]) == 0
-    out, err = capfd.readouterr()
+    out = capfd.readouterr().out
     assert out.startswith("converted ") and out.count("\n") == 1
-    assert err.count("\n") == 2 and "are left out" in err and "saves no quantised ones" in err
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and "saves no quantised ones" in said[0] and "are left out" in said[1]
     assert cli.main(["v4jax", "inspect", str(tmp_path / "t"), "--check"]) == 0
