@@ -20,6 +20,8 @@ FLOORS = (
     "chips",
     "block_sizes",
     "extras",
+    "lifeline",
+    "workers",
     "files",
     "quant",
     "ops",

@@ -1,9 +1,13 @@
 """The server that a suite starts for itself, with a stand-in for `v4jax serve`."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.test_lifeline import runs, wait_until
 from v4jax.errors import InputError
 from v4jax.eval.own_server import OwnServer
 from v4jax.eval.sample import asked
@@ -52,7 +56,7 @@ server.serve_forever()
 
 
 def command(tmp_path, mode=""):
-    path = tmp_path / "v4jax.py"
+    path = tmp_path / "stand_in.py"
     path.write_text(f"MODE = {mode!r}\n{SCRIPT}")
     return sys.executable, str(path)
 
@@ -79,3 +83,31 @@ def test_it_is_ready_when_it_is_handed_out_and_gone_afterwards(tmp_path):
 def test_one_that_does_not_start_says_why(tmp_path, mode, sentence):
     with pytest.raises(InputError, match=sentence):
         OwnServer("nano", 2, 1024, command(tmp_path, mode))
+
+
+PARENT = """
+import sys, time
+from v4jax.eval.own_server import OwnServer
+server = OwnServer("nano", 2, 1024, (sys.executable, sys.argv[1]))
+print(server._process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_it_ends_with_a_process_that_is_killed(tmp_path):
+    script = command(tmp_path)[1]
+    text = Path(script).read_text()
+    Path(script).write_text(text.replace("asked = []", "lifeline.watch()\nasked = []"))
+    Path(script).write_text("from v4jax import lifeline\n" + Path(script).read_text())
+    root = str(Path(__file__).resolve().parents[2])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+    server = int(parent.stdout.readline())
+    assert runs(server)
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not runs(server))

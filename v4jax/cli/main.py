@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from absl import flags
 
 import v4jax
-from v4jax import platforms
+from v4jax import lifeline, platforms
 from v4jax.cli import cpu_settings
 from v4jax.errors import InputError
 from v4jax.files.json_reader import QUOTED
@@ -169,6 +169,7 @@ def _prepare_process(command):
         cpu_settings.compile_for_training()
     if command.huge_pages:
         cpu_settings.start_again_with_huge_pages()
+    lifeline.watch()
 
 
 def _say_about_us(name, args):

@@ -17,6 +17,7 @@ from v4jax.eval.controls import Controlled
 from v4jax.eval.endpoint import EndpointTarget
 from v4jax.eval.http_client import Client, Refused
 from v4jax.infer.tokenizer import Tokenizer
+from v4jax.lifeline import Child
 
 _ADDRESS = re.compile(r"(\S+) at (http://\S+/v1)")
 _PATIENCE = 600.0  # seconds until it must be ready: it compiles
@@ -24,6 +25,8 @@ _PATIENCE = 600.0  # seconds until it must be ready: it compiles
 
 class OwnServer:
     """`v4jax serve` as a child process, with an audit log and keys of two tenants and a guest.
+
+    It ends with this process, also where that is killed.
 
     Args:
       checkpoint: directory or name. slots: requests together. max_length: tokens of each.
@@ -61,13 +64,13 @@ class OwnServer:
         limited = self._key(keys, "limited", "--endpoints=models")
         flags = [f"--checkpoint={checkpoint}", "--port=0", f"--keys={keys}", f"--audit={audit}"]
         flags += ["--retention=metadata", f"--slots={slots}", f"--max_length={max_length}"]
-        self._process = subprocess.Popen(
+        self._process = Child(
             [*self._command, "serve", *flags],
+            self._environment,
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
             errors="replace",
-            env=self._environment,
         )
         threading.Thread(target=self._listen, daemon=True).start()
         name, url = self._address()
