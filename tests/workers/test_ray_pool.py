@@ -39,7 +39,7 @@ def cluster(monkeypatch):
 def test_actors_on_two_machines_of_which_one_is_killed(cluster):
     from v4jax.workers.ray_pool import RayPool
 
-    said, found = [], {}
+    said, found, killed = [], {}, []
     with pytest.raises(InputError, match="to have 64 GPU, and the whole Ray cluster has 0"):
         RayPool(Doer, 1, resources={"GPU": 64.0})
     with Crew(RayPool(Doer, 4), said.append) as crew:
@@ -47,14 +47,15 @@ def test_actors_on_two_machines_of_which_one_is_killed(cluster):
         def done(task, value):
             assert task not in found
             found[task] = value
-            if len(found) == 12:
+            if len(crew.alive) == 4 and len(found) >= 12 and not killed:
+                killed.append(len(found))
                 cluster.remove_node(cluster.second, allow_graceful=False)
 
-        tasks = [("slow", 0.1 + i / 10_000) for i in range(60)]
+        tasks = [("slow", 0.1 + i / 10_000) for i in range(150)]
         assert crew.run(tasks, done) == 0
         assert found.keys() == set(tasks)
-        assert len(said) == 2 and len(crew.alive) == 2  # Ray spreads four actors over two nodes
-        assert all("is done again by others" in each for each in said)
+        assert killed[0] < 100 and len(said) == 2 and len(crew.alive) == 2  # Ray spreads four actors over two nodes
+        assert any("is done again by others" in each for each in said)
         with pytest.raises(InputError, match="^this is not to be done$"):
             crew.run([("refuse", "this")], done)
         with pytest.raises(RuntimeError, match="KeyError"):
