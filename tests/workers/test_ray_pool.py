@@ -54,7 +54,9 @@ def test_actors_on_two_machines_of_which_one_is_killed(cluster):
         tasks = [("slow", 0.1 + i / 10_000) for i in range(150)]
         assert crew.run(tasks, done) == 0
         assert found.keys() == set(tasks)
-        assert killed[0] < 100 and len(said) == 2 and len(crew.alive) == 2  # Ray spreads four actors over two nodes
+        assert (
+            killed[0] < 100 and len(said) == 2 and len(crew.alive) == 2
+        )  # Ray spreads four actors over two nodes
         assert any("is done again by others" in each for each in said)
         with pytest.raises(InputError, match="^this is not to be done$"):
             crew.run([("refuse", "this")], done)

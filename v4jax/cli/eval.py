@@ -14,10 +14,10 @@ import tqdm
 from absl import flags
 
 import v4jax
-from v4jax.cli import compilation_cache, eval_targets
+from v4jax.cli import compilation_cache, eval_targets, worker_flags
 from v4jax.cli.eval_targets import say
 from v4jax.errors import InputError
-from v4jax.eval import compare, controls, cost, five, report, suites, tool_use
+from v4jax.eval import assignments, compare, controls, cost, five, report, suites, tool_use
 from v4jax.eval.records import Records
 from v4jax.eval.suite import run as run_suite
 from v4jax.eval.summary import as_table, sentences, summarize, write_summary
@@ -25,6 +25,7 @@ from v4jax.files.writing import writable_file
 from v4jax.tables import table
 
 FLAGS = flags.FLAGS
+_ONE_BY_ONE = ("controls", *suites.ALONE)
 
 
 def define_flags():
@@ -48,6 +49,7 @@ def define_flags():
         "out", None, "Directory of the records (default: evals/SUITE-MODEL); compare: HTML file"
     )
     flags.DEFINE_enum("format", "text", ["text", "json"], "json: the summary on stdout")
+    worker_flags.define_flags("one engine, in this process")
     compilation_cache.define_flag()
 
 
@@ -58,6 +60,7 @@ def run(suite: str, *directories: str) -> int:
     suites.check_name(suite)
     if directories:
         raise InputError(f"there is an argument too many, {directories[0][:100]!r}")
+    worker_flags.check()
     prices = cost.Prices(
         FLAGS.price_prompt, FLAGS.price_cached, FLAGS.price_output, FLAGS.price_hour
     )
@@ -78,13 +81,15 @@ class _Runner:
     def __init__(self, suite: str, settings: suites.Settings, stack: contextlib.ExitStack):
         self.suite, self._stack = suite, stack
         longest = max(settings.lengths)
-        self._server = None
+        self._server = self._crew = self._described = None
         if FLAGS.endpoint is not None:
-            self._target = eval_targets.of_endpoint(longest)
-        elif suite in suites.SERVED:
+            self._described = eval_targets.of_endpoint()
+        elif suite not in suites.SERVED:
+            self._described = eval_targets.of_checkpoint(longest)
+        if self._described is None:
             self._target = self._served().target
         else:
-            self._target = eval_targets.of_checkpoint(longest)
+            self._target = eval_targets.opened(self._described, longest)
         self._stack.callback(self._target.close)
         self.name = self._target.name
         self._settings = settings
@@ -125,16 +130,18 @@ class _Runner:
         if part in suites.SERVED and FLAGS.endpoint is None:
             target = self._served().target
         style = "facts" if self.name in eval_styles() else target.style
-        jobs = self._jobs(part, dataclasses.replace(settings, style=style))
+        settings = dataclasses.replace(settings, style=style)
+        jobs = self._jobs(part, settings)
         self.jobs += jobs
         left = [job for job in jobs if job.key not in self.records.done]
         if there := len(jobs) - len(left):
             say(f"{part}: {there} of {len(jobs)} records are there, in {self.records.directory}")
-        if left and part not in ("controls", "latency") and target is self._target:
+        crew = self._workers(part, target) if left else None
+        if left and part not in _ONE_BY_ONE and target is self._target and crew is None:
             target.resize(FLAGS.concurrency)
             if (seconds := target.warm_up()) > 1:
                 say(f"compiled in {seconds:.1f} s")
-        self._work(part, jobs, target, deadline)
+        self._work(part, settings, jobs, target, crew, deadline)
 
     def _jobs(self, part, settings):
         if part != "controls":
@@ -147,7 +154,16 @@ class _Runner:
             self._server = self._stack.enter_context(eval_targets.own_server())
         return self._server
 
-    def _work(self, part, jobs, target, deadline):
+    def _workers(self, part, target):
+        """Who does a part elsewhere, if anybody: a server of our own is asked from here."""
+        if FLAGS.executor == worker_flags.LOCAL or part == "controls" or target is not self._target:
+            return None
+        if self._described is not None and self._crew is None:
+            made = worker_flags.crew(assignments.Evaluator, FLAGS.concurrency, self._note)
+            self._crew = self._stack.enter_context(made)
+        return self._crew
+
+    def _work(self, part, settings, jobs, target, crew, deadline):
         there = sum(job.key in self.records.done for job in jobs)
         with tqdm.tqdm(
             total=len(jobs), initial=there, unit="sample", desc=part, disable=None
@@ -157,8 +173,14 @@ class _Runner:
                 bar.set_postfix_str(f"{record['task']} {record['length']}", refresh=False)
                 bar.update()
 
-            many = 1 if part in ("controls", "latency") else FLAGS.concurrency
-            left = run_suite(jobs, target, self.records, many, progress, deadline, self._note)
+            if crew is None:
+                many = 1 if part in _ONE_BY_ONE else FLAGS.concurrency
+                left = run_suite(jobs, target, self.records, many, progress, deadline, self._note)
+            else:
+                tasks = [
+                    assignments.Assignment(self._described, part, settings, job.key) for job in jobs
+                ]
+                left = assignments.run(tasks, crew, self.records, progress, deadline, self._note)
         if left:
             self._note(
                 f"{part}: {left} samples are left for want of time; the same command goes on"

@@ -10,6 +10,8 @@ from v4jax.cli import compilation_cache
 from v4jax.errors import InputError
 from v4jax.eval import latency
 from v4jax.eval import sample as sample_lib
+from v4jax.eval.descriptions import OfEndpoint, OfEngine
+from v4jax.eval.suite import Target
 
 FLAGS = flags.FLAGS
 KEY = "V4JAX_API_KEY"
@@ -42,13 +44,11 @@ def define_flags():
     )
 
 
-def of_checkpoint(longest: int):
+def of_checkpoint(longest: int) -> OfEngine:
     """The checkpoint's engine."""
-    from v4jax.eval.engine_target import EngineTarget
-
     if FLAGS.model is not None:
         raise InputError("--model is given without --endpoint; name a --checkpoint, or both")
-    return EngineTarget(
+    return OfEngine(
         FLAGS.checkpoint,
         longest,
         slots=FLAGS.concurrency,
@@ -61,24 +61,26 @@ def of_checkpoint(longest: int):
     )
 
 
-def of_endpoint(longest: int):
-    """The endpoint, once it has answered."""
-    from v4jax.eval.endpoint import EndpointTarget
-    from v4jax.infer.tokenizer import Tokenizer
-
+def of_endpoint() -> OfEndpoint:
+    """The endpoint."""
     if FLAGS["checkpoint"].present:
         raise InputError("--checkpoint and --endpoint are both given; expected one of them")
     if not FLAGS.model:
         raise InputError("--model is missing; expected the name of the endpoint's model")
-    target = EndpointTarget(
-        FLAGS.endpoint,
-        FLAGS.model,
-        key=_key(),
-        style=FLAGS.style or "chat",
-        tokenizer=Tokenizer(FLAGS.tokenizer) if FLAGS.tokenizer else None,
-        timeout=FLAGS.timeout,
-        tell=say,
+    return OfEndpoint(
+        FLAGS.endpoint, FLAGS.model, _key(), FLAGS.style or "chat", FLAGS.tokenizer, FLAGS.timeout
     )
+
+
+def opened(described: OfEngine | OfEndpoint, longest: int) -> Target:
+    """The target in this process, once an endpoint has answered.
+
+    Raises:
+      InputError: it reads no `longest` tokens, or whatever else is wrong with it.
+    """
+    if isinstance(described, OfEngine):
+        return described.open()
+    target = described.open(say)
     if target.max_length is not None and longest > target.max_length:
         raise InputError(
             f"the longest of --lengths is {longest} tokens, and {FLAGS.model} at {FLAGS.endpoint} "

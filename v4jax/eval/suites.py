@@ -137,6 +137,7 @@ SUITES: dict[str, Callable[[Settings], list[Job]]] = {
     "probes": _probes,
 }
 SERVED = ("tools", "controls")  # suites that ask a server
+ALONE = ("latency",)  # suites that measure, so that nothing may run beside a sample of theirs
 NAMES = (*SUITES, "controls", "five")
 LENGTHS = {
     "needle": (512, 1024, 2048, 4096),
