@@ -27,10 +27,10 @@ def assigned(described, settings=SETTINGS, part="needle"):
     return [assignments.Assignment(described, part, settings, job.key) for job in jobs]
 
 
-def whole(directory):
+def whole(directory, settings=SETTINGS):
     """What one process records."""
     with Records(directory, RUN) as records:
-        run(suites.SUITES["needle"](SETTINGS), Fake(needle_reader), records)
+        run(suites.SUITES["needle"](settings), Fake(needle_reader), records)
     return told(directory)
 
 

@@ -4,8 +4,13 @@ import os
 
 import pytest
 
+from tests.eval.descriptions import OfFake
+from tests.eval.test_assignments import assigned, whole
+from tests.eval.test_suite import RUN, told
 from tests.workers.tasks import Doer
 from v4jax.errors import InputError
+from v4jax.eval import assignments, suites
+from v4jax.eval.records import Records
 from v4jax.workers.crew import Crew
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
@@ -64,6 +69,29 @@ def test_actors_on_two_machines_of_which_one_is_killed(cluster):
             crew.run([("fail", "x")], done)
         with pytest.raises(InputError, match="no worker is left: of 4 .* process was killed"):
             crew.run([("die", 0)], done)
+
+
+def test_a_suite_on_two_machines_of_which_one_is_killed(cluster, tmp_path):
+    """The records of one process, none twice; and two workers that are killed besides."""
+    from v4jax.workers.ray_pool import RayPool
+
+    said, killed = [], []
+    described = OfFake(str(tmp_path / "killed"), after=3, seconds=0.05)
+    with (
+        Records(tmp_path / "run", RUN) as records,
+        Crew(RayPool(assignments.Evaluator, 4), said.append) as crew,
+    ):
+
+        def progress(record):
+            if len(crew.alive) >= 3 and len(records.done) >= 6 and not killed:
+                killed.append(len(records.done))
+                cluster.remove_node(cluster.second, allow_graceful=False)
+
+        settings = suites.Settings(lengths=(3000, 4000), samples=60, style="plain")
+        assert assignments.run(assigned(described, settings), crew, records, progress) == 0
+    assert killed and killed[0] < 120 and 2 <= len(said) <= 3
+    assert (tmp_path / "run" / "records.jsonl").read_bytes().count(b"\n") == 120
+    assert told(tmp_path / "run") == whole(tmp_path / "whole", settings)
 
 
 def test_a_cluster_that_is_not_there_is_one_sentence(monkeypatch):

@@ -6,16 +6,19 @@
 
 Each run is a child process, `v4jax train` in RUNS/NAME_SEED: killed, the sweep goes on when run
 again. At the end DIR/results.json, DIR/table.md and DIR/curves.png. Several runs at once divide the
-cores; runs of a config share its compiled programs, in RUNS/compiled.
+cores; runs of a config share its compiled programs, in RUNS/compiled. Workers on other machines
+have to find all paths where this one does.
 """
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +27,27 @@ from tqdm import tqdm
 from v4jax.errors import InputError
 from v4jax.files.atomic import write_atomically
 from v4jax.files.writing import writable_directory, writing
+from v4jax.lifeline import Child
 from v4jax.train import config_file, curves
+from v4jax.workers.crew import Crew
+from v4jax.workers.pool import Make
 
+TRAIN = ("-m", "v4jax.cli.main", "train")
 SHOWN = ("loss", "held_out", "held_out_bits_per_byte", "tokens_per_second", "minutes")
 
 
-def sweep(folder: Path, runs: Path, steps: int | None = None, jobs: int = 1) -> str:
-    """Runs all that is not complete, `jobs` at a time, writes the results and returns the table."""
+def sweep(
+    folder: Path,
+    runs: Path,
+    steps: int | None = None,
+    jobs: int = 1,
+    workers: Callable[[Make], Crew | None] = lambda make: None,
+) -> str:
+    """Runs all that is not complete, writes the results and returns the table.
+
+    Args:
+      jobs: runs at a time, in this process. workers: gives the crew that runs them instead.
+    """
     experiment = _read(folder)
     # At the end of hours is no time to find out.
     writable_directory(runs, "--runs")
@@ -39,10 +56,16 @@ def sweep(folder: Path, runs: Path, steps: int | None = None, jobs: int = 1) -> 
     named = {
         f"{name}_{seed}": (name, seed) for seed in experiment.SEEDS for name in experiment.RUNS
     }
-    commands = {
-        run: _command(folder, experiment, *of, runs / run, steps) for run, of in named.items()
-    }
-    _run_all(commands, runs, jobs)
+    tasks = [
+        _Run(
+            run,
+            _command(folder, experiment, *of, runs / run, steps),
+            str((runs / run).absolute()),
+            os.getcwd(),
+        )
+        for run, of in named.items()
+    ]
+    _run_all(tasks, jobs, workers)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in experiment.RUNS}
     for run, (name, _) in named.items():
         found[name].append(curves.lines_of(runs / run))
@@ -88,13 +111,46 @@ def _file(folder, name):
 def _command(folder, experiment, name, seed, workdir, steps):
     changes = experiment.RUNS[name] | {"seed": seed, "data.seed": seed}
     config = _file(folder, changes.pop("config", experiment.CONFIG))
-    command = [sys.executable, "-m", "v4jax.cli.main", "train", f"--config={config}"]
-    command += [f"--workdir={workdir}"] + ([f"--steps={steps}"] if steps else [])
-    return command + [f"--config.{key}={value}" for key, value in changes.items()]
+    found = [f"--config={config}", f"--workdir={workdir}"] + ([f"--steps={steps}"] if steps else [])
+    return (*TRAIN, *found, *(f"--config.{key}={value}" for key, value in changes.items()))
 
 
-def _run_all(commands, runs, jobs):
-    """Children, each on its own part of the cores; what a child prints is in its log.txt."""
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One run: its name, what Python is given, and the directories that it works in."""
+
+    name: str
+    command: tuple[str, ...]
+    workdir: str
+    directory: str
+
+    def __str__(self) -> str:
+        return f"the run {self.name}"
+
+
+def _run_all(tasks, jobs, workers):
+    """By workers, or by threads of this process; what a run prints is in its log.txt."""
+    with contextlib.ExitStack() as stack:
+        crew = workers(_Trainer)
+        bar = tqdm(total=len(tasks), unit="run", dynamic_ncols=True, disable=None)
+        stack.enter_context(bar)
+
+        def done(task, _):
+            bar.n += 1
+            if bar.disable:  # into a pipe: a line per run instead
+                said = f"v4jax sweep: {task.name} is complete, {bar.n} of {len(tasks)}"
+                print(said, file=sys.stderr, flush=True)
+            bar.set_postfix_str(task.name, refresh=False)
+            bar.update(0)
+
+        if crew is None:
+            _run_here(tasks, jobs, done)
+        else:
+            stack.enter_context(crew).run(tasks, done)
+
+
+def _run_here(tasks, jobs, done):
+    """Children of this process, each on its own part of the cores."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     parts = itertools.cycle([cores[i::jobs] for i in range(jobs)])
 
@@ -102,37 +158,39 @@ def _run_all(commands, runs, jobs):
         if jobs <= len(cores):  # a thread's children inherit its cores
             os.sched_setaffinity(0, next(parts))
 
-    with (
-        concurrent.futures.ThreadPoolExecutor(jobs, initializer=divide) as pool,
-        tqdm(total=len(commands), unit="run", dynamic_ncols=True, disable=None) as bar,
-    ):
-        waiting = {
-            pool.submit(_train, command, runs / run): run for run, command in commands.items()
-        }
+    with concurrent.futures.ThreadPoolExecutor(jobs, initializer=divide) as pool:
+        waiting = {pool.submit(_train, task): task for task in tasks}
         try:
-            for count, done in enumerate(concurrent.futures.as_completed(waiting), 1):
-                done.result()
-                if bar.disable:  # into a pipe: a line per run instead
-                    said = f"v4jax sweep: {waiting[done]} is complete, {count} of {len(commands)}"
-                    print(said, file=sys.stderr, flush=True)
-                bar.set_postfix_str(waiting[done], refresh=False)
-                bar.update()
+            for each in concurrent.futures.as_completed(waiting):
+                done(waiting[each], each.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _train(command, workdir):
-    compiled = str((workdir.parent / "compiled").absolute())
-    environment = {"JAX_COMPILATION_CACHE_DIR": compiled} | os.environ
+class _Trainer:
+    """What a worker is."""
+
+    def __call__(self, task: _Run) -> None:
+        _train(task)
+
+
+def _train(task):
+    """One run, in a child that ends with this process: nobody else may be training there then."""
+    workdir = Path(task.workdir)
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled")} | os.environ
     log = workdir / "log.txt"
     with writing(log):
         workdir.mkdir(parents=True, exist_ok=True)
         file = log.open("ab")
-    with file:
-        status = subprocess.run(
-            command, stdout=file, stderr=file, env=environment, check=False
-        ).returncode
+    command = [sys.executable, *task.command]
+    options = {"stdout": file, "stderr": file, "cwd": task.directory}
+    with file, Child(command, environment, **options) as child:
+        try:
+            status = child.wait()
+        except BaseException:
+            child.kill()
+            raise
     if status:
         said = log.read_text(errors="replace").strip().splitlines()[-1:]
         raise InputError(
