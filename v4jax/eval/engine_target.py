@@ -17,6 +17,7 @@ from v4jax.engine.engine import Engine
 from v4jax.engine.prefix_cache import PrefixCache
 from v4jax.engine.request import Request
 from v4jax.errors import InputError
+from v4jax.eval.in_chat import Asked, Chats, calls_of, can_chat, pushed, text_of
 from v4jax.eval.sample import Answer, Prompt
 from v4jax.infer.generation_config import end_ids
 from v4jax.infer.tokenizer import Tokenizer
@@ -34,7 +35,8 @@ class EngineTarget:
 
     Args:
       checkpoint: directory or name. max_length: tokens of the longest prompt with its answer.
-      slots: questions that are answered together. style: see `STYLES`; None: what the model can.
+      slots: questions that are answered together. style: see `STYLES`; None: what the model can,
+        which is a chat where its tokenizer has the tokens for one.
       prefix_cache: whether prefixes that prompts share are read once.
       max_positions: that the model is to read, beyond what its config.json allows; None: no more.
       options: further ones of `Engine`, or of `v4jax.load`: dtype, numerics.
@@ -69,12 +71,9 @@ class EngineTarget:
                 "try what it was not made for"
             )
         self._length = max_length
-        self.style = style or STYLES.get(self.name, "plain")
-        if self.style == "chat":
-            raise InputError(
-                f"style is chat, and {checkpoint} is asked in this process, where it continues "
-                "text: give --style plain, or serve it and give --endpoint"
-            )
+        usual = "chat" if can_chat(self._tokenizer) else "plain"
+        self.style = style or STYLES.get(self.name, usual)
+        self._chats = Chats(directory, self.name) if self.style == "chat" else None
         self._stop_ids = end_ids(directory, config)
         self._load = {"dtype": dtype, "numerics": numerics}
         self._options = {"draft": draft, "programs": programs}
@@ -92,14 +91,19 @@ class EngineTarget:
 
     def measure(self, prompt: Prompt) -> int:
         """Tokens of a prompt as the model reads it."""
+        if self._chats is not None and not prompt.continues:
+            return self._chats.measure(prompt)
         return len(self._tokenizer.encode(prompt.text))
 
     def ask(self, prompt, max_new_tokens, stop=(), temperature=0.0, seed=0, shared=0) -> Answer:
-        """The model's continuation of the prompt's text.
+        """The model's answer in a chat, or its continuation of the prompt's text.
 
         Raises:
           InputError: a prompt that is too long, or no memory for it.
         """
+        if self._chats is not None and not prompt.continues:
+            asked = self._chats.ask(prompt, max_new_tokens, stop, temperature, seed, shared)
+            return self._chatted(asked)
         text = prompt.text
         tokens = self._tokenizer.encode(text)
         keep = (len(self._tokenizer.encode(text[:shared])),) if shared else ()
@@ -139,9 +143,26 @@ class EngineTarget:
             salt=salt,
             constraint=form,
         )
+        return self._answered(request)
+
+    def _chatted(self, asked: Asked) -> Answer:
+        """A turn of a chat: its content, its calls."""
+        chat = asked.answer
+        found = self._answered(asked.request, lambda tokens: pushed(chat, tokens))
+        chat.finish("length" if found.finish == "length" else "stop")
+        whole = chat.whole()
+        return dataclasses.replace(
+            found,
+            text=text_of(whole),
+            calls=calls_of(whole),
+            output_tokens=chat.output_tokens,
+            finish=chat.finish_reason,
+        )
+
+    def _answered(self, request, until=lambda tokens: False) -> Answer:
         try:
             stream = self.engine.submit(request)
-            times, result = _timed(stream)
+            times, result = _timed(stream, until)
         except (MemoryError, RuntimeError) as error:
             raise self._no_memory(str(error), error) from error
         if result.error is not None:
@@ -221,12 +242,15 @@ def _chunk():
     return CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK
 
 
-def _timed(stream):
-    """(seconds, tokens) of each event since now, and the result."""
+def _timed(stream, until):
+    """(seconds, tokens) of each event since now, and the result; cancelled where `until` holds."""
     began, times = time.perf_counter(), []
     for event in stream:
         if event.tokens:
             times.append((time.perf_counter() - began, len(event.tokens)))
+        if until(event.tokens):
+            stream.cancel()
+            break
     return times, stream.result()
 
 
