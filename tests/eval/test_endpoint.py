@@ -245,6 +245,29 @@ def test_a_form_is_asked_for_until_it_is_refused():
         assert len(said) == 1
 
 
+def test_the_command_has_workers_ask_an_endpoint(tmp_path, capsys):
+    with serving(says(lambda body: needle_reader(Text(body["prompt"])))) as server:
+        found = {}
+        for name, flags in (
+            ("local", []),
+            ("processes", ["--executor=processes", "--workers=2", "--concurrency=2"]),
+        ):
+            command = ["v4jax", "eval", "needle", f"--endpoint={server.url}", "--model=m"]
+            command += ["--style=plain", "--lengths=2000", "--samples=6", "--api_key=secret"]
+            command += [f"--out={tmp_path / name}", "--format=json", *flags]
+            assert main.main(command) == 0
+            found[name] = json.loads(capsys.readouterr().out)
+            for record in (records := read_records(tmp_path / name)):
+                del record["seconds"], record["first_token_seconds"]
+            found[f"{name} records"] = sorted(records, key=lambda each: each["sample"])
+        assert found["local records"] == found["processes records"]
+        assert found["local"]["results"][0]["mean"] == 1.0
+        # The same run: what one executor has begun the other goes on with.
+        assert main.main([*command, "--executor=local", "--workers=2"]) == 2
+        assert main.main([each for each in command if "worker" not in each]) == 0
+    assert "secret" not in (tmp_path / "processes" / "run.json").read_text()
+
+
 def test_the_command_runs_a_suite_at_an_endpoint(tmp_path, capsys):
     with serving(says(lambda body: needle_reader(Text(body["prompt"])))) as server:
         out = str(tmp_path / "run")
@@ -296,7 +319,10 @@ class Text:
         (["needle", "--checkpoint=/nowhere"], "/nowhere"),
         (["needle", "--model=x"], "--model is given without --endpoint"),
         (["needle", "--endpoint=http://x/v1"], "--model is missing"),
-        (["needle", "--style=chat"], "style is chat"),
+        (["needle", "--style=chat"], "lacks the special tokens of a V4 chat"),
+        (["tools", "--style=chat"], "lacks the special tokens of a V4 chat"),
+        (["needle", "--workers=2"], "--workers is 2, and --executor local has none"),
+        (["needle", "--worker_resources=GPU=1"], "is given without --executor ray"),
         (
             ["ruler", "--tasks=singel_1"],
             "there is no task 'singel_1' in this suite, maybe single_1",

@@ -84,8 +84,9 @@ class _Runner:
         self._server = self._crew = self._described = None
         if FLAGS.endpoint is not None:
             self._described = eval_targets.of_endpoint()
-        elif suite not in suites.SERVED:
-            self._described = eval_targets.of_checkpoint(longest)
+        elif not _served(suite):
+            talk = eval_targets.longest_talk() if suite == "tools" else 0
+            self._described = eval_targets.of_checkpoint(max(longest, talk))
         if self._described is None:
             self._target = self._served().target
         else:
@@ -127,7 +128,7 @@ class _Runner:
 
     def _part(self, part, settings, deadline):
         target = self._target
-        if part in suites.SERVED and FLAGS.endpoint is None:
+        if _served(part):
             target = self._served().target
         style = "facts" if self.name in eval_styles() else target.style
         settings = dataclasses.replace(settings, style=style)
@@ -190,6 +191,13 @@ class _Runner:
         if sentence not in self.notes:
             self.notes.append(sentence)
             say(sentence)
+
+
+def _served(part):
+    """Whether a part starts a server: to be checked, or for calls of tools, unless by --style chat
+    the checkpoint is asked in this process."""
+    here = part == "tools" and FLAGS.style == "chat"
+    return part in suites.SERVED and FLAGS.endpoint is None and not here
 
 
 def eval_styles():

@@ -104,6 +104,11 @@ class EngineTarget:
         if self._chats is not None and not prompt.continues:
             asked = self._chats.ask(prompt, max_new_tokens, stop, temperature, seed, shared)
             return self._chatted(asked)
+        if prompt.tools:
+            raise InputError(
+                f"the suite gives tools, and {self.name} is asked in style {self.style}; expected "
+                "--style chat, and a checkpoint that can chat"
+            )
         text = prompt.text
         tokens = self._tokenizer.encode(text)
         keep = (len(self._tokenizer.encode(text[:shared])),) if shared else ()
