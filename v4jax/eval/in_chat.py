@@ -54,7 +54,20 @@ class Chats:
         """Tokens of a prompt with the chat's own; of an answer alone, those of its text."""
         if prompt.messages[-1]["role"] == "assistant":
             return len(self._ids(prompt.text))
-        return len(self._read(prompt).tokens) + len(self._ids(prompt.prefix))
+        return len(self.tokens(prompt))
+
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """Ids of a prompt, up to where its answer goes on.
+
+        Raises:
+          InputError: what is no chat.
+        """
+        return [*self._read(prompt).tokens, *self._ids(prompt.prefix)]
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        return self._format.stop_ids
 
     def ask(
         self,

@@ -17,9 +17,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from v4jax.checkpoints.load import load, locate
+from v4jax.datasets import chat_tokens
 from v4jax.engine.engine import Engine
 from v4jax.engine.request import Request
 from v4jax.errors import InputError
+from v4jax.eval.in_chat import Chats
+from v4jax.eval.sample import Prompt
 from v4jax.infer.generation_config import end_ids
 from v4jax.infer.tokenizer import Tokenizer
 
@@ -60,6 +63,7 @@ class V4Jax(TemplateLM):
         self._tokenizer = Tokenizer(directory)
         model, params = load(checkpoint, dtype=dtype, numerics=numerics)
         config = model.config
+        self._chats: Chats | None = None
         self._bos, self._adds_bos = config.bos_token_id, add_bos_token
         self._stop_ids = end_ids(directory, config)
         if self._bos is None:
@@ -88,10 +92,38 @@ class V4Jax(TemplateLM):
         return self._bos
 
     def tok_encode(self, string, add_special_tokens=None, **_) -> list[int]:
-        """The ids of a text, without the beginning-of-sequence token unless it is asked for."""
+        """The ids of a text, without the beginning-of-sequence token unless it is asked for.
+
+        A chat that `apply_chat_template` has written begins with that token and keeps it; other
+        special tokens that a chat spells out are themselves, as in transformers.
+        """
+        if self._chats is not None and string.startswith(chat_tokens.BOS):
+            return self._tokenizer.encode(string, special_tokens=True)
         ids = self._tokenizer.encode(string)
         ids = ids[1:] if ids[:1] == [self._bos] else ids
         return [self._bos, *ids] if add_special_tokens else ids
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+        """A chat as text, with thinking off, up to where the answer begins.
+
+        Args:
+          chat_history: messages with "role" and "content".
+          add_generation_prompt: False: the last message is the beginning of the answer.
+
+        Raises:
+          InputError: the checkpoint cannot chat, or what is no chat.
+        """
+        if self._chats is None:
+            self._chats = Chats(self._directory, self._directory.name)
+            self._stop_ids = tuple(sorted({*self._stop_ids, *self._chats.stop_ids}))
+        prefix = "" if add_generation_prompt else chat_history[-1]["content"]
+        messages = chat_history if add_generation_prompt else chat_history[:-1]
+        tokens = self._chats.tokens(Prompt(tuple(messages), prefix))
+        return self._tokenizer.decode(tokens, special_tokens=True)
+
+    def chat_template(self, chat_template=False) -> str | None:
+        """What lm-eval notes of the template: the format has no text of its own."""
+        return "v4-ga, thinking off" if chat_template else None
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
         """(log-likelihood of the continuation, whether it is the greedy one) of each request."""

@@ -73,9 +73,9 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         return next((i for i, token in added.items() if token.content == name), None)
 
-    def decode(self, ids) -> str:
-        """The text of the ids, without special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids, special_tokens: bool = False) -> str:
+        """The text of the ids, without special tokens or with those spelled out."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=not special_tokens)
 
     def piece(self, token: int) -> str | bytes | None:
         """What an id stands for alone: an added token's name, else bytes; None for no such id."""
