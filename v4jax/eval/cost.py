@@ -76,7 +76,7 @@ class _Tried:
             scores = self.task.score(sample, answer.text)
             if scores["score"] >= SOLVED:
                 break
-        counted = {name: int(total[name]) for name in total if name != "seconds"}
+        counted: dict[str, Any] = {name: int(total[name]) for name in total if name != "seconds"}
         counted["seconds"] = round(total["seconds"], 6)
         solved = {"score": float(scores["score"] >= SOLVED), "attempts": attempt}
         return record_of(self.seed, sample, answer, scores) | counted | solved

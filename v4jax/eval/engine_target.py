@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +64,21 @@ class EngineTarget:
         self._checkpoint, self._slots, self._cached = checkpoint, slots, prefix_cache
         self._tokenizer = Tokenizer(directory)
         config = read_announced(directory).config
-        self.max_length = max_positions or config.max_position_embeddings
-        if max_length > self.max_length:
+        most = max_positions or config.max_position_embeddings
+        self.max_length: int | None = most
+        if max_length > most:
             raise InputError(
                 f"the longest prompt with its answer has {max_length} tokens, and {checkpoint} "
-                f"reads at most {self.max_length}: give shorter --lengths, or --max_positions to "
+                f"reads at most {most}: give shorter --lengths, or --max_positions to "
                 "try what it was not made for"
             )
         self._length = max_length
         usual = "chat" if can_chat(self._tokenizer) else "plain"
         self.style = style or STYLES.get(self.name, usual)
-        self._chats = Chats(directory, self.name) if self.style == "chat" else None
+        self.chats = Chats(directory, self.name) if self.style == "chat" else None
         self._stop_ids = end_ids(directory, config)
-        self._load = {"dtype": dtype, "numerics": numerics}
-        self._options = {"draft": draft, "programs": programs}
+        self._load: dict[str, Any] = {"dtype": dtype, "numerics": numerics}
+        self._options: dict[str, Any] = {"draft": draft, "programs": programs}
         self.identity = {
             "model": self.name,
             "where": "engine",
@@ -91,8 +93,8 @@ class EngineTarget:
 
     def measure(self, prompt: Prompt) -> int:
         """Tokens of a prompt as the model reads it."""
-        if self._chats is not None and not prompt.continues:
-            return self._chats.measure(prompt)
+        if self.chats is not None and not prompt.continues:
+            return self.chats.measure(prompt)
         return len(self._tokenizer.encode(prompt.text))
 
     def ask(self, prompt, max_new_tokens, stop=(), temperature=0.0, seed=0, shared=0) -> Answer:
@@ -101,8 +103,8 @@ class EngineTarget:
         Raises:
           InputError: a prompt that is too long, or no memory for it.
         """
-        if self._chats is not None and not prompt.continues:
-            asked = self._chats.ask(prompt, max_new_tokens, stop, temperature, seed, shared)
+        if self.chats is not None and not prompt.continues:
+            asked = self.chats.ask(prompt, max_new_tokens, stop, temperature, seed, shared)
             return self._chatted(asked)
         if prompt.tools:
             raise InputError(
@@ -149,6 +151,18 @@ class EngineTarget:
             constraint=form,
         )
         return self._answered(request)
+
+    def likeliest(self, tokens: Sequence[int]) -> list[bool]:
+        """Whether each token but the first is the likeliest behind those before it."""
+        request = Request(tokens, max_new_tokens=0, prompt_logprobs=1)
+        try:
+            result = self.engine.submit(request).result()
+        except (MemoryError, RuntimeError) as error:
+            raise self._no_memory(str(error), error) from error
+        if result.error is not None:
+            raise self._no_memory(result.error)
+        places = (result.prompt_logprobs or [])[1:]
+        return [each is not None and each.token == each.top[0][0] for each in places]
 
     def _chatted(self, asked: Asked) -> Answer:
         """A turn of a chat: its content, its calls."""

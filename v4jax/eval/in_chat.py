@@ -64,6 +64,10 @@ class Chats:
         """
         return [*self._read(prompt).tokens, *self._ids(prompt.prefix)]
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """What ids spell, special tokens among them."""
+        return self._format.tokenizer.decode(tokens, special_tokens=True)
+
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end an answer."""

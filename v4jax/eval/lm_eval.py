@@ -64,13 +64,14 @@ class V4Jax(TemplateLM):
         model, params = load(checkpoint, dtype=dtype, numerics=numerics)
         config = model.config
         self._chats: Chats | None = None
-        self._bos, self._adds_bos = config.bos_token_id, add_bos_token
+        bos, self._adds_bos = config.bos_token_id, add_bos_token
         self._stop_ids = end_ids(directory, config)
-        if self._bos is None:
+        if bos is None:
             raise InputError(
                 f"{directory}/config.json names no bos_token_id, which a text without context is "
                 "scored behind; add it there"
             )
+        self._bos: int = bos
         self.max_length = max_length or config.max_position_embeddings
         slots = 8 if batch_size in (None, "auto") else int(batch_size)
         self._engine = Engine(

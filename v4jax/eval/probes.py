@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from v4jax.eval import haystack, words
+from v4jax.eval import haystack, structure, words
 from v4jax.eval.dice import Dice
 from v4jax.eval.fit import NotPossible, TooShort
 from v4jax.eval.sample import Sample, asked
@@ -47,7 +47,7 @@ def jobs(seed: int, lengths: Sequence[int], samples: int, style: str = "facts") 
     for count in COPIES:
         for n in range(samples):
             found.append(Job(f"copy_{count}", 0, n, _Copy(seed, n, count, style)))
-    return found
+    return found + (structure.jobs(seed, samples) if style == "chat" else [])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,8 @@ class _Choice:
         hay = _hay(target, self.seed, self.style, room)
         began = time.perf_counter()
         tokens = [*first, *hay[:place], *told, *hay[place:], *end]
-        found = recall(*target.loaded, tokens)
+        model, variables = target.loaded
+        found = recall(model, variables, tokens)
         return {
             "seed": self.seed,
             "depth": place / room,

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from v4jax.eval import haystack
 from v4jax.eval.dice import Dice
@@ -13,7 +14,7 @@ from v4jax.eval.scores import share_found
 
 BUDGET = 128
 _VALUES = {"numbers": Numbers, "uuids": Uuids}
-_KEYS = {"words": Keys, "uuids": Uuids}
+_KEYS: dict[str, Any] = {"words": Keys, "uuids": Uuids}
 _FIRST = 1000  # number of the haystack's first binding; those that are hidden in it come before
 
 

@@ -54,10 +54,11 @@ def jobs(
         "single": lambda n: one(Dice("tools", "single", seed, n)),
         "refuse": lambda n: refuse(Dice("tools", "refuse", seed, n)),
     }
-    for calls in CHAINS:
-        makers[f"chain_{calls}"] = lambda n, calls=calls: follow(
-            Dice("tools", "chain", calls, seed, n), calls
-        )
+
+    def chained(calls):
+        return lambda n: follow(Dice("tools", "chain", calls, seed, n), calls)
+
+    makers |= {f"chain_{calls}": chained(calls) for calls in CHAINS}
     return [
         Job(task, 0, n * trials + trial, _Played(make(n), seed, n, trial, temperature))
         for task, make in makers.items()

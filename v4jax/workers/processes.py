@@ -45,11 +45,11 @@ class ProcessPool:
 
     def events(self, timeout: float) -> Iterator[Event]:
         """See `Pool`."""
-        there = {each.connection: number for number, each in self._workers.items()}
+        there: dict[Any, int] = {w.connection: number for number, w in self._workers.items()}
         for connection in multiprocessing.connection.wait(list(there), timeout):
             worker = there[connection]
             try:
-                message = connection.recv()
+                message = self._workers[worker].connection.recv()
             except (EOFError, OSError):
                 yield Gone(worker, self._workers.pop(worker).ended())
                 continue
