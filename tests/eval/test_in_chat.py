@@ -175,6 +175,14 @@ def test_samples_fit_with_the_chats_own_tokens(task, target):
         assert list(request.tokens).count(chat._engine.ids("<｜User｜>")[0]) >= 3
 
 
+def test_a_form_is_enforced(target):
+    chat = target(lambda text: "{}" + END)
+    schema = {"type": "object"}
+    chat.ask(Prompt(({"role": "user", "content": "q"},), schema=schema), 5)
+    chat.ask(asked("q"), 5)
+    assert [each.constraint is not None for each in chat._engine.requests] == [True, False]
+
+
 def test_tools_that_cannot_be_are_one_sentence(target):
     chat = target(lambda text: END)
     bad = ({"type": "function", "function": {"name": "a b c"}},)

@@ -87,8 +87,17 @@ class Chats:
         Raises:
           InputError: what is no chat, such as tools that cannot be.
         """
-        settings = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        conversation = self._read(prompt, settings | ({"stop": list(stop)} if stop else {}))
+        settings: dict[str, Any] = {
+            "max_tokens": max_new_tokens,
+            "temperature": temperature,
+            "seed": seed,
+        }
+        if stop:
+            settings["stop"] = list(stop)
+        if prompt.schema is not None:
+            form = {"name": "answer", "schema": dict(prompt.schema)}
+            settings["response_format"] = {"type": "json_schema", "json_schema": form}
+        conversation = self._read(prompt, settings)
         tokens = [*conversation.tokens, *self._ids(prompt.prefix)]
         keep = set(conversation.keep_at) | self._shared(prompt, tokens, shared)
         request = conversation.request(keep_at=tuple(sorted(keep)))
