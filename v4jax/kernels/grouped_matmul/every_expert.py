@@ -29,18 +29,27 @@ def pays(tokens: int, choices: int, weights, rounding) -> bool:
 
 @jax.named_scope("expert_ffn")
 def of_tokens(x_XD, chosen_XK, gates_XK, weights, limit, rounding):
-    """The sum over each token's experts, in the order of the experts, [X, D]; all float32."""
+    """The sum over each token's experts, in the order of its choices, [X, D]; all float32."""
     del rounding  # float32: see `pays`
     w1_EFD, w2_EDF, w3_EFD = weights
     x_DX = x_XD.T
     expert = jnp.arange(w1_EFD.shape[0], dtype=chosen_XK.dtype)[:, None, None]
-    # A hash table may name an expert twice: it counts with both gates.
     gate_EX = jnp.where(chosen_XK[None] == expert, gates_XK[None], 0).sum(-1)
     # The weights on the left: there, XLA:CPU packs the rows and not the weights.
     a_EFX, b_EFX = (jnp.einsum("efd,dx->efx", w, x_DX) for w in (w1_EFD, w3_EFD))
     z_EFX = swiglu.forward(a_EFX, b_EFX, gate_EX[:, None], limit)
-    # What a token did not choose adds zeros, even where it overflowed.
-    z_EFX = jnp.where(gate_EX[:, None] == 0, 0, z_EFX)
     y_EDX = jnp.einsum("edf,efx->edx", w2_EDF, z_EFX)
-    # Term by term: over any axis but the last, XLA:CPU takes ten times as long for a reduction.
-    return sum(y_EDX[e] for e in range(y_EDX.shape[0])).T
+    token = jnp.arange(x_XD.shape[0])
+    picked = (
+        jnp.where(_seen(chosen_XK, choice)[:, None], 0, y_EDX[chosen_XK[:, choice], :, token])
+        for choice in range(chosen_XK.shape[1])
+    )
+    return sum(picked, start=0.0)
+
+
+def _seen(chosen_XK, choice):
+    """Whether an earlier choice [X] is the same expert: a hash table may name one twice.
+
+    Its gates are summed above, so that it counts once.
+    """
+    return (chosen_XK[:, :choice] == chosen_XK[:, choice : choice + 1]).any(axis=1)
