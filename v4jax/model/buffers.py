@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -113,10 +114,16 @@ def write_rows(buffer: Any, layer, rows_BKH, start_B, count_B) -> Any:
 
         return jax.tree.map(array, buffer, rows, in_blocks(buffer))
 
-    if rows_BKH.shape[0] == 1:
-        return one(jnp.int32(0), buffer)
     buffer = varying.with_axes_of(buffer, layer, rows, start_B, count_B)
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(rows_BKH.shape[0]), one, buffer)
+    if rows_BKH.shape[0] > 1:
+        return jax.lax.fori_loop(jnp.int32(0), jnp.int32(rows_BKH.shape[0]), one, buffer)
+
+    def if_any(buffer):
+        """XLA:CPU repeats a bare write inside what reads the buffer, and copies it for that."""
+        return jax.lax.cond(count_B[0] > 0, write, lambda buffer: buffer, buffer)
+
+    write = functools.partial(one, jnp.int32(0))
+    return jax.lax.platform_dependent(buffer, cpu=if_any, default=write)
 
 
 def _write_rows(x, rows_KX, layer, b, start, count):

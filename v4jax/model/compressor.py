@@ -58,6 +58,8 @@ class Compressor(nn.Module):
             total = context.call.total
             kept = sequence.last_rows(layout, joined, total, older_BPX.shape[1])
         reach = joined.shape[1] - raw_BTX.shape[1]
+        if context.start is not None and raw_BTX.shape[1] == 1 and not layout.axes("sequence"):
+            return self._of_one_token(joined, context), kept
         if context.document is not None:
             blocks, position = _packed_blocks(joined, context, reach, self.spec)
         elif context.start is None:
@@ -65,6 +67,28 @@ class Compressor(nn.Module):
         else:
             blocks, position = _open_blocks(joined, context, reach, self.spec)
         return self._finish(self._pool(blocks, position), position), kept
+
+    def _of_one_token(self, joined_BPX, context):
+        """A decode step's entries [B,1,width]: of rows whose block it does not close, garbage.
+
+        A block that closes is the last rows. A CPU leaves all of it out where none closes, which is
+        most steps; other backends would wait for the answer.
+        """
+        ratio = self.spec.ratio
+        closes_B = (context.start % ratio == ratio - 1) & (context.call.total > 0)
+        needed = jax.lax.platform_dependent(
+            closes_B, cpu=jnp.any, default=lambda _: jnp.bool_(True)
+        )
+        position_BE = ratio * (context.start // ratio)[:, None]
+
+        def made(self, rows_BPX):
+            return self._finish(self._pool(rows_BPX[:, None], position_BE), position_BE)
+
+        def left_out(self, rows_BPX):
+            shape = (rows_BPX.shape[0], 1, self.width)
+            return jnp.zeros(shape, self.execution.dtype)
+
+        return nn.cond(needed, made, left_out, self, joined_BPX[:, -_span(self.spec) :])
 
     def _raw(self, x_BTD, context):
         """c and gate + ape side by side, float32 [B,T,2*channels]."""

@@ -19,6 +19,9 @@ from v4jax.sharding import collectives
 from v4jax.sharding.rules import ONE_DEVICE, Layout
 from v4jax.weights import Initializer, Weight
 
+# Up to so many, a CPU copies more of a matrix that it cuts than of tokens that it transposes.
+FEW_TOKENS = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
@@ -170,6 +173,8 @@ class Projection(nn.Module):
             return jnp.stack(parts, axis=2)
 
         if isinstance(w, quant.QTensor):
+            return self.execution.round(together(x, w))
+        if x.shape[0] * x.shape[1] <= FEW_TOKENS:
             return self.execution.round(together(x, w))
         # A CPU transposes all of x before a batched product; other backends do not.
         y = jax.lax.platform_dependent(x, w, cpu=one_by_one, default=together)

@@ -80,6 +80,10 @@ def last_rows(
       total_B: the call's real rows.
     """
     axes = layout.axes("sequence")
+    if not axes and joined_BSX.shape[1] == keep + 1:
+        # A decode step: a choice of two slices is one pass, rows at places of their own a gather.
+        moved = (total_B > 0)[:, None, None]
+        return jnp.where(moved, joined_BSX[:, 1:], joined_BSX[:, :-1])
     if not axes:
         take = jax.vmap(lambda x, n: jax.lax.dynamic_slice_in_dim(x, n, keep, axis=0))
         return take(joined_BSX, total_B)
