@@ -20,11 +20,10 @@ def get_config() -> TrainConfig:
         first,
         start=str(HERE / "runs" / "chat" / "model"),
         stages=(
-            Stage(steps=500, length=2048, batch=2, documents=LONG),
-            Stage(steps=150, length=4096, batch=1, documents=LONG),
-            Stage(steps=30, length=8192, batch=1, documents=LONG),
+            Stage(steps=300, length=2048, batch=2, documents=LONG),
+            Stage(steps=60, length=4096, batch=1, documents=LONG),
             Stage(steps=60, length=2048, batch=2, documents=LONG, quantized=True),
         ),
         data=dataclasses.replace(first.data, seed=1),  # other conversations
-        schedule=Schedule(peak=3e-3, final=1.6e-4, warm_up=10, decay=350),
+        schedule=Schedule(peak=3e-3, final=1.6e-4, warm_up=10, decay=300),
     )

@@ -49,6 +49,8 @@ class Renderer:
                 "V4 chat format: take another checkpoint's"
             )
         self._tokenizer, self._of_text = tokenizer, of_text(tokenizer)
+        # A token that is copied nowhere in training is not copied later either.
+        self.words = tuple(sorted(filter(_is_word, tokenizer.get_vocab())))
 
     def prompt(self, conversation: Conversation, messages: int | None = None) -> list[int]:
         """Ids of the first so many messages, ready for the assistant's next."""
@@ -80,6 +82,10 @@ class Renderer:
             return [self._tokenizer.token_to_id(part.text)], [(0, len(part.text))]
         found = self._of_text.encode(part.text, add_special_tokens=False)
         return found.ids, found.offsets
+
+
+def _is_word(token):
+    return len(token) > 1 and token.isascii() and token.isalpha() and token.islower()
 
 
 def _counts(text, offsets, values, begins):
@@ -194,7 +200,8 @@ def stream(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Conversations without end, each of about `room` tokens at most."""
     while True:
-        yield renderer.whole(draw(rng, held_out, int(room * CHARACTERS)))
+        words = renderer.words
+        yield renderer.whole(draw(rng, held_out, int(room * CHARACTERS), words=words))
 
 
 def packed(conversations: Iterator[tuple[np.ndarray, np.ndarray]], size: int) -> Tokens:

@@ -108,9 +108,9 @@ RULES = ("begin", "end", "word", "secret")
 class _Talk:
     """A conversation as it is made."""
 
-    def __init__(self, rng, held_out, thinking):
+    def __init__(self, rng, held_out, thinking, words):
         self.rng, self.thinking = rng, thinking
-        self.lexicon = Lexicon(rng, held_out)
+        self.lexicon = Lexicon(rng, held_out, words)
         self.messages: list[Message] = []
         self.tools: tuple[Tool, ...] = ()
         self.facts: dict[str, str] = {}
@@ -170,6 +170,7 @@ def draw(
     tools: Sequence[str] | None = None,
     thinking: bool | None = None,
     rule: str | None = None,
+    words: tuple[str, ...] = (),
 ) -> Conversation:
     """A conversation.
 
@@ -180,9 +181,9 @@ def draw(
       kinds: of its turns; None for turns at random until it is long enough.
       steps: calls of each chain; None for 2 to 20 at random, as many as there is room for.
       tools: names of those it has; None at random. thinking: None at random.
-      rule: one of `RULES`, "" for none, None at random.
+      rule: one of `RULES`, "" for none, None at random. words: see `Lexicon`.
     """
-    talk = _Talk(rng, held_out, rng.random() < 0.4 if thinking is None else thinking)
+    talk = _Talk(rng, held_out, rng.random() < 0.4 if thinking is None else thinking, words)
     named = [tool for tool in TOOLS if tools is not None and tool.name in tools]
     if tools is not None:
         talk.tools = tuple(named[i] for i in rng.permutation(len(named)))

@@ -59,12 +59,17 @@ class Lexicon:
 
     Held-out words are never part of a training value. A held-out compound may have parts that
     training has, in another combination.
+
+    Args:
+      more: further words for training.
     """
 
-    def __init__(self, rng: np.random.Generator, held_out: bool):
+    def __init__(self, rng: np.random.Generator, held_out: bool, more: tuple[str, ...] = ()):
         self._rng, self._held_out = rng, held_out
-        self._words = [word for word in WORDS if is_held_out(word) == held_out]
         self._known = [word for word in WORDS if not is_held_out(word)]
+        if not held_out:
+            self._known += [word for word in more if not is_held_out(word)]
+        self._words = [word for word in WORDS if is_held_out(word)] if held_out else self._known
         self._drawn: set[str] = set()
 
     def word(self) -> str:
