@@ -100,7 +100,7 @@ _TALK = (
 )
 # How often each kind of turn comes: what has many values to copy in few words comes most.
 PLAIN = ("ask",) * 12 + ("tell",) * 4 + ("unknown", "unknown", "talk", "talk", "read", "no_tool")
-WITH_TOOLS = ("look",) * 7 + ("chain",) * 5 + ("retry", "lost", "no_tool", "no_tool", "tell", "ask")
+WITH_TOOLS = ("look",) * 6 + ("chain",) * 5 + ("no_tool",) * 4 + ("retry", "lost", "tell", "ask")
 EFFORTS = ("low",) * 14 + (None,) * 5 + ("max",)
 RULES = ("begin", "end", "word", "secret")
 

@@ -57,8 +57,8 @@ def is_held_out(value: str) -> bool:
 class Lexicon:
     """Draws values of one side: of training, or of what is held out. None is drawn twice.
 
-    Held-out words are never part of a training value. A held-out compound may have parts that
-    training has, in another combination.
+    A held-out word is never a training value. It may be a part of one: a token that is said nowhere
+    in training is not said later either. A held-out compound is another combination of parts.
 
     Args:
       more: further words for training.
@@ -66,10 +66,9 @@ class Lexicon:
 
     def __init__(self, rng: np.random.Generator, held_out: bool, more: tuple[str, ...] = ()):
         self._rng, self._held_out = rng, held_out
-        self._known = [word for word in WORDS if not is_held_out(word)]
-        if not held_out:
-            self._known += [word for word in more if not is_held_out(word)]
-        self._words = [word for word in WORDS if is_held_out(word)] if held_out else self._known
+        words = WORDS if held_out else (*WORDS, *more)
+        self._words = [word for word in words if is_held_out(word) == held_out]
+        self._parts = list(words)
         self._drawn: set[str] = set()
 
     def word(self) -> str:
@@ -82,10 +81,10 @@ class Lexicon:
         if kind < 0.6:
             return self.word()
         if kind < 0.8:
-            known = self._known
-            return self._new(lambda: f"{self._one_of(known)}_{self._one_of(known)}")
+            parts = self._parts
+            return self._new(lambda: f"{self._one_of(parts)}_{self._one_of(parts)}")
         if kind < 0.92:
-            return self._new(lambda: f"{self._one_of(self._known)}{self._rng.integers(100)}")
+            return self._new(lambda: f"{self._one_of(self._parts)}{self._rng.integers(100)}")
         return self._new(lambda: str(self._rng.integers(10, 10000)))
 
     def number(self) -> int:
