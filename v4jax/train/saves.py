@@ -6,6 +6,7 @@ whatever ends the process leaves the checkpoints before it as they were.
 
 import contextlib
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,18 @@ from v4jax.train.tree_paths import by_path
 FOLDER = "checkpoints"
 
 
+def _without_orbax_notes(record: logging.LogRecord) -> bool:
+    """Orbax tells through absl's logger, as do others, what a training has no use for."""
+    return record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
 class Checkpoints:
     """The checkpoints of a directory; `close` waits for the last save."""
 
     def __init__(self, workdir: Path, keep: int):
         import orbax.checkpoint as ocp  # seconds, which mistakes in a config need not wait for
 
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").addFilter(_without_orbax_notes)
         self._ocp, self._folder, self._good = ocp, workdir.absolute() / FOLDER, None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
