@@ -16,6 +16,7 @@ from tests.support.engines import SIZES, prompt_of, tiny_engine
 from tests.support.tiny import drawn, tiny_config
 from v4jax.engine import acceptance, speculate
 from v4jax.engine.acceptance import Proposal
+from v4jax.engine.adjust import neutral
 from v4jax.engine.choice import no_draws
 from v4jax.engine.engine import Engine
 from v4jax.engine.request import Request
@@ -208,7 +209,9 @@ def test_what_a_model_says_has_its_own_law():
     propose, verify = (jax.jit(f, static_argnames="model") for f in (propose, verify))
     draws = no_draws(slots, words, 3)._replace(active=np.ones(slots, bool))
     ones, limit_S = np.ones(slots, np.float32), np.full(slots, 2, np.int32)
-    draws = draws._replace(sampling=draws.sampling._replace(temperature=ones))
+    draws = draws._replace(
+        sampling=draws.sampling._replace(temperature=ones), adjust=neutral(slots, words)
+    )
     counts, accepted = np.zeros(words * words, int), 0
     for batch in range(DRAWS // slots):
         own = draws._replace(seed=np.arange(slots, dtype=np.uint32) + batch * slots)

@@ -158,7 +158,7 @@ def test_two_processes_answer_as_one_and_end_together(pair, checkpoint, tmp_path
     assert "".join(pieces).endswith("data: [DONE]\n\n")
     assert '"finish_reason":"length"' in "".join(pieces)
     assert both.ended() == [0, 0], both.said
-    assert both.said[1] == []
+    assert [line for line in both.said[1] if "JAX distributed service" not in line] == []
     statuses = [line["status"] for line in read(tmp_path / "audit")]
     assert statuses.count(200) == 10 and statuses.count(499) == 1
 
