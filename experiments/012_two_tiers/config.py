@@ -5,14 +5,12 @@ Expected, hardware, command: see README.md.
 
 from pathlib import Path
 
-from v4jax.datasets.config import DataConfig
 from v4jax.named_configs import get_config as named_config
+from v4jax.train import config_file
 from v4jax.train.config import Stage, TrainConfig
 from v4jax.train.schedule import Schedule
 
-HERE = Path(__file__).parent
-GROWN = HERE.parent / "011_nano_chat" / "runs" / "grown"  # its tokenizer has the chat's tokens
-TEXT = HERE.parent / "000_nano" / "runs" / "recall_text"
+NANO = config_file.read(str(Path(__file__).parent.parent / "011_nano_chat" / "config.py"))
 SHORT = "^(far|[a-m])"  # as 011_nano_chat has them
 LONG = "^(?!facts|far)"
 
@@ -28,15 +26,9 @@ def get_config() -> TrainConfig:
             Stage(steps=15, length=8192, batch=1, documents=LONG),
             Stage(steps=40, length=2048, batch=2, documents=LONG, quantized=True),
         ),
-        data=DataConfig(
-            kind="conversations",
-            path=str(TEXT),
-            tokenizer=str(GROWN),
-            held_out=0.05,
-            share=0.75,
-        ),
+        data=NANO.data,
         schedule=Schedule(peak=4e-3, final=1.6e-4, warm_up=20, decay=350),
-        checkpoint_every=50,
-        evaluate_every=50,
-        evaluate_rows=16,
+        checkpoint_every=NANO.checkpoint_every,
+        evaluate_every=NANO.evaluate_every,
+        evaluate_rows=NANO.evaluate_rows,
     )

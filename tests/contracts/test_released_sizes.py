@@ -82,7 +82,10 @@ def test_small_trains():
         return jnp.mean(out.logits) + sum(jnp.mean(each) for each in out.mtp_logits)
 
     tokens = jax.ShapeDtypeStruct((2, 512), jnp.int32)
-    jax.jit(jax.grad(loss)).lower(variables["params"], variables["buffers"], tokens)
+    params = variables["params"]
+    lowered = jax.jit(jax.grad(loss)).lower(params, variables["buffers"], tokens)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), lowered.out_info)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), params)
 
 
 def test_program_size_does_not_grow_with_depth():

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.eval.targets import Caller, Fake, needle_reader
+from tests.support import spawn
 from v4jax.errors import InputError
 from v4jax.eval import compare, controls, latency, needle, probes, report, tool_use
 from v4jax.eval.dice import Dice
@@ -84,14 +84,7 @@ def test_killed_at_any_moment_and_run_again(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     path = tmp_path / "killed" / "records.jsonl"
     for enough in (1, 15):
-        child = subprocess.Popen(command, cwd=ROOT, env=environment)
-        until = time.monotonic() + 60
-        while time.monotonic() < until and child.poll() is None:
-            if path.exists() and path.read_bytes().count(b"\n") >= enough:
-                break
-            time.sleep(0.001)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        spawn.kill_at(enough, path, command, cwd=ROOT, env=environment)
     done = subprocess.run(command, cwd=ROOT, env=environment)
     assert done.returncode == 0
     assert told(tmp_path / "killed") == told(tmp_path / "whole")

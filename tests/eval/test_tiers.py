@@ -4,10 +4,8 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from hypothesis import strategies as st
 from tests.eval.targets import Caller
 from tests.eval.tiers import Reader, chat, digest, extracted, judged, place, right, sheet, step
 from tests.eval.tokenizers import of_bytes
+from tests.support import spawn
 from v4jax.errors import InputError
 from v4jax.eval import extraction, policies, quotes, tier_report, verdicts
 from v4jax.eval.cost import Prices
@@ -582,15 +581,9 @@ def test_killed_at_any_moment_and_run_again(tmp_path):
     whole, lines = played(tmp_path / "whole", chat(Reader()), chat(Reader()), plan(12))
     path = tmp_path / "killed" / LEDGER
     command = [sys.executable, "-c", CHILD, str(tmp_path / "killed")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for enough in (1, 30):
-        child = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        until = time.monotonic() + 60
-        while time.monotonic() < until and child.poll() is None:
-            if path.exists() and path.read_bytes().count(b"\n") >= enough:
-                break
-            time.sleep(0.001)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        spawn.kill_at(enough, path, command, cwd=ROOT, env=environment)
     found, again = played(tmp_path / "killed", chat(Reader()), chat(Reader()), plan(12))
     assert sorted(again, key=step_key) == sorted(lines, key=step_key)
     assert sorted(map(str, found)) == sorted(map(str, whole))

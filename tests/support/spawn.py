@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 _RUN = """
 import sys
@@ -25,6 +27,18 @@ class Ended:
     seconds: float
     stdout: str
     stderr: str
+
+
+def kill_at(lines: int, path: Path, command: Sequence[str], **options) -> None:
+    """Starts a command, and kills it once a file has so many lines; a minute at most."""
+    child = subprocess.Popen(command, **options)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and child.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= lines:
+            break
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ from v4jax.errors import InputError
 from v4jax.files.regular import read_regular
 from v4jax.hf.config import read_config
 from v4jax.infer import sampling as sampling_lib
-from v4jax.infer.generation_config import end_ids, read_generation_config
+from v4jax.infer.generation_config import end_ids
 from v4jax.infer.sampling import Sampling
 from v4jax.infer.tokenizer import Tokenizer
 
@@ -186,9 +186,8 @@ def _max_length(directory, asked):
 
 def _ends(directory) -> set[int]:
     """Ids that the checkpoint says end a text."""
-    if (directory / "config.json").exists():
-        return set(end_ids(directory, read_config(directory / "config.json")))
-    return set(read_generation_config(directory).eos_token_id or ())
+    path = directory / "config.json"
+    return set(end_ids(directory, read_config(path) if path.exists() else None))
 
 
 def _last(tokens: Sequence[int], token: int) -> int:

@@ -20,6 +20,7 @@ from v4jax.cli.eval_targets import numbers, say
 from v4jax.errors import InputError
 from v4jax.eval import policies, report, tier_report, tier_tasks, tiers
 from v4jax.eval.cost import Prices
+from v4jax.eval.descriptions import OfEndpoint, OfEngine
 from v4jax.eval.ledger import ROLES, Ledger
 from v4jax.eval.policies import TierPrices
 from v4jax.eval.records import Records
@@ -186,21 +187,12 @@ def _target(role, plan, stack):
 
 
 def _endpoint(role, url, longest):
-    from v4jax.eval.endpoint import EndpointTarget
-    from v4jax.infer.tokenizer import Tokenizer
-
-    model, tokenizer = FLAGS[f"{role}_model"].value, FLAGS[f"{role}_tokenizer"].value
+    model = FLAGS[f"{role}_model"].value
     if not model:
         raise InputError(f"--{role}_model is missing; expected the name of the endpoint's model")
-    target = EndpointTarget(
-        url,
-        model,
-        key=FLAGS[f"{role}_key"].value or os.environ.get(_key(role)),
-        style=FLAGS.style,
-        tokenizer=Tokenizer(tokenizer) if tokenizer else None,
-        timeout=FLAGS.timeout,
-        tell=say,
-    )
+    key = FLAGS[f"{role}_key"].value or os.environ.get(_key(role))
+    tokenizer = FLAGS[f"{role}_tokenizer"].value or None
+    target = OfEndpoint(url, model, key, FLAGS.style, tokenizer, FLAGS.timeout).open(say)
     if target.max_length is not None and longest > target.max_length:
         raise InputError(
             f"the longest of --lengths needs {longest} tokens with what the steps add, and {model} "
@@ -210,8 +202,6 @@ def _endpoint(role, url, longest):
 
 
 def _checkpoint(role, name, plan, longest):
-    from v4jax.eval.engine_target import EngineTarget
-
     if FLAGS[f"{role}_model"].value is not None:
         raise InputError(f"--{role}_model is given, and --{role} is no URL; leave one of them out")
     if tools := [task for task in plan.tasks if task not in tier_tasks.WITH_LENGTH]:
@@ -220,14 +210,14 @@ def _checkpoint(role, name, plan, longest):
             "continues text: serve it (v4jax serve) and give its URL"
         )
     compilation_cache.begin()
-    return EngineTarget(
+    return OfEngine(
         name,
         longest,
         slots=FLAGS.concurrency,
         style="plain",
         max_positions=FLAGS.max_positions,
         programs=compilation_cache.programs(),
-    )
+    ).open()
 
 
 def _key(role):

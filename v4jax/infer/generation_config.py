@@ -50,14 +50,15 @@ def read_generation_config(directory: str | Path) -> GenerationDefaults:
     return GenerationDefaults(None if ends is None else tuple(ends), max_new_tokens=limit, **given)
 
 
-def end_ids(directory: str | Path | None, config: ModelConfig) -> tuple[int, ...]:
+def end_ids(directory: str | Path | None, config: ModelConfig | None) -> tuple[int, ...]:
     """The ids that end an answer: generation_config.json's, else config.json's.
 
     Args:
       directory: of the checkpoint; None for a model that came from no files.
+      config: None where there is no config.json.
     """
     ends = None if directory is None else read_generation_config(directory).eos_token_id
-    if ends is None:
+    if ends is None and config is not None:
         own = config.eos_token_id
         ends = (own,) if isinstance(own, int) else own
     return ends or ()
